@@ -1,0 +1,43 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+# The tests use small matrices: more threads only get in each other's way.
+test test-full: export OMP_NUM_THREADS ?= 1
+
+.PHONY: venv demo test test-full lint bench clean
+
+venv: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("needs Python 3.11 or later: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt setuptools
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: venv
+	$(BIN)/python examples/demo.py --out out/demo
+
+test: venv
+	$(BIN)/python -m pytest -q -m "not full"
+
+# -q leaves out the header, so that the kept output says nothing of the machine's folders.
+test-full: venv
+	SPECOPT_TEST_FULL=1 $(BIN)/python -m pytest -q -ra | tee tests/last_full_run.txt
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: venv
+	$(BIN)/python -m benchmarks.sigma
+
+# Leaves .venv and data/, which take long to get again.
+clean:
+	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find kernels specopt examples benchmarks tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,41 @@
+"""Operations on lists of matrices, each as a torch reference and as Triton kernels with one signature.
+
+Nothing here knows of optimizers; everything is importable without Triton. Which implementation runs is chosen per
+device (:func:`backend_for`).
+"""
+
+from .backend import Backend, accumulation_dtype, allocate, backend_for, has_triton, upload
+from .blocks import column_dots, copy_blocks, first_column_residuals, grams, mixes
+from .products import MAX_COLUMNS, skinny_products
+from .small import orthonormalizers, rotations
+from .subspace import BasisLayout, Triplets, constant, next_basis, orthonormalize, ritz_triplets, start_block
+from .updates import MAX_RANK, frobenius_norms, rank_updates_, scale_
+
+__all__ = [
+    "MAX_COLUMNS",
+    "MAX_RANK",
+    "Backend",
+    "BasisLayout",
+    "Triplets",
+    "accumulation_dtype",
+    "allocate",
+    "backend_for",
+    "column_dots",
+    "constant",
+    "copy_blocks",
+    "first_column_residuals",
+    "frobenius_norms",
+    "grams",
+    "has_triton",
+    "mixes",
+    "next_basis",
+    "orthonormalize",
+    "orthonormalizers",
+    "rank_updates_",
+    "ritz_triplets",
+    "rotations",
+    "scale_",
+    "skinny_products",
+    "start_block",
+    "upload",
+]

@@ -1,0 +1,67 @@
+"""The small dense part: batched k × k factors by Cholesky and matrix squarings, without an eigensolver.
+
+``torch.linalg.eigh`` and ``svd`` read an error code back from the device, which stalls the host; what is needed here
+is less than an eigendecomposition: the first eigenvector sharply, the others well enough to sort directions by size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backend import backend_for
+from . import reference
+
+SQUARINGS = 12
+"""G^(2^12): a first direction only 0.1 % above the second in sigma is separated to 3e-4."""
+
+ROUNDS = 2
+"""Rounds of orthogonal iteration for the directions after the first; the basis is warm, they are nearly sorted."""
+
+
+def cholesky_shift(width: int, dtype: torch.dtype) -> float:
+    """How far a normalized Gram matrix is moved towards the identity so that its Cholesky factor exists."""
+    return width * torch.finfo(dtype).eps
+
+
+def orthonormalizers(gram: Tensor, *, threshold: float | None = None) -> tuple[Tensor, Tensor]:
+    """``T`` with ``(X T)ᵀ (X T) = I`` from ``G = XᵀX``: Cholesky-QR with the columns normalized first.
+
+    A column that depends on those before it, or is zero, becomes a zero column of ``T``. One call leaves an error of
+    about eps·cond², so blocks are passed twice.
+
+    Args:
+        gram: (B, K, K), symmetric, diagonal at most about 1e30 and at least 1 for the largest column.
+        threshold: squared relative distance from the columns before under which a column counts as dependent; by
+            default eight times :func:`cholesky_shift`.
+
+    Returns:
+        ``T`` (B, K, K) upper triangular and ``dropped`` (B, K) bool.
+    """
+    shift = cholesky_shift(gram.shape[-1], gram.dtype)
+    threshold = 8 * shift if threshold is None else threshold
+    if backend_for(gram.device, gram.dtype) == "triton":
+        from . import device
+
+        return device.orthonormalizers(gram, shift, threshold)
+    return reference.orthonormalizers(gram, shift, threshold)
+
+
+def rotations(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Directions of ``G`` by size: ``Q`` (orthonormal or zero columns) and ``λ_i = q_iᵀ G q_i``.
+
+    The first column is the top eigenvector, by :data:`SQUARINGS` normalized squarings of ``G`` (a vector of the
+    cluster where eigenvalues coincide). The others start as the columns of the Householder reflection that maps ``e₁``
+    to it, sorted by their Rayleigh quotients, and go through :data:`ROUNDS` rounds ``Q ← orth(G Q)``.
+
+    Args:
+        gram: (B, K, K), symmetric positive semidefinite.
+
+    Returns:
+        ``Q`` (B, K, K) and ``λ`` (B, K), zero columns where a direction has no weight left.
+    """
+    if backend_for(gram.device, gram.dtype) == "triton":
+        from . import device
+
+        return device.rotations(gram)
+    return reference.rotations(gram)

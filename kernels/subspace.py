@@ -1,0 +1,218 @@
+"""The block's own steps, composed of the operations beside it and the same for both backends: Ritz triplets of a
+product, an orthonormal basis, and the next basis from the returned product.
+
+Everything is a fixed number of launches for the whole list; nothing is read back to the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .backend import allocate, upload
+from .blocks import first_column_residuals, grams, mixes
+from .products import MAX_COLUMNS
+from .small import orthonormalizers, rotations
+
+
+class Triplets(NamedTuple):
+    """Ritz triplets of B matrices, by size; ``W_b rights_b = lefts_b · diag(sigma_b)`` to rounding."""
+
+    sigma: Tensor
+    """(B, K), 0 beyond ``k_b``; non-finite where a product was."""
+    lefts: list[Tensor]
+    """(m_b, k_b), unit columns; zero where sigma is."""
+    rights: list[Tensor]
+    """(n_b, k_b)."""
+
+
+@lru_cache(maxsize=16)
+def _noise(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # numpy's stream is the same bits on every machine; torch's depends on the vector width of the CPU
+    values = np.random.Generator(np.random.PCG64(0x5EED)).standard_normal((rows, MAX_COLUMNS))
+    return upload(torch.from_numpy(values), device, dtype)
+
+
+def start_block(rows: int, columns: int, dtype: torch.dtype, device: torch.device, variant: int = 0) -> Tensor:
+    """A fixed Gaussian block (rows, columns), a window of one buffer per device: the same on every rank, run and
+    machine, without a touch of the global random state. Another ``variant`` is another window, further down."""
+    capacity = 1 << max(2 * rows - 1, 64).bit_length()
+    offset = 37 * variant % (capacity - rows + 1)
+    return _noise(capacity, dtype, device)[offset : offset + rows, :columns]
+
+
+def ritz_triplets(
+    products: Sequence[Tensor], blocks: Sequence[Tensor], *, out: Triplets | None = None, active: Tensor | None = None
+) -> Triplets:
+    """Rayleigh–Ritz on ``span(V)`` from ``Y = W V``, with V orthonormal.
+
+    ``G = YᵀY`` gives the rotation Q (:func:`~specopt.kernels.small.rotations`); then ``θ_i = ‖Y q_i‖``,
+    ``u_i = Y q_i / θ_i``, ``v_i = V q_i``, so that ``W v_i = θ_i u_i`` however old V is.
+
+    Args:
+        products: ``Y_b`` (m_b, k_b).
+        blocks: ``V_b`` (n_b, k_b), orthonormal columns.
+        out, active: where to write, and bool (B,) of which to write.
+    """
+    gram, scale = grams(products)
+    rotation, weight = rotations(gram)
+    root = weight.sqrt()
+    present = root > 64 * torch.finfo(root.dtype).eps * root[:, :1]
+    inverse = torch.where(present, 1 / torch.where(present, root, 1.0), 0.0) / scale[:, None]
+    # a non-finite product leaves no comparison true: let it show in sigma
+    sigma = torch.where(present, root, 0.0) * scale[:, None] + 0.0 * gram.sum((1, 2))[:, None]
+    if out is None:
+        out = Triplets(
+            torch.empty_like(sigma),
+            allocate([(y.shape[0], y.shape[1]) for y in products], products[0]),
+            allocate([(v.shape[0], v.shape[1]) for v in blocks], blocks[0]),
+        )
+        active = None
+    both = None if active is None else torch.cat([active, active])
+    factors = torch.cat([rotation * inverse[:, None, :], rotation])
+    mixes([([*products, *blocks], factors)], [*out.lefts, *out.rights], active=both)
+    out.sigma.copy_(sigma if active is None else torch.where(active[:, None], sigma, out.sigma))
+    return out
+
+
+def orthonormalize(
+    candidates: Sequence[Tensor], starts: Sequence[Tensor], out: Sequence[Tensor], *, active: Tensor | None = None
+) -> None:
+    """An orthonormal basis of each block of candidate columns into ``out``: Cholesky-QR twice, earlier columns first.
+
+    Columns that are zero or depend on those before them are replaced by columns of ``starts`` between the passes. A
+    block with a non-finite entry leaves its ``out`` as it is.
+    """
+    gram, scale = grams(candidates)
+    finite = (gram.sum((1, 2)) + scale).isfinite()
+    active = finite if active is None else active & finite
+    factor, dropped = orthonormalizers(gram)
+    counts = constant([float(block.shape[1]) for block in candidates], gram.dtype, gram.device)
+    real = torch.arange(gram.shape[-1], device=gram.device) < counts[:, None]
+    refill = torch.diag_embed((dropped & real).to(gram.dtype))
+    rows = constant([float(block.shape[0]) for block in candidates], gram.dtype, gram.device)
+    refill = refill * rows.rsqrt()[:, None, None]
+    first = allocate([(block.shape[0], block.shape[1]) for block in candidates], candidates[0])
+    mixes([(candidates, factor / scale[:, None, None]), (starts, refill)], first)
+    gram, scale = grams(first)
+    factor, _ = orthonormalizers(gram, threshold=REFILL_THRESHOLD)
+    mixes([(first, factor / scale[:, None, None])], out, active=active)
+
+
+REFILL_THRESHOLD = 0.05
+"""In the second pass only a replaced column can lie close to the others; closer than this it is left out (zero)."""
+
+
+class BasisLayout(NamedTuple):
+    """How the columns of the next basis are shared out: ``images``, ``kept`` and ``followers`` per matrix."""
+
+    columns: tuple[int, ...]
+    kept: tuple[int, ...]
+    followers: tuple[int, ...]
+
+
+def next_basis(
+    triplets: Triplets,
+    returned: Sequence[Tensor],
+    previous: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    layout: BasisLayout,
+    correction: Tensor,
+    out: Sequence[Tensor],
+    *,
+    active: Tensor | None = None,
+) -> Tensor:
+    """The next ``V = orth[ images | kept | followers ]`` from ``Z = Wᵀ U``, and the residual of the first triplet.
+
+    With ``d = sigma`` (plus ``correction`` on the first), sorted by ``|d|``: images ``Z_i d_i − ½ min(d²) v_i`` of the
+    largest, kept ``Z_i d_i − d_i² v_i`` of the first few (beside its image each spans a Krylov pair), and followers
+    ``(W − W_before)ᵀ Ω``: where the last update went, as the difference of two probes.
+
+    Args:
+        triplets: of the matrices before the correction ``W ← W + c u₁v₁ᵀ``.
+        returned: ``[Z_b | P_b]`` (n_b, k_b + a_b): ``Z = Wᵀ U`` and the probe ``P = Wᵀ Ω``, Ω fixed.
+        previous: the probes (n_b, a_b) of the step before.
+        starts: fixed random columns (n_b, k_b) for directions that vanish.
+        layout: columns of each basis, how many of them kept and followers.
+        correction: ``c`` (B,).
+        out: the bases (n_b, k_b), written where ``active`` and finite.
+
+    Returns:
+        residual (B,): ``‖Wᵀu₁ − d₁ v₁‖ / θ₁``, the same before and after the correction.
+    """
+    sigma = triplets.sigma
+    width = sigma.shape[1]
+    top = torch.where(sigma[:, 0] > 0, sigma[:, 0], torch.ones_like(sigma[:, 0]))
+    corrected = sigma / top[:, None]
+    corrected[:, 0] = corrected[:, 0] + correction / top
+    plan = _plan(layout, width, sigma.device, sigma.dtype)
+    square = corrected.square()
+    shift = 0.5 * torch.where(plan.real, square, torch.inf).amin(1, keepdim=True)
+    order = torch.where(plan.real, corrected.abs(), -1.0).argsort(dim=1, descending=True, stable=True)
+    source = order.gather(1, plan.rank)
+    d = corrected.gather(1, source)
+    places = torch.arange(width, device=sigma.device)
+    onehot = (places[:, None] == source[:, None, :]).to(sigma.dtype) * plan.taken[:, None, :]  # (B, from, to)
+    probes = max(layout.followers)
+    from_z = sigma.new_zeros(len(returned), width + probes, width)
+    from_z[:, :width] = onehot * (d / top[:, None])[:, None, :]
+    from_z = from_z + plan.follow_now / top[:, None, None]
+    from_v = -onehot * torch.where(plan.image, shift, d.square())[:, None, :]
+    terms: list[tuple[Sequence[Tensor], Tensor]] = [(returned, from_z), (triplets.rights, from_v)]
+    if probes:
+        terms.append((previous, -plan.follow_before / top[:, None, None]))
+    candidates = allocate([(basis.shape[0], basis.shape[1]) for basis in out], out[0])
+    mixes(terms, candidates)
+    orthonormalize(candidates, starts, out, active=active)
+    return first_column_residuals(returned, triplets.rights, top)
+
+
+class _Plan(NamedTuple):
+    rank: Tensor  # (B, K) which place in the order a column of the basis takes its direction from
+    real: Tensor  # (B, K) columns that exist
+    image: Tensor
+    taken: Tensor  # images and kept, as 0 and 1
+    follow_now: Tensor  # (B, K + a, K) one-hot from the probes of this step to the followers
+    follow_before: Tensor  # (B, a, K) the same from the probes of the step before
+
+
+@lru_cache(maxsize=64)
+def _plan(layout: BasisLayout, width: int, device: torch.device, dtype: torch.dtype) -> _Plan:
+    count, probes = len(layout.columns), max(layout.followers)
+    rank = torch.zeros(count, width, dtype=torch.long)
+    real, image, taken = (torch.zeros(count, width, dtype=torch.bool) for _ in range(3))
+    now, before = torch.zeros(count, width + probes, width), torch.zeros(count, probes, width)
+    for b, (k, r, a) in enumerate(zip(*layout, strict=True)):
+        p = k - r - a
+        rank[b, :p], rank[b, p : p + r] = torch.arange(p), torch.arange(r)
+        real[b, :k], image[b, :p], taken[b, : p + r] = True, True, True
+        for f in range(a):
+            now[b, k + f, p + r + f] = before[b, f, p + r + f] = 1
+    masks = (upload(mask, device) for mask in (rank, real, image))
+    return _Plan(*masks, *(upload(t, device, dtype) for t in (taken, now, before)))
+
+
+@lru_cache(maxsize=512)
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return upload(torch.tensor(values, dtype=dtype), device)
+
+
+def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Host numbers as a tensor, uploaded once per set of values. Not to be written to."""
+    return _constant(tuple(values), dtype, device)
+
+
+__all__ = [
+    "BasisLayout",
+    "Triplets",
+    "constant",
+    "next_basis",
+    "orthonormalize",
+    "ritz_triplets",
+    "start_block",
+]

@@ -1,0 +1,14 @@
+"""Spectral control of weights inside ``optimizer.step()``.
+
+Swap the optimizer class, and every weight matrix' largest singular value is regularized (:class:`SNRSGD`) or set
+(:class:`NormScaleAdamW`), with no term in the loss and no layer wrapper.
+"""
+
+from . import init
+from .adamw import NormScaleAdamW
+from .report import SpectralRow, spectral_report
+from .sgd import SNRSGD
+
+__version__ = "0.1.0"
+
+__all__ = ["SNRSGD", "NormScaleAdamW", "SpectralRow", "init", "spectral_report"]

@@ -1,0 +1,110 @@
+"""AdamW with Norm Scaling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.optimizer import ParamsT
+
+from .control import SpectralOptimizer
+from .rules import NormScale
+from .targets import Target
+
+
+class NormScaleAdamW(SpectralOptimizer, AdamW):
+    r"""``torch.optim.AdamW`` that sets the norm of every weight matrix after its update.
+
+    ``norm="spectral"``: with the first singular triplet (σ₁, u₁, v₁) of the updated weight, ``mode="set"`` adds
+    ``(σ* − σ₁) u₁v₁ᵀ``; ``"cap"`` does so where σ₁ > σ*; ``"rescale"`` multiplies by ``σ*/σ₁``. ``norm="frobenius"``:
+    ``"set"`` multiplies by ``F*/‖W‖_F`` with ``F* = sqrt(min(rows, cols)) σ*``, ``"cap"`` where the norm is above it.
+
+    The triplet comes from a block that follows the top of the spectrum by one pair of products a step, ``W V`` and
+    ``Wᵀ U``, more in the first 20 steps.
+
+    Every argument of :class:`torch.optim.AdamW`, then, by keyword and per group:
+
+    Args:
+        norm: ``"spectral"`` or ``"frobenius"``.
+        mode: ``"set"``, ``"cap"`` or (spectral) ``"rescale"``.
+        target: σ*: ``"channels"`` is ``sqrt(out/in)``, ``"fan"`` ``sqrt(out/(in·k·k))``, ``"initial"`` the norm of the
+            weight before the first step, or a positive number.
+        rank: how many triplets are corrected; 1.
+        raise_small: raise also a matrix that is all zero when control starts. By default it is only capped until it has
+            reached σ* by itself.
+        spectral: ``False`` turns control off for a group.
+        view: ``"auto"`` controls 2-D tensors, and 4-D and 5-D ones with more than one input and output channel, read as
+            ``(out, in·k·k)``; ``"flatten"`` any tensor of two or more dimensions.
+        block: columns of a product, 1 to 64: the tracked block, and an eighth of them a probe of where the last
+            update went.
+        tolerance: residual ``‖Wᵀu₁ − σ₁v₁‖ / σ₁`` above which the next step makes a further pair of products.
+        max_passes: the most pairs of products in a step; by default 16 in the first 20 steps, 2 later.
+
+    Raises:
+        ValueError: an option that makes no sense, naming it, its value and what it may be.
+
+    Source: Norm Scaling (blog post and code, December 2023).
+
+    Example::
+
+        specopt.init.scaled_orthogonal_(model)
+        optimizer = specopt.NormScaleAdamW(model.parameters(), lr=1e-3)
+    """
+
+    rule = NormScale()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        norm: str = "spectral",
+        mode: str = "set",
+        target: Target = "channels",
+        rank: int = 1,
+        raise_small: bool = False,
+        spectral: bool = True,
+        view: str = "auto",
+        block: int = 32,
+        tolerance: float = 0.01,
+        max_passes: int | None = None,
+    ) -> None:
+        options: dict[str, Any] = {
+            "norm": norm,
+            "mode": mode,
+            "target": target,
+            "rank": rank,
+            "raise_small": raise_small,
+            "spectral": spectral,
+            "view": view,
+            "block": block,
+            "tolerance": tolerance,
+            "max_passes": max_passes,
+        }
+        self._construct(
+            options,
+            lambda: AdamW.__init__(
+                self,
+                params,
+                lr,
+                betas,
+                eps,
+                weight_decay,
+                amsgrad,
+                maximize=maximize,
+                foreach=foreach,
+                capturable=capturable,
+                differentiable=differentiable,
+                fused=fused,
+            ),
+        )

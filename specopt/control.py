@@ -1,0 +1,160 @@
+"""The plumbing between a torch.optim class and a rule."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from specopt import kernels
+
+from .rules import Gate, Rule
+from .tracker.common import HostCopy
+from .views import Matrix, as_matrix, is_controlled, matrix_view
+
+PREFIX = "spectral_"
+
+
+class SpectralOptimizer(Optimizer):
+    """Puts a rule around the step of the torch.optim class that stands behind it in the bases.
+
+    Holds nothing of its own but what is being waited for: options live in the groups, state in ``self.state``.
+    """
+
+    rule: ClassVar[Rule]
+    _options: dict[str, Any]
+
+    def _construct(self, options: dict[str, Any], base_init: Callable[[], None]) -> None:
+        self._options = options
+        base_init()
+        self.defaults.update(options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):
+            merged = {**getattr(self, "defaults", {}), **self._own_options(), **param_group}
+            self.rule.check(merged)
+            for name in self.rule.names:
+                param_group.setdefault(name, merged[name])
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for param in group["params"]:
+            if is_controlled(param, group):
+                matrix_view(param)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of the base optimizer, under control.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gate = Gate(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
+        with torch.no_grad(), self._without_autocast(), ExitStack() as stack:
+            for matrices in self._buckets():
+                stack.enter_context(self.rule.around(matrices, gate))
+            self._base_step()
+        self._tell(gate)
+        return loss
+
+    def _base_step(self) -> None:
+        # torch wraps the step of every class it has built with the user's hooks; ours has them already
+        step: Any = super().step
+        function = step.__func__
+        (function.__wrapped__ if getattr(function, "hooked", False) else function)(self)
+
+    @contextmanager
+    def _without_autocast(self) -> Iterator[None]:
+        kinds = {param.device.type for group in self.param_groups for param in group["params"]}
+        with ExitStack() as stack:
+            for kind in kinds:
+                if torch.amp.autocast_mode.is_autocast_available(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
+
+    def matrices(self, *, with_grad: bool = True) -> Iterator[Matrix]:
+        """The controlled weights, those that have a gradient alone or all."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if not is_controlled(param, group) or (with_grad and param.grad is None):
+                    continue
+                if with_grad and param.grad.is_sparse:
+                    raise RuntimeError(
+                        f"a controlled weight of shape {tuple(param.shape)} has a sparse gradient; put it into a group "
+                        "with spectral=False"
+                    )
+                yield as_matrix(param, group, self.state[param], self.rule.columns(group))
+
+    def _buckets(self) -> list[list[Matrix]]:
+        """Matrices that one call of every operation can serve."""
+        buckets: dict[Any, list[Matrix]] = {}
+        for matrix in self.matrices():
+            dtype = kernels.accumulation_dtype(matrix.param.dtype)
+            buckets.setdefault((matrix.param.device, dtype, matrix.complete), []).append(matrix)
+        return list(buckets.values())
+
+    def _own_options(self) -> dict[str, Any]:
+        return self._options if "_options" in self.__dict__ else {name: self.defaults[name] for name in self.rule.names}
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name in self.rule.names:
+                group.setdefault(name, self.defaults[name])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the base's; but what a rule stored keeps its own dtype (the base casts to the parameter's)."""
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        mine = chain.from_iterable(group["params"] for group in self.param_groups)
+        for key, param in zip(saved, mine, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if name.startswith(PREFIX) and isinstance(value, Tensor):
+                    self.state[param][name] = value.to(param.device, copy=True)
+
+    # --- telling the user ----------------------------------------------------------------------------------------
+
+    def _tell(self, gate: Gate) -> None:
+        waiting: list[tuple[list[Tensor], HostCopy]] = self.__dict__.setdefault("_waiting", [])
+        waiting.extend(gate.ratios)
+        arrived: list[tuple[Tensor, float]] = []
+        still = []
+        for params, copy in waiting:
+            ratios = copy.peek()
+            if ratios is None:
+                still.append((params, copy))
+            else:
+                arrived.extend(zip(params, ratios.tolist(), strict=True))
+        self._waiting = still
+        self._warn([(param, ratio) for param, ratio in arrived if not 0.5 <= ratio <= 2])
+
+    def _warn(self, far: list[tuple[Tensor, float]]) -> None:
+        if not far or self.__dict__.get("_warned"):
+            return
+        self._warned = True
+        names = self.names()
+        listed = ", ".join(f"{names[p]} {tuple(p.shape)}: {r:.3g}" for p, r in far[:4])
+        warnings.warn(
+            f"the first step moved {len(far)} weight(s) whose norm was not within [0.5, 2] of its target "
+            f"(norm / target: {listed}{', ...' if len(far) > 4 else ''}). Start from specopt.init.scaled_orthogonal_, "
+            'keep the norm there is with target="initial", or only lower it, with mode="cap".',
+            stacklevel=5,  # this, _tell, step, torch's hook around it, the caller
+        )
+
+    def names(self) -> Mapping[Tensor, str]:
+        """A name for every parameter: its own where the optimizer was built from named ones, else its place."""
+        names: dict[Tensor, str] = {}
+        for i, group in enumerate(self.param_groups):
+            known: Iterable[str] = group.get("param_names") or (f"{i}.{j}" for j in range(len(group["params"])))
+            names.update(zip(group["params"], known, strict=True))
+        return names

@@ -1,0 +1,62 @@
+"""Options of the rules, checked in the constructor: an error names the option, its value and what it may be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from specopt.kernels import MAX_COLUMNS
+
+from .targets import NAMED_TARGETS
+from .views import VIEWS
+
+SHARED = ("spectral", "view", "block", "tolerance", "max_passes")
+NORMS = ("spectral", "frobenius")
+MODES = {"spectral": ("set", "cap", "rescale"), "frobenius": ("set", "cap")}
+
+
+def check_shared(group: Mapping[str, Any]) -> None:
+    if not isinstance(group["spectral"], bool):
+        raise ValueError(f"spectral must be True or False, got {group['spectral']!r}")
+    check_choice("view", group["view"], VIEWS)
+    check_count("block", group["block"], MAX_COLUMNS)
+    if not _positive(group["tolerance"]):
+        raise ValueError(f"tolerance must be a positive finite number, got {group['tolerance']!r}")
+    if group["max_passes"] is not None:
+        check_count("max_passes", group["max_passes"])
+    if group.get("differentiable"):
+        raise ValueError(
+            "differentiable must be False, got True: spectral control is not differentiated through; "
+            "use the base optimizer with a penalty in the loss instead"
+        )
+
+
+def check_lambda(name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+
+
+def check_norm_scale(group: Mapping[str, Any]) -> None:
+    check_choice("norm", group["norm"], NORMS)
+    check_choice(f"mode (with norm={group['norm']!r})", group["mode"], MODES[group["norm"]])
+    if group["rank"] != 1 or isinstance(group["rank"], bool):
+        raise ValueError(f"rank must be 1 (corrections of more triplets are not there yet), got {group['rank']!r}")
+    if not _positive(group["target"]):
+        check_choice("target", group["target"], NAMED_TARGETS, " or a positive number")
+    if not isinstance(group["raise_small"], bool):
+        raise ValueError(f"raise_small must be True or False, got {group['raise_small']!r}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...], more: str = "") -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}{more}, got {value!r}")
+
+
+def check_count(name: str, value: Any, most: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most is not None and value > most):
+        raise ValueError(f"{name} must be an integer from 1{f' to {most}' if most else ' up'}, got {value!r}")
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf

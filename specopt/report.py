@@ -1,0 +1,92 @@
+"""What the weights of an optimizer look like now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from specopt import kernels
+
+from .control import SpectralOptimizer
+from .rules import NormScale, shape_target
+from .tracker.common import STATS, Stat
+from .tracker.measure import measure
+from .views import Matrix
+
+
+@dataclass(frozen=True)
+class SpectralRow:
+    """One controlled weight. Norms are those of the matrix view."""
+
+    name: str
+    shape: tuple[int, ...]
+    sigma: float
+    """Its largest singular value now, measured afresh."""
+    target: float | None
+    """sigma*, or F* under Frobenius scaling; None where the rule has none (a penalty), or before the first step."""
+    residual: float
+    """``‖Wᵀu₁ − σ₁v₁‖ / σ₁`` of that measurement."""
+    stable_rank: float
+    """``(‖W‖_F / σ₁)²``; nan for a zero matrix."""
+    frobenius: float
+    finite: bool
+    """False where the weight holds a non-finite entry and is left alone."""
+    capped: bool
+    """True while a matrix that was all zero at the start is only capped."""
+
+
+@torch.no_grad()
+def spectral_report(optimizer: Optimizer) -> list[SpectralRow]:
+    """A row for each weight that ``optimizer`` controls, in the order of its groups. One host sync; changes nothing.
+
+    Raises:
+        TypeError: an optimizer that controls nothing by design, such as a plain ``torch.optim`` one.
+    """
+    if not isinstance(optimizer, SpectralOptimizer):
+        raise TypeError(f"spectral_report takes an optimizer of specopt, got {type(optimizer).__name__}")
+    matrices = list(optimizer.matrices(with_grad=False))
+    if not matrices:
+        return []
+    params = [matrix.param for matrix in matrices]
+    stats = measure(params)
+    columns = [
+        stats[:, Stat.SIGMA],
+        stats[:, Stat.RESIDUAL],
+        torch.stack([kernels.frobenius_norms([matrix.weight])[0].to(stats) for matrix in matrices]),
+        torch.stack([_target(optimizer, matrix, stats) for matrix in matrices]),
+        torch.stack([_capped(matrix, stats) for matrix in matrices]),
+    ]
+    names = optimizer.names()
+    rows = []
+    for param, values in zip(params, torch.stack(columns, 1).tolist(), strict=True):
+        sigma, residual, frobenius, target, capped = values
+        rows.append(
+            SpectralRow(
+                name=names[param],
+                shape=tuple(param.shape),
+                sigma=sigma,
+                target=None if target != target else target,
+                residual=residual,
+                stable_rank=(frobenius / sigma) ** 2 if sigma > 0 else float("nan"),
+                frobenius=frobenius,
+                finite=sigma == sigma and abs(frobenius) != float("inf"),
+                capped=capped > 0,
+            )
+        )
+    return rows
+
+
+def _target(optimizer: SpectralOptimizer, matrix: Matrix, like: Tensor) -> Tensor:
+    if not isinstance(optimizer.rule, NormScale):
+        return like.new_tensor(float("nan"))
+    stats = matrix.state.get(STATS)
+    known = like.new_tensor(shape_target(matrix))
+    return known if stats is None else torch.where(known.isnan(), stats[Stat.TARGET].to(like), known)
+
+
+def _capped(matrix: Matrix, like: Tensor) -> Tensor:
+    stats = matrix.state.get(STATS)
+    return like.new_zeros(()) if stats is None else stats[Stat.CAPPED].to(like)

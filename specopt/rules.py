@@ -1,0 +1,244 @@
+"""Rules: what is done with the triplets, before the base update (on gradients) or after it (on weights).
+
+A rule has no state of its own: its options live in the optimizer's param groups, its tracker's state in
+``optimizer.state``. So both travel with ``state_dict``, deepcopy and pickle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from specopt import kernels
+from specopt.kernels import Triplets
+
+from . import options
+from .targets import target_frobenius, target_sigma
+from .tracker import halves, pairs
+from .tracker.common import STATS, STEP, HostCopy, Stat, constant, gather_stats, new_stats, scatter_stats
+from .tracker.measure import measure
+from .views import Matrix
+
+
+class Rule(Protocol):
+    """What an optimizer asks of a rule."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The group options it reads."""
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        """Raises ValueError for an option that makes no sense."""
+
+    def columns(self, group: Mapping[str, Any]) -> int:
+        """The most columns that a matrix' block takes."""
+
+    def around(self, matrices: Sequence[Matrix], gate: Gate) -> AbstractContextManager[None]:
+        """The context that the base update of a list of matrices runs in; they share device, accumulation dtype and
+        kind (complete or tracked)."""
+
+
+@dataclass
+class Gate:
+    """Whether and how a step counts, and what it has to tell the host once the device has got that far."""
+
+    found_inf: Tensor | None = None
+    """Left by a gradient scaler with ``fused=True``: non-zero where the base update skips."""
+    grad_scale: Tensor | None = None
+    """Likewise: what the gradients are still multiplied by."""
+    ratios: list[tuple[list[Tensor], HostCopy]] = field(default_factory=list)
+    """Parameters in their first step, and the norm found over its target (1 where it was not pulled there)."""
+
+    def open(self, matrices: Sequence[Matrix], like: Tensor) -> Tensor:
+        """1 (B,) where weights may be changed, else 0; decided on the device where lr lives there."""
+        rates = [matrix.group["lr"] for matrix in matrices]
+        on_device = [rate for rate in rates if isinstance(rate, Tensor) and rate.device.type != "cpu"]
+        if on_device:
+            rates = [r.reshape(()).to(like) if isinstance(r, Tensor) else like.new_full((), r) for r in rates]
+            gate = (torch.stack(rates) != 0).to(like.dtype)
+        else:
+            gate = constant([float(float(rate) != 0) for rate in rates], like)
+        return gate if self.found_inf is None else gate * (self.found_inf.to(like.device, like.dtype) == 0)
+
+    def gradient_scale(self, like: Tensor) -> Tensor | float:
+        return 1.0 if self.grad_scale is None else self.grad_scale.to(like.device, like.dtype)
+
+
+class SpectralPenalty:
+    """``λ/2 · Σ σ₁²`` added to the objective: each matrix' gradient gains ``λ σ₁ u₁v₁ᵀ`` for the base update.
+
+    ``p.grad`` is the same tensor with the same values after the step as before it. Under ``maximize=True`` the penalty
+    is still minimized.
+
+    Source: Yoshida and Miyato, Spectral norm regularization, arXiv 1705.10941 (whose σ is printed inverted).
+    """
+
+    names = ("snr_lambda", *options.SHARED)
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        options.check_shared(group)
+        options.check_lambda("snr_lambda", group["snr_lambda"])
+
+    def columns(self, group: Mapping[str, Any]) -> int:
+        return halves.basis_columns(group["block"])
+
+    @contextmanager
+    def around(self, matrices: Sequence[Matrix], gate: Gate) -> Iterator[None]:
+        halves.start([matrix for matrix in matrices if not halves.has_state(matrix)])
+        first = halves.step(matrices)
+        strength = constant([float(matrix.group["snr_lambda"]) for matrix in matrices], first.sigma)
+        sign = constant([-1.0 if matrix.group.get("maximize") else 1.0 for matrix in matrices], first.sigma)
+        coefficients = sign * strength * torch.where(first.valid, first.sigma, 0.0) * gate.gradient_scale(first.sigma)
+        chosen = [i for i, matrix in enumerate(matrices) if matrix.group["snr_lambda"] != 0]
+        grads = [grad for i in chosen if (grad := matrices[i].param.grad) is not None]
+        try:
+            if chosen:
+                penalized = [torch.empty_like(matrices[i].param) for i in chosen]
+                torch._foreach_copy_(penalized, grads)
+                kernels.rank_updates_(
+                    [matrices[i].view_of(grad) for i, grad in zip(chosen, penalized, strict=True)],
+                    torch.stack([coefficients[i] for i in chosen])[:, None],
+                    [first.lefts[i] for i in chosen],
+                    [first.rights[i] for i in chosen],
+                )
+                for i, grad in zip(chosen, penalized, strict=True):
+                    matrices[i].param.grad = grad
+            yield
+        finally:
+            for i, original in zip(chosen, grads, strict=True):
+                matrices[i].param.grad = original
+
+
+class NormScale:
+    """Weights steered to a norm after the base update.
+
+    Spectral, with the first triplet (σ₁, u₁, v₁) and the target σ*: ``"set"``: ``W += (σ* − σ₁) u₁v₁ᵀ``; ``"cap"``: the
+    same where σ₁ > σ*; ``"rescale"``: ``W *= σ*/σ₁``. Frobenius, with ``F* = sqrt(min(rows, cols)) σ*``: ``"set"``:
+    ``W *= F*/‖W‖_F``; ``"cap"``: the same where ``‖W‖_F > F*``.
+
+    A zero matrix stays zero; one that is zero when control starts is capped until it has reached its target by itself,
+    unless ``raise_small``; one with a non-finite entry is left as the base left it; nothing changes at a learning rate
+    of 0.
+
+    Source: Norm Scaling (blog post and code, December 2023).
+    """
+
+    names = ("norm", "mode", "target", "rank", "raise_small", *options.SHARED)
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        options.check_shared(group)
+        options.check_norm_scale(group)
+
+    def columns(self, group: Mapping[str, Any]) -> int:
+        return pairs.basis_columns(group["block"])
+
+    @contextmanager
+    def around(self, matrices: Sequence[Matrix], gate: Gate) -> Iterator[None]:
+        spectral = [matrix for matrix in matrices if matrix.group["norm"] == "spectral"]
+        frobenius = [matrix for matrix in matrices if matrix.group["norm"] == "frobenius"]
+        new = [matrix for matrix in spectral if not pairs.has_state(matrix)]
+        fresh = [matrix for matrix in frobenius if STATS not in matrix.state or STEP not in matrix.state]
+        start = pairs.Start(new) if new else None
+        initial = _initial_spectral_norms(new)
+        norms = kernels.frobenius_norms([matrix.weight for matrix in fresh]) if fresh else None
+        yield
+        if start is not None:
+            start.finish(initial)
+        if norms is not None:
+            for matrix, norm in zip(fresh, norms, strict=True):
+                _start_frobenius(matrix, norm)
+        if spectral:
+            pairs.step(spectral, _SpectralCorrection(spectral, gate))
+        if frobenius:
+            _scale_frobenius(frobenius, gate)
+
+
+class _SpectralCorrection:
+    def __init__(self, matrices: Sequence[Matrix], gate: Gate) -> None:
+        self.matrices, self.gate = matrices, gate
+
+    def __call__(self, triplets: Triplets, valid: Tensor, stats: Tensor) -> Tensor:
+        sigma = triplets.sigma[:, 0]
+        target = targets_of(self.matrices, stats)
+        change, stats[:, Stat.CAPPED] = _allowed(self.matrices, sigma, target, valid, stats, self.gate)
+        rescaled = [matrix.group["mode"] == "rescale" for matrix in self.matrices]
+        weights = [matrix.weight for matrix in self.matrices]
+        if any(rescaled):
+            whole = constant([float(r) for r in rescaled], sigma) > 0
+            factor = torch.where(whole & (change != 0), target / torch.where(sigma > 0, sigma, 1.0), 1.0)
+            kernels.scale_(weights, factor)
+            triplets.sigma.mul_(factor[:, None])
+            change = torch.where(whole, 0.0, change)
+        if not all(rescaled):
+            kernels.rank_updates_(weights, change[:, None], triplets.lefts, triplets.rights)
+        return change
+
+
+def _initial_spectral_norms(matrices: Sequence[Matrix]) -> list[Tensor | None]:
+    """sigma₁ of the weights as they are, where it is to be their target."""
+    wanted = [i for i, matrix in enumerate(matrices) if matrix.group["target"] == "initial"]
+    found: list[Tensor | None] = [None] * len(matrices)
+    if wanted:
+        stats = measure([matrices[i].param for i in wanted])
+        for i, row in zip(wanted, stats, strict=True):
+            found[i] = row[Stat.SIGMA]
+    return found
+
+
+def _start_frobenius(matrix: Matrix, norm: Tensor) -> None:
+    stats = new_stats(matrix)
+    stats[Stat.CAPPED] = norm == 0
+    if matrix.group["target"] == "initial":
+        stats[Stat.TARGET] = norm
+    matrix.state[STATS], matrix.state[STEP] = stats, 0
+
+
+def _scale_frobenius(matrices: Sequence[Matrix], gate: Gate) -> None:
+    stats = gather_stats(matrices)
+    weights = [matrix.weight for matrix in matrices]
+    norm = kernels.frobenius_norms(weights)
+    target = targets_of(matrices, stats)
+    valid = norm.isfinite()
+    change, stats[:, Stat.CAPPED] = _allowed(matrices, norm, target, valid, stats, gate)
+    kernels.scale_(weights, torch.where(change != 0, target / torch.where(norm > 0, norm, 1.0), 1.0))
+    stats[:, Stat.SIGMA] = torch.nan  # not known from a Frobenius norm
+    stats[:, Stat.VALID] = valid.to(stats.dtype)
+    scatter_stats(matrices, stats)
+    for matrix in matrices:
+        matrix.state[STEP] += 1
+
+
+def _allowed(
+    matrices: Sequence[Matrix], norm: Tensor, target: Tensor, valid: Tensor, stats: Tensor, gate: Gate
+) -> tuple[Tensor, Tensor]:
+    """``target − norm`` where the rule may make that change, else 0; and which matrices are still capped."""
+    raise_small = constant([float(matrix.group["raise_small"]) for matrix in matrices], norm) > 0
+    capped = (stats[:, Stat.CAPPED] > 0) & ~(norm >= target) & ~raise_small
+    down_only = capped | (constant([float(matrix.group["mode"] == "cap") for matrix in matrices], norm) > 0)
+    change = torch.where(valid & (norm > 0), target - norm, 0.0)
+    change = torch.where(down_only, change.clamp_max(0.0), change)
+    change = torch.where(gate.open(matrices, norm) > 0, change, 0.0)
+    first = [i for i, matrix in enumerate(matrices) if matrix.state[STEP] == 0]
+    if first:
+        pulled = (change != 0) & (constant([float(m.group["mode"] != "cap") for m in matrices], norm) > 0)
+        ratio = torch.where(pulled, norm / target, 1.0)
+        ratio = torch.stack([ratio[i] for i in first])
+        gate.ratios.append(([matrices[i].param for i in first], HostCopy.of(ratio)))
+    return change, capped.to(stats.dtype)
+
+
+def targets_of(matrices: Sequence[Matrix], stats: Tensor) -> Tensor:
+    """sigma*, or F* under Frobenius scaling, of each matrix (B,)."""
+    known = constant([shape_target(matrix) for matrix in matrices], stats)
+    return torch.where(known.isnan(), stats[:, Stat.TARGET], known)
+
+
+def shape_target(matrix: Matrix) -> float:
+    """The target as far as the shape and the options tell it; nan for ``"initial"``."""
+    shape_rule = target_frobenius if matrix.group["norm"] == "frobenius" else target_sigma
+    return shape_rule(matrix.param, matrix.group["target"])

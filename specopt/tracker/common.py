@@ -1,0 +1,177 @@
+"""What both trackers share: the state of a matrix, the schedule of pairs, and peeking at the device without waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from specopt import kernels
+from specopt.kernels import accumulation_dtype, start_block
+
+from ..views import Matrix
+
+COLD_STEPS = 20
+"""A residual is no proof in a flat spectrum: from scaled orthogonal init one pair leaves residual 0.05 with sigma 11 %
+wrong. So the first steps make more pairs, and stop only when sigma stands still as well."""
+COLD_MIN, COLD_MAX = 6, 16
+COLD_STOP = 0.25
+"""The residual that ends a cold step, in tolerances: a direction is wrong by residual / gap, and gaps are small."""
+WARM_MAX = 2
+LOST = 0.1
+"""A last residual above this gives a step the cold phase's number of pairs."""
+JUMP = 10
+"""So many tolerances between sigma and what the last step left call for the conditional pair: an update out of scale
+(a spike of the learning rate) shows there one step before it shows in a residual."""
+
+BLOCK, PROBE, LEFT, RIGHT, STATS, STEP = (
+    f"spectral_{name}" for name in ("block", "probe", "left", "right", "stats", "step")
+)
+
+
+class Stat(IntEnum):
+    """Entries of the state tensor ``spectral_stats``."""
+
+    SIGMA = 0
+    """sigma₁ as last measured: before the correction, if one was made."""
+    RESIDUAL = 1
+    TOP = 2
+    """The largest Ritz value after the correction: what the next step expects to find."""
+    VALID = 3
+    """1 where the last step's triplet was finite and could be applied."""
+    CAPPED = 4
+    """1 while a matrix that was all zero at the start has not reached its target by itself."""
+    TARGET = 5
+    """sigma* (or F*) where it was read from the weight itself (``target="initial"``), else nan."""
+    PAIRS = 6
+    """Pairs of products made in the last step; a lone half product counts a half."""
+
+
+def new_stats(matrix: Matrix) -> Tensor:
+    stats = torch.zeros(len(Stat), dtype=accumulation_dtype(matrix.param.dtype), device=matrix.param.device)
+    stats[Stat.RESIDUAL] = torch.inf
+    stats[Stat.TARGET] = torch.nan
+    return stats
+
+
+def gather_stats(matrices: Sequence[Matrix]) -> Tensor:
+    """(B, len(Stat)), a copy."""
+    return torch.stack([matrix.state[STATS] for matrix in matrices])
+
+
+def scatter_stats(matrices: Sequence[Matrix], stats: Tensor) -> None:
+    torch._foreach_copy_([matrix.state[STATS] for matrix in matrices], list(stats.unbind()))
+
+
+def constant(values: Sequence[float], like: Tensor) -> Tensor:
+    """Host numbers as a tensor beside ``like``. Not to be written to."""
+    return kernels.constant(values, like.dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def identity(columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.eye(columns, dtype=dtype, device=device)
+
+
+def probe_columns(block: int) -> int:
+    """``a``: so many of the ``block`` columns of a product are a probe of the weight by fixed random vectors Ω."""
+    return block // 8
+
+
+def omega(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Ω: the same fixed random vectors in every step."""
+    return start_block(rows, columns, like.dtype, like.device)
+
+
+def put_omega(wide: Sequence[Tensor], matrices: Sequence[Matrix]) -> None:
+    """Ω into the columns behind each matrix' block: ``[ block | Ω ]``."""
+    probes = [block[:, m.columns :] for block, m in zip(wide, matrices, strict=True)]
+    if any(probe.shape[1] for probe in probes):
+        kernels.copy_blocks([omega(probe.shape[0], probe.shape[1], probe) for probe in probes], probes)
+
+
+def noise(rows: int, columns: int, matrix: Matrix, shift: int = 0) -> Tensor:
+    """Fixed random columns to fill a block with, others in every step and round: last time's may lie in it by now."""
+    dtype = accumulation_dtype(matrix.weight.dtype)
+    variant = 2 * COLD_MAX * matrix.state.get(STEP, 0) + shift
+    return start_block(rows, columns, dtype, matrix.weight.device, variant)
+
+
+def noise_like(blocks: Sequence[Tensor], matrices: Sequence[Matrix], shift: int = 0) -> list[Tensor]:
+    pairs = zip(blocks, matrices, strict=True)
+    return [noise(block.shape[0], block.shape[1], matrix, shift) for block, matrix in pairs]
+
+
+@dataclass
+class HostCopy:
+    """A device tensor on its way to the host, looked at only once it has arrived."""
+
+    value: Tensor
+    arrived: torch.Event | None = None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> HostCopy:
+        if tensor.device.type != "cuda":
+            return cls(tensor.to("cpu", copy=True))
+        value = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        value.copy_(tensor, non_blocking=True)
+        event = torch.Event(tensor.device)
+        event.record(torch.cuda.current_stream(tensor.device))
+        return cls(value, event)
+
+    def peek(self) -> Tensor | None:
+        return self.value if self.arrived is None or self.arrived.query() else None
+
+
+@dataclass
+class Schedule:
+    """How many pairs each matrix of a list makes in this step, decided on the device.
+
+    What is enqueued is a fixed number, ``rounds``; rounds return at once where a matrix is done.
+    """
+
+    minimum: Tensor
+    maximum: Tensor
+    tolerance: Tensor
+    cold: Tensor
+    rounds: int
+
+    @classmethod
+    def of(cls, matrices: Sequence[Matrix], stats: Tensor) -> Schedule:
+        limits = [matrix.group["max_passes"] for matrix in matrices]
+        cold = [matrix.state[STEP] < COLD_STEPS for matrix in matrices]
+        residual = stats[:, Stat.RESIDUAL]
+        tolerance = constant([matrix.group["tolerance"] for matrix in matrices], stats)
+        is_cold = constant([float(c) for c in cold], stats) > 0
+        lost = residual > LOST
+        most = [limit or (COLD_MAX if c else WARM_MAX) for limit, c in zip(limits, cold, strict=True)]
+        fixed = constant([float(limit is not None) for limit in limits], stats) > 0
+        maximum = torch.where(lost & ~fixed, float(COLD_MAX), constant([float(n) for n in most], stats))
+        rounds = max(most)
+        if stats.device.type == "cpu" and bool((lost & ~fixed).any()):
+            rounds = max(rounds, COLD_MAX)
+        minimum = torch.where(is_cold, float(COLD_MIN), 1.0).minimum(maximum)
+        return cls(minimum, maximum, torch.where(is_cold, COLD_STOP, 1.0) * tolerance, is_cold | lost, rounds)
+
+    def first(self, sigma: Tensor, expected: Tensor, residual: Tensor) -> Tensor:
+        """Who needs another pair after the step's first product."""
+        moved = (sigma - expected).abs() > JUMP * self.tolerance * sigma
+        return self._wanted(1.0, sigma, (residual > self.tolerance) | moved | self.cold)
+
+    def again(self, pairs: Tensor, sigma: Tensor, before: Tensor, residual: Tensor) -> Tensor:
+        """Who needs another pair after ``pairs`` of them, the last having moved sigma from ``before``."""
+        moved = (sigma - before).abs() > 0.1 * self.tolerance * sigma
+        return self._wanted(pairs, sigma, (residual > self.tolerance) | moved)
+
+    def _wanted(self, pairs: Tensor | float, sigma: Tensor, unsettled: Tensor) -> Tensor:
+        few = self.minimum > pairs
+        return sigma.isfinite() & (self.maximum > pairs) & (few | unsettled)
+
+
+def all_idle(wanted: Tensor) -> bool:
+    """True where the host may see it: a CPU step ends its rounds early; on a device they are enqueued regardless."""
+    return wanted.device.type == "cpu" and not bool(wanted.any())

@@ -1,0 +1,54 @@
+"""sigma₁ of weights as they are, from nothing: for reports and for targets read from the weight itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specopt import kernels
+
+from ..views import Matrix, as_matrix
+from . import pairs
+from .common import BLOCK, PROBE, STATS, STEP, new_stats, noise_like, probe_columns
+
+OPTIONS: dict[str, Any] = {"block": 32, "tolerance": 1e-3, "max_passes": 64}
+
+
+def measure(params: Sequence[Tensor]) -> Tensor:
+    """The stats (B, len(Stat)) of a cold step that changes nothing: residual at most 1e-3, or 64 pairs."""
+    rows: list[Tensor | None] = [None] * len(params)
+    matrices = [as_matrix(param, OPTIONS, {}, pairs.basis_columns(OPTIONS["block"])) for param in params]
+    for key in {_key(matrix) for matrix in matrices}:
+        chosen = [i for i, matrix in enumerate(matrices) if _key(matrix) == key]
+        bucket = [matrices[i] for i in chosen]
+        _start(bucket)
+        pairs.step(bucket, lambda triplets, valid, stats: torch.zeros_like(stats[:, 0]))
+        for i in chosen:
+            rows[i] = matrices[i].state[STATS].to(params[0].device, torch.float64)
+    return torch.stack([row for row in rows if row is not None])
+
+
+def _key(matrix: Matrix) -> tuple[torch.device, torch.dtype, bool]:
+    return matrix.param.device, kernels.accumulation_dtype(matrix.param.dtype), matrix.complete
+
+
+def _start(matrices: Sequence[Matrix]) -> None:
+    for matrix in matrices:
+        matrix.state[STATS], matrix.state[STEP] = new_stats(matrix), 0
+    if matrices[0].complete:
+        return
+    blocks = [new_block(matrix) for matrix in matrices]
+    starts = noise_like(blocks, matrices)
+    kernels.orthonormalize(starts, starts, blocks)
+    for matrix, block in zip(matrices, blocks, strict=True):
+        matrix.state[BLOCK] = block
+        matrix.state[PROBE] = block.new_zeros(block.shape[0], probe_columns(matrix.group["block"]))
+
+
+def new_block(matrix: Matrix) -> Tensor:
+    weight = matrix.weight
+    dtype = kernels.accumulation_dtype(weight.dtype)
+    return torch.empty(weight.shape[1], matrix.columns, dtype=dtype, device=weight.device)

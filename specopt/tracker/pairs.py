@@ -1,0 +1,198 @@
+"""The tracker of rules that act after the base update: one pair of products, ``Y = W V`` and ``Z = Wᵀ U``, a step.
+
+State of a matrix: its block ``V = [ images | kept | followers ]`` (n, k), the probe ``WᵀΩ`` (n, a) of a fixed random
+Ω, and its stats. The difference of two probes is the last update's range, ``ΔWᵀ Ω``; it becomes the followers, so that
+the block knows where the update went without a copy of the weights, whatever made the update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from specopt import kernels
+from specopt.kernels import BasisLayout, Triplets
+
+from ..views import Matrix
+from .common import (
+    BLOCK,
+    PROBE,
+    STATS,
+    STEP,
+    Schedule,
+    Stat,
+    all_idle,
+    gather_stats,
+    identity,
+    new_stats,
+    noise_like,
+    omega,
+    probe_columns,
+    put_omega,
+    scatter_stats,
+)
+
+Correct = Callable[[Triplets, Tensor, Tensor], Tensor]
+"""``correct(triplets, valid, stats) -> c``: changes the weights (and ``triplets.sigma``, where all of them scale), and
+returns the coefficient (B,) of the ``u₁v₁ᵀ`` that it added."""
+
+
+def basis_columns(block: int) -> int:
+    return block - probe_columns(block)
+
+
+def kept_columns(block: int) -> int:
+    return max(block // 16, min(1, block // 4))
+
+
+def has_state(matrix: Matrix) -> bool:
+    state = matrix.state
+    if STATS not in state or STEP not in state:
+        return False
+    rows, a = matrix.weight.shape[1], probe_columns(matrix.group["block"])
+    shapes = {BLOCK: (rows, matrix.columns), PROBE: (rows, a)}
+    return matrix.complete or all(key in state and state[key].shape == shape for key, shape in shapes.items())
+
+
+class Start:
+    """What has to be seen of new matrices before the base update: whether they are zero, and ``Wᵀ Ω``."""
+
+    def __init__(self, matrices: Sequence[Matrix]) -> None:
+        self.matrices = matrices
+        self.norms = kernels.frobenius_norms([matrix.weight for matrix in matrices])
+        self.tracked = [matrix for matrix in matrices if not matrix.complete]
+        self.before = self._probe() if self.tracked else []
+
+    def _probe(self) -> list[Tensor]:
+        like = self.norms
+        return kernels.skinny_products(
+            [matrix.weight.mT for matrix in self.tracked],
+            [omega(matrix.weight.shape[0], matrix.columns, like) for matrix in self.tracked],
+        )
+
+    def finish(self, targets: Sequence[Tensor | None]) -> None:
+        """After the base update: complete state, the block being the update's range ``ΔWᵀ Ω``, or fixed random columns
+        where that is zero or not finite."""
+        for matrix, norm, target in zip(self.matrices, self.norms, targets, strict=True):
+            stats = new_stats(matrix)
+            stats[Stat.CAPPED] = norm == 0
+            if target is not None:
+                stats[Stat.TARGET] = target
+            matrix.state[STATS], matrix.state[STEP] = stats, 0
+        if not self.tracked:
+            return
+        after = self._probe()
+        moved = [torch.nan_to_num(b - a, 0.0, 0.0, 0.0) for a, b in zip(self.before, after, strict=True)]
+        blocks = [torch.empty_like(x) for x in moved]
+        kernels.orthonormalize(moved, noise_like(blocks, self.tracked), blocks)
+        for matrix, block, before in zip(self.tracked, blocks, self.before, strict=True):
+            a = probe_columns(matrix.group["block"])
+            matrix.state[BLOCK] = block
+            matrix.state[PROBE] = torch.nan_to_num(before[:, :a], 0.0, 0.0, 0.0)
+
+
+def step(matrices: Sequence[Matrix], correct: Correct) -> None:
+    """One step of matrices of one device, accumulation dtype and kind (complete or tracked), all with state."""
+    stats = gather_stats(matrices)
+    weights = [matrix.weight for matrix in matrices]
+    if matrices[0].complete:
+        _exact(matrices, weights, stats, correct)
+    else:
+        _tracked(matrices, weights, stats, correct)
+    scatter_stats(matrices, stats)
+    for matrix in matrices:
+        matrix.state[STEP] += 1
+
+
+def _exact(matrices: Sequence[Matrix], weights: Sequence[Tensor], stats: Tensor, correct: Correct) -> None:
+    bases = [identity(matrix.columns, stats.dtype, stats.device) for matrix in matrices]
+    triplets = kernels.ritz_triplets(kernels.skinny_products(weights, bases), bases)
+    valid = triplets.sigma[:, 0].isfinite()
+    stats[:, Stat.SIGMA] = triplets.sigma[:, 0]
+    added = correct(triplets, valid, stats)
+    _record(stats, triplets, added, valid)
+    stats[:, Stat.RESIDUAL] = torch.where(valid, 0.0, stats[:, Stat.RESIDUAL])
+    stats[:, Stat.PAIRS] = 0.5
+
+
+def _tracked(matrices: Sequence[Matrix], weights: Sequence[Tensor], stats: Tensor, correct: Correct) -> None:
+    transposed = [weight.mT for weight in weights]
+    bases = [matrix.state[BLOCK] for matrix in matrices]
+    probes = [matrix.state[PROBE] for matrix in matrices]
+    layout = _layout(matrices)
+    schedule = Schedule.of(matrices, stats)
+    residual = stats[:, Stat.RESIDUAL].clone()
+
+    widths = [m.columns + probe_columns(m.group["block"]) for m in matrices]
+    lefts = kernels.allocate([(w.shape[0], width) for w, width in zip(weights, widths, strict=True)], bases[0])
+    returned = kernels.allocate([(w.shape[1], width) for w, width in zip(weights, widths, strict=True)], bases[0])
+    put_omega(lefts, matrices)
+    triplets = Triplets(
+        stats.new_empty(len(matrices), max(layout.columns)),
+        [left[:, : m.columns] for left, m in zip(lefts, matrices, strict=True)],
+        kernels.allocate([(base.shape[0], base.shape[1]) for base in bases], bases[0]),
+    )
+    products = kernels.allocate([(w.shape[0], m.columns) for w, m in zip(weights, matrices, strict=True)], bases[0])
+    kernels.skinny_products(weights, bases, out=products)
+    kernels.ritz_triplets(products, bases, out=triplets)
+
+    sigma = triplets.sigma[:, 0].clone()
+    pairs = torch.ones_like(sigma)
+    wanted = schedule.first(sigma, stats[:, Stat.TOP], residual)
+    nothing = torch.zeros_like(sigma)
+    for done in range(1, schedule.rounds):
+        if all_idle(wanted):
+            break
+        starts = noise_like(bases, matrices, shift=done)
+        kernels.skinny_products(transposed, lefts, out=returned, active=wanted)
+        new = kernels.next_basis(triplets, returned, probes, starts, layout, nothing, bases, active=wanted)
+        residual = torch.where(wanted, new, residual)
+        kernels.skinny_products(weights, bases, out=products, active=wanted)
+        kernels.ritz_triplets(products, bases, out=triplets, active=wanted)
+        pairs = pairs + wanted
+        before, sigma = sigma, triplets.sigma[:, 0].clone()
+        wanted = wanted & schedule.again(pairs, sigma, before, residual)
+
+    valid = sigma.isfinite()
+    stats[:, Stat.SIGMA] = sigma
+    added = correct(triplets, valid, stats)
+    kernels.skinny_products(transposed, lefts, out=returned)
+    starts = noise_like(bases, matrices)
+    new = kernels.next_basis(triplets, returned, probes, starts, layout, added, bases, active=valid)
+    _keep_probes(returned, probes, layout, valid)
+    _record(stats, triplets, added, valid)
+    stats[:, Stat.RESIDUAL] = torch.where(valid, new, residual)
+    stats[:, Stat.PAIRS] = pairs
+
+
+def _record(stats: Tensor, triplets: Triplets, added: Tensor, valid: Tensor) -> None:
+    after = triplets.sigma.clone()
+    after[:, 0] += added
+    stats[:, Stat.TOP] = torch.where(valid, after.abs().amax(1), stats[:, Stat.TOP])
+    stats[:, Stat.VALID] = valid.to(stats.dtype)
+
+
+def _layout(matrices: Sequence[Matrix]) -> BasisLayout:
+    blocks = [matrix.group["block"] for matrix in matrices]
+    return BasisLayout(
+        tuple(matrix.columns for matrix in matrices),
+        tuple(kept_columns(block) for block in blocks),
+        tuple(probe_columns(block) for block in blocks),
+    )
+
+
+def _keep_probes(returned: Sequence[Tensor], probes: Sequence[Tensor], layout: BasisLayout, valid: Tensor) -> None:
+    if max(layout.followers) > 0:
+        kernels.mixes([(returned, _probe_selection(layout, returned[0].dtype, valid.device))], probes, active=valid)
+
+
+@lru_cache(maxsize=64)
+def _probe_selection(layout: BasisLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
+    columns = max(k + a for k, a in zip(layout.columns, layout.followers, strict=True))
+    select = torch.zeros(len(layout.columns), columns, max(layout.followers), dtype=dtype)
+    for b, (k, a) in enumerate(zip(layout.columns, layout.followers, strict=True)):
+        select[b, k : k + a, :a] = torch.eye(a, dtype=dtype)
+    return kernels.upload(select, device)

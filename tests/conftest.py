@@ -1,0 +1,28 @@
+"""Where tests run: on the GPU where there is one, else the Triton kernels go through Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+for name, examples in (("default", 25), ("full", 200)):
+    settings.register_profile(
+        name,
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+settings.load_profile("full" if os.environ.get("SPECOPT_TEST_FULL") == "1" else "default")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

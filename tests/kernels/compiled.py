@@ -1,0 +1,125 @@
+"""Compiles the kernels for GPUs that need not be there. Run as a script, in a process without Triton's interpreter:
+
+    python compiled.py TARGET NAME...
+
+prints one JSON object a line: what the kernel named so takes on the target.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from specopt.kernels.blocks import device as blocks
+from specopt.kernels.products import device as products
+from specopt.kernels.small import ROUNDS, SQUARINGS
+from specopt.kernels.small import device as small
+from specopt.kernels.updates import device as updates
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SCALARS = {"shift": "fp32", "threshold": "fp32", **dict.fromkeys(["width", "rank"], "i32")}
+SCALARS.update({f"{name}{t}": "i32" for name in ("height", "width") for t in range(3)})
+POINTERS = {"table": "*i64", "spans": "*i64", "work": "*i32", "active": "*u8", "dropped": "*u8"}  # others: *fp32
+DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+LAYOUTS = {"rows": (1, True), "columns": (2, True), "unaligned rows": (1, False), "strided": (0, False)}
+
+
+class Variant(NamedTuple):
+    kernel: object
+    constants: dict[str, object]
+    warps: int
+
+
+def variants() -> Iterator[tuple[str, Variant]]:
+    """What the package launches, by name."""
+    for k in (16, 32, 64):
+        tile = products.TILES[k]
+        yield f"sum_chunks {k}", Variant(products.sum_chunks_kernel, {"K": k, "ROWS": tile.rows}, tile.warps)
+        gram, mix = blocks.GRAM_TILES[k], blocks.MIX_TILES[k]
+        yield f"gram_partials {k}", Variant(blocks.gram_partials_kernel, {"K": k, "ROWS": gram.rows}, gram.warps)
+        yield f"gram_sums {k}", Variant(blocks.gram_sums_kernel, {"K": k}, gram.warps)
+        dot = blocks.DOT_TILES[k]
+        yield f"column_dots {k}", Variant(blocks.column_dot_kernel, {"K": k, "ROWS": dot.rows}, dot.warps)
+        for wide in ((k, 0, 0), (k, k, 16), (64, 64, 64)):
+            constants = {"K": k, "ROWS": mix.rows, **{f"WIDE{t}": w for t, w in enumerate(wide)}}
+            yield f"mix {k} of {wide}", Variant(blocks.mix_kernel, constants, mix.warps)
+        constants = {"TINY": small.TINY, "K": k}
+        yield f"orthonormalizer {k}", Variant(small.orthonormalizer_kernel, constants, small.WARPS[k])
+        for fresh, rounds in dict.fromkeys(small.STAGES[k]):
+            constants = {**constants, "FRESH": fresh, "ROUNDS": rounds, "SQUARINGS": SQUARINGS, "SMALLEST": 1e-38}
+            assert rounds <= ROUNDS
+            yield f"rotation {k} {fresh}", Variant(small.rotation_kernel, constants, small.WARPS[k])
+        for name, matrix in _layouts():
+            constants = {**matrix, "K": k, "ROWS": tile.rows, "COLUMNS": tile.columns}
+            for even in (False, True):
+                label = f"product {k} {name}{' even' if even else ''}"
+                yield label, Variant(products.product_kernel, {**constants, "EVEN": even}, tile.warps)
+    yield "residual", Variant(blocks.residual_kernel, {"ROWS": blocks.RESIDUAL_TILE.rows}, blocks.RESIDUAL_TILE.warps)
+    yield "norm_sums", Variant(updates.norm_sums_kernel, {}, 4)
+    for name, matrix in _layouts():
+        tile = updates.TILE
+        constants = {**matrix, "ROWS": tile.rows, "COLUMNS": tile.columns}
+        yield f"rank_update 1 {name}", Variant(updates.rank_update_kernel, {**constants, "RANK": 1}, tile.warps)
+        yield f"scale {name}", Variant(updates.scale_kernel, constants, tile.warps)
+        yield f"norm_partials {name}", Variant(updates.norm_partials_kernel, constants, tile.warps)
+        tile = updates.DOT_TILE
+        for rank in (16, 32, 64):
+            constants = {**matrix, "ROWS": tile.rows, "COLUMNS": tile.columns, "RANK": rank}
+            yield f"rank_update {rank} {name}", Variant(updates.rank_update_kernel, constants, tile.warps)
+
+
+def _layouts() -> Iterator[tuple[str, dict[str, object]]]:
+    for dtype, kind in DTYPES.items():
+        for layout, (unit, aligned) in LAYOUTS.items():
+            yield f"{dtype} {layout}", {"DTYPE": kind, "UNIT": unit, "ALIGNED": aligned}
+
+
+def measure(variant: Variant, target: GPUTarget) -> dict[str, int]:
+    """Registers, bytes spilled to memory, and on NVIDIA accesses of 16 bytes."""
+    names = variant.kernel.arg_names
+    signature = {n: "constexpr" if n in variant.constants else SCALARS.get(n, POINTERS.get(n, "*fp32")) for n in names}
+    if "WIDE1" in variant.constants:  # a term that is absent is passed as None
+        absent = [f"small{t}" for t in range(3) if variant.constants[f"WIDE{t}"] == 0]
+        signature.update(dict.fromkeys(absent, "constexpr"))
+        variant.constants.update(dict.fromkeys(absent))
+    constants = {(names.index(name),): value for name, value in variant.constants.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    compiled = triton.compile(
+        ASTSource(variant.kernel, signature, constants, aligned),
+        target=target,
+        options={"num_warps": variant.warps, "enable_fp_fusion": True},
+    )
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        registers, spilled = (int(re.search(rf"\.{w}:\s+(\d+)", text)[1]) for w in ("vgpr_count", "vgpr_spill_count"))
+        return {"registers": registers, "spilled": spilled}
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK", "LOCAL"))
+    wide = re.findall(r"ld\.global\S*\.v4|cp\.async\S* \[[^;]*\], 0x10,", compiled.asm["ptx"])
+    return {"registers": registers, "spilled": stack + local, "wide": len(wide)}
+
+
+if __name__ == "__main__":
+    known = dict(variants())
+    for name in sys.argv[2:]:
+        print(json.dumps({"name": name, **measure(known[name], TARGETS[sys.argv[1]])}), flush=True)

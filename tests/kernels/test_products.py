@@ -1,0 +1,132 @@
+"""Skinny products: exact for every shape, dtype and stride, the same bits each time, nothing written that is masked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+
+from specopt.kernels import skinny_products
+from specopt.kernels.products import device as triton_side
+from specopt.kernels.products import reference
+
+from .samples import assert_as_exact, block, case_lists, generator, matrix, same, seeds, widths
+
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
+
+
+@given(cases=case_lists, width=widths, seed=seeds)
+def test_products_are_as_exact_as_torch(cases, width, seed, device):
+    random = generator(seed)
+    matrices = [matrix(case, random, device) for case in cases]
+    blocks = [block(w.shape[1], 1 + (width + i) % 64, random, device) for i, w in enumerate(matrices)]
+    results, expected = (
+        [w.new_empty(w.shape[0], b.shape[1], dtype=b.dtype) for w, b in zip(matrices, blocks, strict=True)]
+        for _ in range(2)
+    )
+    triton_side.skinny_products(matrices, blocks, results, None)
+    reference.skinny_products(matrices, blocks, expected, None)
+    for w, b, result, other in zip(matrices, blocks, results, expected, strict=True):
+        assert_as_exact(result, other, w.double() @ b.double())
+
+
+@pytest.mark.parametrize("shape", [(5, 4500), (70, 2049), (4500, 5)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_long_matrices_are_summed_in_chunks_as_exactly(shape, transposed, device):
+    random = generator(1)
+    w = torch.randn(shape[::-1] if transposed else shape, generator=random).to(device)
+    w = w.mT if transposed else w
+    b = block(shape[1], 10, random, device)
+    assert_as_exact(*_both(w, b), w.double() @ b.double())
+
+
+def _both(w, b):
+    results = [torch.empty(w.shape[0], b.shape[1], device=w.device) for _ in range(2)]
+    for side, result in zip((triton_side, reference), results, strict=True):
+        side.skinny_products([w], [b], [result], None)
+    return results
+
+
+@given(cases=case_lists, width=widths, seed=seeds)
+def test_two_runs_give_the_same_bits(cases, width, seed, device):
+    random = generator(seed)
+    matrices = [matrix(case, random, device) for case in cases]
+    blocks = [block(w.shape[1], width, random, device) for w in matrices]
+    runs = [[torch.empty(w.shape[0], width, device=device) for w in matrices] for _ in range(2)]
+    for out in runs:
+        triton_side.skinny_products(matrices, blocks, out, None)
+    assert same(*runs)
+
+
+@BACKENDS
+def test_inactive_matrices_leave_out_untouched(backend, device, monkeypatch):
+    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+    random = generator(2)
+    matrices = [torch.randn(shape, generator=random).to(device) for shape in [(9, 20), (70, 5000), (30, 5000), (4, 4)]]
+    blocks = [block(w.shape[1], 7, random, device) for w in matrices]
+    out = [torch.full((w.shape[0], 7), torch.nan, device=device) for w in matrices]
+    active = torch.tensor([True, False, True, False], device=device)
+    skinny_products(matrices, blocks, out=out, active=active)
+    assert [bool(o.isfinite().all()) for o in out] == active.tolist()
+    assert [bool(o.isnan().all()) for o in out] == (~active).tolist()
+
+
+@BACKENDS
+def test_a_slice_of_columns_is_written_and_nothing_beside_it(backend, device, monkeypatch):
+    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+    random = generator(3)
+    w, b = torch.randn(33, 21, generator=random).to(device), block(21, 5, random, device)
+    wide = torch.full((33, 9), 7.0, device=device)
+    skinny_products([w], [b], out=[wide[:, 2:7]])
+    torch.testing.assert_close(wide[:, 2:7], w @ b)
+    assert (wide[:, [0, 1, 7, 8]] == 7).all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_non_finite_entry_shows_in_its_row_and_only_there(backend, bad, device, monkeypatch):
+    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+    random = generator(4)
+    w, b = torch.randn(40, 30, generator=random).to(device), block(30, 4, random, device)
+    w[17, 5] = bad
+    (y,) = skinny_products([w], [b])
+    assert (~y.isfinite()).any(1).nonzero().flatten().tolist() == [17]
+    b[3, 2] = bad
+    (y,) = skinny_products([w.nan_to_num(0, 0, 0)], [b])
+    assert (~y.isfinite()).any(0).nonzero().flatten().tolist() == [2]
+
+
+@BACKENDS
+def test_zero_matrices_give_zero(backend, device, monkeypatch):
+    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+    (y,) = skinny_products([torch.zeros(20, 30, device=device)], [block(30, 4, generator(5), device)])
+    assert (y == 0).all()
+
+
+@BACKENDS
+def test_matrices_without_rows_or_columns_may_stand_in_the_list(backend, device, monkeypatch):
+    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+    random = generator(6)
+    matrices = [torch.randn(shape, generator=random).to(device) for shape in [(0, 5), (5, 0), (6, 5)]]
+    blocks = [block(w.shape[1], 3, random, device) for w in matrices]
+    empty, zero, real = skinny_products(matrices, blocks)
+    assert empty.shape == (0, 3) and (zero == 0).all() and zero.shape == (5, 3)
+    torch.testing.assert_close(real, matrices[2] @ blocks[2])
+    assert skinny_products(matrices[:1], blocks[:1])[0].shape == (0, 3)
+
+
+def test_float64_stays_with_the_reference(device, monkeypatch):
+    monkeypatch.setenv("SPECOPT_BACKEND", "triton")
+    w, b = (
+        torch.randn(20, 30, dtype=torch.float64, device=device),
+        torch.randn(30, 4, dtype=torch.float64, device=device),
+    )
+    (y,) = skinny_products([w], [b])
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y, w @ b)
+
+
+@pytest.mark.parametrize("shapes", [((3, 4), (5, 2)), ((3, 4), (4, 65)), ((3, 4), (4, 0)), ((4,), (4, 2))])
+def test_shapes_that_do_not_fit_raise(shapes):
+    with pytest.raises(ValueError):
+        skinny_products([torch.zeros(shapes[0])], [torch.zeros(shapes[1])])
