@@ -1,0 +1,202 @@
+"""How exact the tracked sigma is over real training: against float64 SVD, and how many pairs of products it took.
+
+    python -m benchmarks.sigma --data-dir DIR          full length, on MNIST and CIFAR-10 in their publishers' formats
+    python -m benchmarks.sigma --steps 60              a try on UCI digits, which scikit-learn ships
+
+Writes a table to standard output and, with --out, a JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import specopt
+from benchmarks import workloads
+from benchmarks.workloads import Workload
+from specopt.tracker.common import COLD_STEPS, STATS, Stat
+
+
+@dataclass
+class Result:
+    """Errors are relative; ``recovered`` is the worst outside the first three steps from a spike on."""
+
+    name: str
+    steps: int
+    samples: int
+    median: float
+    worst: float
+    recovered: float
+    pairs: float
+    flat_worst: float = 0.0
+    """SNR only: worst ``1 − uᵀWv/σ₁`` where the gap is under 1 %."""
+
+    def line(self) -> str:
+        flat = f"{self.flat_worst:9.1e}" if self.flat_worst else " " * 9
+        return f"{self.name:44} {self.median:8.1e} {self.worst:8.1e} {self.recovered:9.1e} {flat} {self.pairs:6.2f}"
+
+
+HEADER = f"{'workload':44} {'median':>8} {'worst':>8} {'recovered':>9} {'flat':>9} {'pairs':>6}"
+SPIKE_EVERY, SPIKE = 40, 30
+
+
+def schedule(steps: int, warmup: int, spikes: bool) -> Iterator[tuple[int, float, int]]:
+    """(step, factor of the learning rate, steps since the last spike)."""
+    for t in range(steps):
+        since = t % SPIKE_EVERY if spikes and t >= SPIKE_EVERY else SPIKE_EVERY
+        yield t, (SPIKE if since == 0 else min(1.0, t / warmup) if warmup else 1.0), since
+
+
+def sampled(t: int, since: int, every: int) -> bool:
+    return t < 10 or t % every == 0 or since < 5
+
+
+def spectral_norm(weight: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(weight.detach().double().flatten(1), 2))
+
+
+def before_correction(optimizer: specopt.NormScaleAdamW, weight: Tensor, lr: float) -> Tensor:
+    """What plain AdamW makes of the weight in this step."""
+    assert weight.grad is not None
+    copy = weight.detach().clone().requires_grad_()
+    copy.grad = weight.grad.clone()
+    plain = torch.optim.AdamW([copy], lr=lr)
+    state = {k: v for k, v in optimizer.state[weight].items() if not k.startswith("spectral")}
+    if state:
+        plain.state[copy] = {k: v.clone() for k, v in state.items()}
+    plain.step()
+    return copy
+
+
+def norm_scaling(
+    name: str,
+    workload: Workload,
+    *,
+    steps: int,
+    lr: float = 1e-3,
+    warmup: int = 0,
+    spikes: bool = False,
+    every: int = 10,
+    **options: Any,
+) -> Result:
+    optimizer = specopt.NormScaleAdamW(workload.model.parameters(), lr=lr, **options)
+    weights = list(workload.matrices().values())
+    errors: list[tuple[int, float]] = []
+    pairs: list[float] = []
+    for t, factor, since in schedule(steps, warmup, spikes):
+        optimizer.param_groups[0]["lr"] = lr * factor
+        optimizer.zero_grad()
+        workload.loss().backward()
+        look = sampled(t, since, every)
+        exact = [spectral_norm(before_correction(optimizer, w, lr * factor)) for w in weights] if look else []
+        optimizer.step()
+        stats = [optimizer.state[w][STATS] for w in weights]
+        errors += [(since, abs(float(s[Stat.SIGMA]) / e - 1)) for s, e in zip(stats, exact, strict=False)]
+        tracked = [float(s[Stat.PAIRS]) for s in stats if s[Stat.PAIRS] >= 1]  # an exact matrix takes a half
+        pairs += tracked if t >= COLD_STEPS else []
+    return _result(name, steps, errors, pairs)
+
+
+def snr(name: str, workload: Workload, *, steps: int, lr: float, snr_lambda: float = 0.01, every: int = 10) -> Result:
+    """The applied penalty, read from the momentum buffer, against ``λ σ₁ u₁v₁ᵀ`` from SVD; relative to the gradient."""
+    optimizer = specopt.SNRSGD(workload.model.parameters(), lr=lr, momentum=0.9, snr_lambda=snr_lambda)
+    weights = list(workload.matrices().values())
+    errors: list[tuple[int, float]] = []
+    pairs: list[float] = []
+    flat = 0.0
+    for t, _, since in schedule(steps, 0, False):
+        optimizer.zero_grad()
+        workload.loss().backward()
+        look = weights if sampled(t, since, every) else []
+        before = [(w.detach().double().flatten(1), _buffer(optimizer, w)) for w in look]
+        optimizer.step()
+        for w, (matrix, buffer) in zip(look, before, strict=True):
+            assert w.grad is not None
+            gradient = w.grad.double().flatten(1)
+            penalty = _buffer(optimizer, w) - 0.9 * buffer - gradient
+            u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+            if (s[0] - s[1]) / s[0] >= 0.01:
+                wrong = (penalty - snr_lambda * s[0] * torch.outer(u[:, 0], vh[0])).norm()
+                errors.append((since, float(wrong / (gradient + penalty).norm())))
+            else:
+                flat = max(flat, abs(1 - float((penalty * matrix).sum() / penalty.norm() / s[0])))
+        pairs += [float(optimizer.state[w][STATS][Stat.PAIRS]) for w in weights] if t >= COLD_STEPS else []
+    result = _result(name, steps, errors, pairs)
+    result.flat_worst = flat
+    return result
+
+
+def _buffer(optimizer: specopt.SNRSGD, weight: Tensor) -> Tensor:
+    buffer = optimizer.state[weight].get("momentum_buffer")
+    return torch.zeros(1, dtype=torch.float64) if buffer is None else buffer.double().flatten(1)
+
+
+def _result(name: str, steps: int, errors: list[tuple[int, float]], pairs: list[float]) -> Result:
+    values = [error for _, error in errors]
+    calm = [error for since, error in errors if since >= 3]
+    mean_pairs = statistics.fmean(pairs) if pairs else float("nan")
+    return Result(name, steps, len(values), statistics.median(values), max(values), max(calm), mean_pairs)
+
+
+def runs(folder: Path | None, steps: int) -> dict[str, Callable[[str], Result]]:
+    small = workloads.digits()
+    dense = workloads.mnist(folder) if folder else small
+    images = workloads.cifar10(folder) if folder else small
+    where, pictures = ("MNIST", "CIFAR-10") if folder else ("digits", "digits")
+    found: dict[str, Callable[[str], Result]] = {}
+    for orthogonal in (False, True):
+        init = "orthogonal" if orthogonal else "default"
+        for warmup in (0, 100):
+            key = f"norm scaling, MLP 5x512 {where}, {init}" + (", warm-up" if warmup else "")
+            found[key] = lambda name, o=orthogonal, w=warmup: norm_scaling(  # type: ignore[misc]
+                name, workloads.mlp(dense, orthogonal=o), steps=steps, warmup=w
+            )
+    found[f"norm scaling, MLP 5x512 {where}, lr x30 spikes"] = lambda name: norm_scaling(
+        name, workloads.mlp(dense, orthogonal=True), steps=steps, spikes=True
+    )
+    found["norm scaling, GPT width 256, Markov tokens"] = lambda name: norm_scaling(name, workloads.gpt(), steps=steps)
+    found[f"norm scaling, ResNet {pictures}, warm-up"] = lambda name: norm_scaling(
+        name, workloads.resnet(images), steps=steps, warmup=100
+    )
+    for lr in (0.05, 0.1):
+        for orthogonal in (False, True):
+            key = f"SNR, MLP 5x512 {where}, {'orthogonal' if orthogonal else 'default'}, lr {lr}"
+            found[key] = lambda name, o=orthogonal, r=lr: snr(  # type: ignore[misc]
+                name, workloads.mlp(dense, orthogonal=o), steps=steps, lr=r
+            )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, help="holds MNIST/raw and cifar-10-batches-bin; UCI digits if absent")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--only", default="", help="run only workloads whose name contains this")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", message="the first step moved")
+    print(HEADER, flush=True)
+    results = []
+    for name, run in runs(arguments.data_dir, arguments.steps).items():
+        if arguments.only in name:
+            results.append(run(name))
+            print(results[-1].line(), flush=True)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        versions = {"torch": torch.__version__, "python": platform.python_version()}
+        about = {**versions, "device": "cpu", "steps": arguments.steps}
+        arguments.out.write_text(json.dumps({**about, "results": [asdict(r) for r in results]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Weights with a known spectrum, and exact answers from float64 SVD."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SHAPES = [(40, 30), (30, 70), (5, 64), (64, 5), (16, 8, 3, 3), (64, 64), (1, 9), (9, 1), (45, 200)]
+
+
+def with_spectrum(shape: tuple[int, ...], dtype: torch.dtype, gap: float, generator: torch.Generator) -> Tensor:
+    """A weight whose singular values fall from 2 to 0.5, the second ``gap`` below the first."""
+    random = torch.randn(shape, generator=generator, dtype=torch.float64).flatten(1)
+    u, s, vh = torch.linalg.svd(random, full_matrices=False)
+    others = torch.linspace(2 * (1 - gap), 0.5, max(len(s) - 1, 1), dtype=torch.float64)
+    values = torch.cat([torch.full_like(others[:1], 2.0), others])
+    return ((u * values[: len(s)]) @ vh).view(shape).to(dtype)
+
+
+def parameters(dtype: torch.dtype, seed: int = 0, gap: float = 0.03) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weights = [with_spectrum(shape, dtype, gap, generator) for shape in SHAPES]
+    weights.append(torch.randn(7, generator=generator).to(dtype))
+    return [weight.requires_grad_() for weight in weights]
+
+
+def clones(params: list[Tensor]) -> list[Tensor]:
+    return [param.detach().clone().requires_grad_() for param in params]
+
+
+def set_gradients(params: list[Tensor], others: list[Tensor], seed: int) -> None:
+    """The same random gradients for both lists."""
+    generator = torch.Generator().manual_seed(seed)
+    for param, other in zip(params, others, strict=True):
+        gradient = torch.randn(param.shape, generator=generator).to(param.dtype)
+        param.grad, other.grad = gradient, gradient.clone()
+
+
+def exact(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(U, S, Vᵀ) of the matrix view in float64."""
+    u, s, vh = torch.linalg.svd(weight.detach().double().flatten(1), full_matrices=False)
+    return u, s, vh
+
+
+def gap_of(singular_values: Tensor) -> float:
+    if len(singular_values) == 1:
+        return 1.0
+    return float((singular_values[0] - singular_values[1]) / singular_values[0])

@@ -1,0 +1,87 @@
+"""The optimizers on the Triton kernels (interpreted on the CPU, native on a GPU) against the torch reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import specopt
+from specopt.kernels import backend_for
+from tests.specopt.helpers import with_spectrum
+
+pytestmark = pytest.mark.filterwarnings("ignore:the first step moved")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPES = [(24, 17), (17, 24), (12, 4, 2, 2), (3, 9), (5,)]
+
+RULES: dict[str, tuple[type, dict[str, Any]]] = {
+    "snr": (specopt.SNRSGD, {"lr": 0.1, "momentum": 0.9, "snr_lambda": 0.3}),
+    "set": (specopt.NormScaleAdamW, {"lr": 1e-2}),
+    "rescale": (specopt.NormScaleAdamW, {"lr": 1e-2, "mode": "rescale"}),
+    "frobenius": (specopt.NormScaleAdamW, {"lr": 1e-2, "norm": "frobenius"}),
+}
+
+
+def train(kind: str, dtype: torch.dtype, steps: int) -> tuple[list[Tensor], Any]:
+    generator = torch.Generator().manual_seed(0)
+    weights = [with_spectrum(shape, dtype, 0.05, generator) if len(shape) > 1 else torch.ones(5) for shape in SHAPES]
+    params = [weight.to(DEVICE).requires_grad_() for weight in weights]
+    cls, options = RULES[kind]
+    tight: dict[str, Any] = {"block": 8, "tolerance": 1e-4, "max_passes": 12}
+    optimizer = cls(params, **options, **tight)
+    for _ in range(steps):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator).to(param)
+        optimizer.step()
+    return [param.detach().cpu() for param in params], optimizer
+
+
+@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_step_on_triton_equals_step_on_the_reference(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = {}
+    for backend in ("reference", "triton"):
+        monkeypatch.setenv("SPECOPT_BACKEND", backend)
+        assert backend_for(DEVICE, torch.float32) == backend
+        results[backend], _ = train(kind, dtype, steps=1)
+    for reference, triton in zip(results["reference"], results["triton"], strict=True):
+        allowed = 1e-4 if dtype == torch.float32 else 2e-2
+        assert (reference - triton).float().norm() <= allowed * reference.float().norm()
+
+
+def test_same_bits_in_two_runs_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECOPT_BACKEND", "triton")
+    first, second = (train("set", torch.float32, steps=2)[0] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_an_unknown_backend_and_triton_without_its_interpreter_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("SPECOPT_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="'reference' or 'triton', got 'cuda'"):
+        backend_for(cpu, torch.float32)
+    monkeypatch.setenv("SPECOPT_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        backend_for(cpu, torch.float32)
+    assert backend_for(cpu, torch.float64) == "reference"
+    monkeypatch.delenv("SPECOPT_BACKEND")
+    assert backend_for(cpu, torch.float32) == "reference"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="asks a GPU whether the host ever waits for it")
+@pytest.mark.parametrize("kind", RULES)
+def test_step_on_a_gpu_never_waits_for_the_device(kind: str) -> None:
+    _, optimizer = train(kind, torch.float32, steps=2)
+    for group in optimizer.param_groups:
+        group["foreach"] = True
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,180 @@
+"""Wrong arguments fail in the constructor, by name, value and what they may be; and what is controlled at all."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import specopt
+from specopt.targets import target_frobenius, target_sigma
+from specopt.views import is_controlled, matrix_view
+
+
+def weight() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.randn(5, 4))]
+
+
+WRONG: list[tuple[type, str, Any]] = [
+    (specopt.SNRSGD, "snr_lambda", -0.1),
+    (specopt.SNRSGD, "snr_lambda", math.nan),
+    (specopt.SNRSGD, "snr_lambda", math.inf),
+    (specopt.SNRSGD, "snr_lambda", "strong"),
+    (specopt.NormScaleAdamW, "norm", "nuclear"),
+    (specopt.NormScaleAdamW, "mode", "clip"),
+    (specopt.NormScaleAdamW, "target", 0.0),
+    (specopt.NormScaleAdamW, "target", -1.0),
+    (specopt.NormScaleAdamW, "target", math.nan),
+    (specopt.NormScaleAdamW, "target", "chanels"),
+    (specopt.NormScaleAdamW, "target", True),
+    (specopt.NormScaleAdamW, "target", None),
+    (specopt.NormScaleAdamW, "rank", 0),
+    (specopt.NormScaleAdamW, "rank", 2),
+    (specopt.NormScaleAdamW, "rank", -1),
+    (specopt.NormScaleAdamW, "raise_small", 1),
+]
+for _cls in (specopt.SNRSGD, specopt.NormScaleAdamW):
+    WRONG += [
+        (_cls, "block", 0),
+        (_cls, "block", 65),
+        (_cls, "block", 8.0),
+        (_cls, "tolerance", 0),
+        (_cls, "tolerance", -1e-3),
+        (_cls, "max_passes", 0),
+        (_cls, "max_passes", 2.5),
+        (_cls, "view", "rows"),
+        (_cls, "spectral", None),
+        (_cls, "differentiable", True),
+        (_cls, "lr", -1.0),
+    ]
+
+
+@pytest.mark.parametrize(("cls", "name", "value"), WRONG, ids=lambda v: getattr(v, "__name__", str(v)))
+def test_wrong_argument_raises_naming_it_and_its_value(cls: type, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=str(value)) as error:
+        cls(weight(), **{name: value})
+    assert name in str(error.value) or name == "lr"
+
+
+@pytest.mark.parametrize(("cls", "name", "value"), WRONG, ids=lambda v: getattr(v, "__name__", str(v)))
+def test_wrong_group_option_raises_and_adds_no_group(cls: type, name: str, value: Any) -> None:
+    optimizer = cls(weight())
+    if name == "lr":
+        return  # torch checks lr in the constructor alone
+    with pytest.raises(ValueError, match=name):
+        optimizer.add_param_group({"params": weight(), name: value})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_frobenius_refuses_what_only_the_spectral_norm_has() -> None:
+    with pytest.raises(ValueError, match=r"mode.*frobenius.*'set', 'cap'.*'rescale'"):
+        specopt.NormScaleAdamW(weight(), norm="frobenius", mode="rescale")
+    with pytest.raises(ValueError, match="rank must be 1"):
+        specopt.NormScaleAdamW(weight(), norm="frobenius", rank=2)
+
+
+@pytest.mark.parametrize("cls", [specopt.SNRSGD, specopt.NormScaleAdamW])
+def test_empty_parameter_list_raises(cls: type) -> None:
+    with pytest.raises(ValueError, match="empty"):
+        cls([])
+
+
+def test_report_refuses_a_plain_optimizer() -> None:
+    with pytest.raises(TypeError, match="SGD"):
+        specopt.spectral_report(torch.optim.SGD(weight()))
+
+
+AUTO = {"spectral": True, "view": "auto"}
+CONTROLLED = [(4, 3), (1, 5), (5, 1), (8, 4, 3, 3), (8, 4, 3, 3, 3), (2, 2, 1, 1)]
+LEFT_ALONE = [(), (7,), (8, 4, 3), (8, 1, 3, 3), (1, 8, 3, 3), (1, 196, 64), (1, 4, 4, 4, 4), (2,) * 6, (0, 4)]
+
+
+@pytest.mark.parametrize("shape", CONTROLLED, ids=str)
+def test_bare_tensors_that_are_controlled(shape: tuple[int, ...]) -> None:
+    assert is_controlled(torch.zeros(shape), AUTO)
+    assert not is_controlled(torch.zeros(shape), {**AUTO, "spectral": False})
+
+
+@pytest.mark.parametrize("shape", LEFT_ALONE, ids=str)
+def test_bare_tensors_that_are_left_alone(shape: tuple[int, ...]) -> None:
+    assert not is_controlled(torch.zeros(shape), AUTO)
+    flattened = is_controlled(torch.zeros(shape), {**AUTO, "view": "flatten"})
+    assert flattened == (len(shape) >= 2 and math.prod(shape) > 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
+def test_other_dtypes_are_left_alone(dtype: torch.dtype) -> None:
+    assert not is_controlled(torch.zeros(4, 3, dtype=dtype), AUTO)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_conv_view_shares_memory_and_has_the_singular_values_of_the_flattened_kernel(
+    memory_format: torch.memory_format,
+) -> None:
+    kernel = torch.randn(6, 5, 3, 2).contiguous(memory_format=memory_format)
+    view = matrix_view(kernel)
+    assert view.shape == (6, 30) and view.data_ptr() == kernel.data_ptr()
+    expected = torch.linalg.svdvals(kernel.contiguous().flatten(1))
+    assert torch.allclose(torch.linalg.svdvals(view), expected, atol=1e-5)
+    view.zero_()
+    assert not kernel.any()
+
+
+def test_kernel_with_gaps_in_memory_is_refused_in_the_constructor() -> None:
+    kernel = torch.randn(6, 5, 6, 6)[:, :, ::2, ::2].detach().requires_grad_()
+    with pytest.raises(ValueError, match=r"\(6, 5, 3, 3\).*contiguous"):
+        specopt.SNRSGD([kernel])
+    specopt.SNRSGD([{"params": [kernel], "spectral": False}])
+
+
+def test_targets_follow_their_formulas() -> None:
+    kernel = torch.zeros(64, 16, 3, 3)
+    assert target_sigma(kernel, "channels") == 2.0
+    assert target_sigma(kernel, "fan") == pytest.approx(math.sqrt(64 / 144))
+    assert target_sigma(kernel, 0.5) == 0.5
+    assert math.isnan(target_sigma(kernel, "initial"))
+    assert target_frobenius(kernel, "channels") == pytest.approx(8 * 2.0)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(20, 30),
+        nn.Linear(30, 20),
+        nn.Conv2d(6, 8, 3),
+        nn.Conv1d(4, 16, 5),
+        nn.Conv3d(3, 4, 2),
+        nn.Conv2d(8, 12, 3, groups=4),
+        nn.ConvTranspose2d(8, 6, 3),
+        nn.ConvTranspose2d(8, 4, 2, groups=2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("gain", [1.0, 0.5])
+def test_scaled_orthogonal_makes_all_singular_values_the_target(layer: Any, gain: float) -> None:
+    specopt.init.scaled_orthogonal_(layer, gain=gain)
+    groups = getattr(layer, "groups", 1)
+    for part in layer.weight.detach().double().chunk(groups):
+        part = part.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else part
+        expected = gain * math.sqrt(part.shape[0] / part.shape[1])
+        values = torch.linalg.svdvals(part.flatten(1))
+        assert torch.allclose(values, torch.full_like(values, expected), rtol=1e-5)
+
+
+def test_scaled_orthogonal_leaves_other_modules_alone_and_follows_its_generator() -> None:
+    def build(seed: int) -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(5, 6), nn.Linear(6, 7), nn.LayerNorm(7))
+        specopt.init.scaled_orthogonal_(model, generator=torch.Generator().manual_seed(seed))
+        return model
+
+    model = build(1)
+    torch.manual_seed(0)
+    assert torch.equal(model[0].weight, nn.Embedding(5, 6).weight)
+    assert torch.equal(build(1)[1].weight, build(1)[1].weight)
+    assert not torch.equal(build(1)[1].weight, build(2)[1].weight)
+    with pytest.raises(ValueError, match="gain"):
+        specopt.init.scaled_orthogonal_(nn.Linear(2, 2), gain=0.0)
