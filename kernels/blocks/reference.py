@@ -24,8 +24,9 @@ def grams(blocks: Sequence[Tensor], width: int) -> tuple[Tensor, Tensor]:
 def mixes(terms: Sequence[tuple[Sequence[Tensor], Tensor]], out: Sequence[Tensor], active: Tensor | None) -> None:
     for i in live(active, len(out)):
         k = out[i].shape[1]
-        mixed = sum(blocks[i] @ small[i, : blocks[i].shape[1], :k] for blocks, small in terms)
-        assert isinstance(mixed, Tensor)
+        mixed = torch.zeros((), dtype=out[i].dtype, device=out[i].device)
+        for blocks, small in terms:
+            mixed = torch.addmm(mixed, blocks[i], small[i, : blocks[i].shape[1], :k], beta=int(mixed.ndim > 0))
         out[i].copy_(keep(active, i, mixed, out[i]))
 
 

@@ -1,4 +1,8 @@
-"""Torch reference of the operations that write into matrices."""
+"""Torch reference of the operations that write into matrices.
+
+On the CPU, where a matrix is far larger than a cache, every pass over it counts: in-place updates that cannot overflow
+are made in one.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +20,24 @@ def rank_updates_(
     rank = coefficients.shape[1]
     on_host = coefficients.device.type == "cpu"
     for i, matrix in enumerate(matrices):
-        if on_host and not coefficients[i].any():
+        if matrix.numel() == 0 or (on_host and not coefficients[i].any()):
             continue
-        scaled = lefts[i][:, :rank] * coefficients[i]
-        new = torch.addmm(matrix.to(scaled.dtype), scaled, rights[i][:, :rank].mT).to(matrix.dtype)
-        _store_finite(matrix, new)
+        left, right = lefts[i][:, :rank] * coefficients[i], rights[i][:, :rank].mT
+        if on_host and matrix.dtype == left.dtype and _too_small_to_overflow(left, right):
+            matrix.addmm_(left, right)
+        else:
+            _store_finite(matrix, torch.addmm(matrix.to(left.dtype), left, right).to(matrix.dtype))
 
 
 def frobenius_norms(matrices: Sequence[Tensor]) -> Tensor:
     norms = []
     for matrix in matrices:
-        values = matrix.to(accumulation_dtype(matrix.dtype))
-        peak = values.abs().amax() if values.numel() else values.new_zeros(())
-        safe = torch.where(peak > 0, peak, torch.ones_like(peak))
-        norms.append(torch.linalg.vector_norm(values / safe) * peak)
+        dtype = accumulation_dtype(matrix.dtype)
+        if dtype == torch.float32:  # its squares neither overflow nor underflow in float64
+            norms.append(torch.linalg.vector_norm(matrix, dtype=torch.float64).to(dtype))
+            continue
+        peak = matrix.abs().amax() if matrix.numel() else matrix.new_zeros(())
+        norms.append(torch.linalg.vector_norm(matrix / torch.where(peak > 0, peak, 1.0)) * peak)
     return torch.stack(norms)
 
 
@@ -38,7 +46,18 @@ def scale_(matrices: Sequence[Tensor], factors: Tensor) -> None:
     for i, matrix in enumerate(matrices):
         if on_host and factors[i] == 1:
             continue
-        _store_finite(matrix, (matrix.to(factors.dtype) * factors[i]).to(matrix.dtype))
+        if on_host and matrix.dtype == factors.dtype and 0 <= factors[i] < 1:
+            matrix.mul_(factors[i])
+        else:
+            _store_finite(matrix, (matrix.to(factors.dtype) * factors[i]).to(matrix.dtype))
+
+
+def _too_small_to_overflow(left: Tensor, right: Tensor) -> bool:
+    """Every entry of the product lies under half a unit in the last place of the largest finite number, so that adding
+    it leaves a finite number finite. False where one is not finite itself."""
+    limits = torch.finfo(left.dtype)
+    bound = left.abs().amax(0).double() @ right.abs().amax(1).double()
+    return bool(bound < limits.max * limits.eps / 4)
 
 
 def _store_finite(matrix: Tensor, new: Tensor) -> None:
