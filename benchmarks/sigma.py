@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run only workloads whose name contains this")
     parser.add_argument("--out", type=Path, help="JSON file")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", message="the first step moved")
+    warnings.filterwarnings("ignore", message="the first step moves")
     print(HEADER, flush=True)
     results = []
     for name, run in runs(arguments.data_dir, arguments.steps).items():

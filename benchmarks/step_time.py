@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    warnings.filterwarnings("ignore", message="the first step moved")
+    warnings.filterwarnings("ignore", message="the first step moves")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runs = {name: Run(arguments.width, make, device) for name, (_, make) in OPTIMIZERS.items()}
     for run in runs.values():

@@ -4,11 +4,12 @@ Nothing here knows of optimizers; everything is importable without Triton. Which
 device (:func:`backend_for`).
 """
 
-from .backend import Backend, accumulation_dtype, allocate, backend_for, has_triton, upload
+from .backend import Backend, accumulation_dtype, allocate, backend_for, has_triton
 from .blocks import column_dots, copy_blocks, first_column_residuals, grams, mixes
 from .products import MAX_COLUMNS, skinny_products
 from .small import orthonormalizers, rotations
-from .subspace import BasisLayout, Triplets, constant, next_basis, orthonormalize, ritz_triplets, start_block
+from .subspace import BasisLayout, Triplets, next_basis, orthonormalize, ritz_triplets, start_block
+from .tables import constant, remembered, upload
 from .updates import MAX_RANK, frobenius_norms, rank_updates_, scale_
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "orthonormalize",
     "orthonormalizers",
     "rank_updates_",
+    "remembered",
     "ritz_triplets",
     "rotations",
     "scale_",

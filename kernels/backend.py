@@ -51,12 +51,6 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def upload(host: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A CPU tensor on the device, without waiting for it to arrive."""
-    host = host if dtype is None else host.to(dtype)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
-
-
 def allocate(shapes: Sequence[tuple[int, int]], like: Tensor, *, zero: bool = False) -> list[Tensor]:
     """Contiguous blocks cut out of one allocation beside ``like``, so that filling them is one launch."""
     starts = [0]

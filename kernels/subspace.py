@@ -7,17 +7,17 @@ Everything is a fixed number of launches for the whole list; nothing is read bac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .backend import allocate, upload
+from .backend import allocate
 from .blocks import first_column_residuals, grams, mixes
 from .products import MAX_COLUMNS
 from .small import orthonormalizers, rotations
+from .tables import constant, remembered, upload
 
 
 class Triplets(NamedTuple):
@@ -31,19 +31,23 @@ class Triplets(NamedTuple):
     """(n_b, k_b)."""
 
 
-@lru_cache(maxsize=16)
-def _noise(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # numpy's stream is the same bits on every machine; torch's depends on the vector width of the CPU
-    values = np.random.Generator(np.random.PCG64(0x5EED)).standard_normal((rows, MAX_COLUMNS))
-    return upload(torch.from_numpy(values), device, dtype)
+VARIANTS, SHIFT = 64, 37
+_noise: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
 def start_block(rows: int, columns: int, dtype: torch.dtype, device: torch.device, variant: int = 0) -> Tensor:
-    """A fixed Gaussian block (rows, columns), a window of one buffer per device: the same on every rank, run and
-    machine, without a touch of the global random state. Another ``variant`` is another window, further down."""
-    capacity = 1 << max(2 * rows - 1, 64).bit_length()
-    offset = 37 * variant % (capacity - rows + 1)
-    return _noise(capacity, dtype, device)[offset : offset + rows, :columns]
+    """A fixed Gaussian block (rows, columns): the same on every rank, run and machine, without a touch of the global
+    random state. A view into one buffer (rows of the largest matrix, 64) per device and dtype; another ``variant`` is
+    one of 64 windows of it, further down."""
+    needed = rows + SHIFT * (VARIANTS - 1)
+    noise = _noise.get((dtype, device))
+    if noise is None or len(noise) < needed:
+        # numpy's stream is the same bits on every machine; torch's depends on the vector width of the CPU
+        generator = np.random.Generator(np.random.PCG64(0x5EED))
+        values = torch.from_numpy(generator.standard_normal((1 << (needed - 1).bit_length(), MAX_COLUMNS)))
+        noise = _noise[dtype, device] = upload(values, dtype, device)
+    offset = SHIFT * (variant % VARIANTS)
+    return noise[offset : offset + rows, :columns]
 
 
 def ritz_triplets(
@@ -181,36 +185,31 @@ class _Plan(NamedTuple):
     follow_before: Tensor  # (B, a, K) the same from the probes of the step before
 
 
-@lru_cache(maxsize=64)
 def _plan(layout: BasisLayout, width: int, device: torch.device, dtype: torch.dtype) -> _Plan:
+    return remembered(("basis", layout, width, dtype), device, lambda: _new_plan(layout, width, device, dtype))
+
+
+def _new_plan(layout: BasisLayout, width: int, device: torch.device, dtype: torch.dtype) -> _Plan:
     count, probes = len(layout.columns), max(layout.followers)
-    rank = torch.zeros(count, width, dtype=torch.long)
-    real, image, taken = (torch.zeros(count, width, dtype=torch.bool) for _ in range(3))
-    now, before = torch.zeros(count, width + probes, width), torch.zeros(count, probes, width)
+    rank = np.zeros((count, width), np.int64)
+    real, image, taken = (np.zeros((count, width), np.bool_) for _ in range(3))
+    now, before = np.zeros((count, width + probes, width)), np.zeros((count, probes, width))
     for b, (k, r, a) in enumerate(zip(*layout, strict=True)):
         p = k - r - a
-        rank[b, :p], rank[b, p : p + r] = torch.arange(p), torch.arange(r)
+        rank[b, :p], rank[b, p : p + r] = np.arange(p), np.arange(r)
         real[b, :k], image[b, :p], taken[b, : p + r] = True, True, True
         for f in range(a):
             now[b, k + f, p + r + f] = before[b, f, p + r + f] = 1
-    masks = (upload(mask, device) for mask in (rank, real, image))
-    return _Plan(*masks, *(upload(t, device, dtype) for t in (taken, now, before)))
-
-
-@lru_cache(maxsize=512)
-def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return upload(torch.tensor(values, dtype=dtype), device)
-
-
-def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Host numbers as a tensor, uploaded once per set of values. Not to be written to."""
-    return _constant(tuple(values), dtype, device)
+    return _Plan(
+        upload(rank, torch.long, device),
+        *(upload(mask, torch.bool, device) for mask in (real, image)),
+        *(upload(values, dtype, device) for values in (taken, now, before)),
+    )
 
 
 __all__ = [
     "BasisLayout",
     "Triplets",
-    "constant",
     "next_basis",
     "orthonormalize",
     "ritz_triplets",

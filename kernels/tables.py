@@ -98,14 +98,20 @@ def remembered(key: Hashable, device: torch.device, build: Callable[[], T]) -> T
 
 
 def upload(rows: object, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A table on the device, without waiting for it."""
-    host = torch.as_tensor(rows, dtype=dtype)
+    """Host numbers on the device, without waiting for them."""
+    host = torch.as_tensor(rows, dtype=dtype, device="cpu")
     if device.type == "cpu":
         return host
     host = host.pin_memory()
     if _capturing(device):
         _captured.append(host)  # the graph reads this memory whenever it is replayed
     return host.to(device, non_blocking=True)
+
+
+def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Host numbers as a tensor, uploaded once per set of values. Not to be written to."""
+    values = tuple(values)
+    return remembered(("constant", values, dtype), device, lambda: upload(values, dtype, device))
 
 
 def work_list(counts: Sequence[tuple[int, int]], device: torch.device) -> Tensor:

@@ -15,10 +15,8 @@ from torch.optim import Optimizer
 from specopt import kernels
 
 from .rules import Gate, Rule
-from .tracker.common import HostCopy
+from .tracker.common import BLOCK, LEFT, PREFIX, PROBE, RIGHT, STATS, STEP, HostCopy
 from .views import Matrix, as_matrix, is_controlled, matrix_view
-
-PREFIX = "spectral_"
 
 
 class SpectralOptimizer(Optimizer):
@@ -34,6 +32,7 @@ class SpectralOptimizer(Optimizer):
         self._options = options
         base_init()
         self.defaults.update(options)
+        del self._options
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
@@ -43,9 +42,13 @@ class SpectralOptimizer(Optimizer):
                 param_group.setdefault(name, merged[name])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for param in group["params"]:
-            if is_controlled(param, group):
-                matrix_view(param)
+        try:
+            for param in group["params"]:
+                if is_controlled(param, group):
+                    matrix_view(param)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of the base optimizer, under control.
@@ -53,6 +56,8 @@ class SpectralOptimizer(Optimizer):
         Args:
             closure: reevaluates the model and returns the loss.
         """
+        for group in self.param_groups:
+            self.rule.check(group)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -62,6 +67,7 @@ class SpectralOptimizer(Optimizer):
             for matrices in self._buckets():
                 stack.enter_context(self.rule.around(matrices, gate))
             self._base_step()
+        self._complete_state()
         self._tell(gate)
         return loss
 
@@ -91,15 +97,32 @@ class SpectralOptimizer(Optimizer):
                         f"a controlled weight of shape {tuple(param.shape)} has a sparse gradient; put it into a group "
                         "with spectral=False"
                     )
-                yield as_matrix(param, group, self.state[param], self.rule.columns(group))
+                state = self.state[param] if with_grad else self.state.get(param, {})
+                yield as_matrix(param, group, state, self.rule.columns(group))
 
     def _buckets(self) -> list[list[Matrix]]:
         """Matrices that one call of every operation can serve."""
         buckets: dict[Any, list[Matrix]] = {}
         for matrix in self.matrices():
+            if not self.rule.is_on(matrix.group):
+                continue
             dtype = kernels.accumulation_dtype(matrix.param.dtype)
             buckets.setdefault((matrix.param.device, dtype, matrix.complete), []).append(matrix)
         return list(buckets.values())
+
+    def _complete_state(self) -> None:
+        """Where control is off, a tracker's state would grow stale. And torch.distributed.checkpoint asks for state of
+        all parameters or of none, where the base (SGD without momentum) keeps none."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state.get(param)
+                if is_controlled(param, group) and self.rule.is_on(group):
+                    continue
+                if state is not None and STEP in state and len(state) > 1:
+                    for key in (STATS, BLOCK, PROBE, LEFT, RIGHT):
+                        state.pop(key, None)
+                if param.grad is not None and not self.state[param]:
+                    self.state[param][STEP] = 0
 
     def _own_options(self) -> dict[str, Any]:
         return self._options if "_options" in self.__dict__ else {name: self.defaults[name] for name in self.rule.names}
@@ -113,14 +136,30 @@ class SpectralOptimizer(Optimizer):
                 group.setdefault(name, self.defaults[name])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As the base's; but what a rule stored keeps its own dtype (the base casts to the parameter's)."""
-        super().load_state_dict(state_dict)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        mine = chain.from_iterable(group["params"] for group in self.param_groups)
-        for key, param in zip(saved, mine, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                if name.startswith(PREFIX) and isinstance(value, Tensor):
-                    self.state[param][name] = value.to(param.device, copy=True)
+        """As the base's; but what a rule stored keeps its precision (the base casts it to the parameter's dtype)."""
+        loaded: list[dict[str, Any]] = []
+
+        def see(_: Optimizer, seen: dict[str, Any]) -> None:
+            loaded.append(seen)  # after all hooks of the user that may have replaced it
+
+        def restore(_: Optimizer) -> None:
+            saved = chain.from_iterable(group["params"] for group in loaded[-1]["param_groups"])
+            mine = chain.from_iterable(group["params"] for group in self.param_groups)
+            for key, param in zip(saved, mine, strict=True):
+                for name, value in loaded[-1]["state"].get(key, {}).items():
+                    if name.startswith(PREFIX) and isinstance(value, Tensor):
+                        dtype = kernels.accumulation_dtype(param.dtype)
+                        self.state[param][name] = value.to(param.device, dtype, copy=True)
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(see),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     # --- telling the user ----------------------------------------------------------------------------------------
 
@@ -145,7 +184,7 @@ class SpectralOptimizer(Optimizer):
         names = self.names()
         listed = ", ".join(f"{names[p]} {tuple(p.shape)}: {r:.3g}" for p, r in far[:4])
         warnings.warn(
-            f"the first step moved {len(far)} weight(s) whose norm was not within [0.5, 2] of its target "
+            f"the first step moves {len(far)} weight(s) whose norm is not within [0.5, 2] of its target "
             f"(norm / target: {listed}{', ...' if len(far) > 4 else ''}). Start from specopt.init.scaled_orthogonal_, "
             'keep the norm there is with target="initial", or only lower it, with mode="cap".',
             stacklevel=5,  # this, _tell, step, torch's hook around it, the caller

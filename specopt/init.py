@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrize import is_parametrized
+
+from specopt.kernels import accumulation_dtype
 
 
 @torch.no_grad()
@@ -18,7 +21,8 @@ def scaled_orthogonal_(module: nn.Module, gain: float = 1.0, generator: torch.Ge
     Other modules and all biases stay as they are.
 
     Raises:
-        ValueError: a gain that is not a positive finite number.
+        ValueError: a gain that is not a positive finite number, or a layer whose weight is parametrized (it is computed
+            from other tensors, which this would leave as they are).
 
     Source: Norm Scaling (December 2023), with channels for layer sizes; Saxe et al., arXiv 1312.6120.
     """
@@ -26,6 +30,8 @@ def scaled_orthogonal_(module: nn.Module, gain: float = 1.0, generator: torch.Ge
         raise ValueError(f"gain must be a positive finite number, got {gain!r}")
     for layer in module.modules():
         if isinstance(layer, nn.Linear | _ConvNd):
+            if is_parametrized(layer, "weight") or not isinstance(layer.weight, nn.Parameter):
+                raise ValueError(f"the weight of {layer} is parametrized; initialize it before the parametrization")
             for part in _groups(layer):
                 _fill(part, gain, generator)
     return module
@@ -44,6 +50,6 @@ def _fill(weight: Tensor, gain: float, generator: torch.Generator | None) -> Non
     if weight.numel() == 0:
         return
     rows, columns = weight.shape[0], math.prod(weight.shape[1:])
-    matrix = torch.empty(rows, columns, device=weight.device)
+    matrix = torch.empty(rows, columns, device=weight.device, dtype=accumulation_dtype(weight.dtype))
     nn.init.orthogonal_(matrix, gain=gain * math.sqrt(rows / weight.shape[1]), generator=generator)
     weight.copy_(matrix.view(weight.shape))

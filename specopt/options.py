@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
 from specopt.kernels import MAX_COLUMNS
@@ -33,7 +34,7 @@ def check_shared(group: Mapping[str, Any]) -> None:
 
 
 def check_lambda(name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) < math.inf:
         raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
 
 
@@ -54,9 +55,9 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...], more: str = ""
 
 
 def check_count(name: str, value: Any, most: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most is not None and value > most):
+    if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= int(value) <= (most or int(value)):
         raise ValueError(f"{name} must be an integer from 1{f' to {most}' if most else ' up'}, got {value!r}")
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from specopt import kernels
 
 from .control import SpectralOptimizer
-from .rules import NormScale, shape_target
+from .rules import NormScale, targets_of
 from .tracker.common import STATS, Stat
 from .tracker.measure import measure
 from .views import Matrix
@@ -82,9 +82,7 @@ def spectral_report(optimizer: Optimizer) -> list[SpectralRow]:
 def _target(optimizer: SpectralOptimizer, matrix: Matrix, like: Tensor) -> Tensor:
     if not isinstance(optimizer.rule, NormScale):
         return like.new_tensor(float("nan"))
-    stats = matrix.state.get(STATS)
-    known = like.new_tensor(shape_target(matrix))
-    return known if stats is None else torch.where(known.isnan(), stats[Stat.TARGET].to(like), known)
+    return targets_of([matrix], like)[0]
 
 
 def _capped(matrix: Matrix, like: Tensor) -> Tensor:

@@ -15,14 +15,29 @@ import torch
 from torch import Tensor
 
 from specopt import kernels
-from specopt.kernels import Triplets
+from specopt.kernels import Triplets, accumulation_dtype
 
 from . import options
 from .targets import target_frobenius, target_sigma
 from .tracker import halves, pairs
-from .tracker.common import STATS, STEP, HostCopy, Stat, constant, gather_stats, new_stats, scatter_stats
+from .tracker.common import (
+    BLOCK,
+    PREFIX,
+    PROBE,
+    STEP,
+    HostCopy,
+    Stat,
+    constant,
+    gather_stats,
+    has_stats,
+    restart,
+    scatter_stats,
+)
 from .tracker.measure import measure
 from .views import Matrix
+
+INITIAL = {norm: f"{PREFIX}initial_{norm}" for norm in options.NORMS}
+"""State keys of the norms noted for ``target="initial"``."""
 
 
 class Rule(Protocol):
@@ -34,6 +49,9 @@ class Rule(Protocol):
 
     def check(self, group: Mapping[str, Any]) -> None:
         """Raises ValueError for an option that makes no sense."""
+
+    def is_on(self, group: Mapping[str, Any]) -> bool:
+        """False where the options ask for nothing, so that nothing needs to be tracked."""
 
     def columns(self, group: Mapping[str, Any]) -> int:
         """The most columns that a matrix' block takes."""
@@ -84,6 +102,9 @@ class SpectralPenalty:
         options.check_shared(group)
         options.check_lambda("snr_lambda", group["snr_lambda"])
 
+    def is_on(self, group: Mapping[str, Any]) -> bool:
+        return bool(group["snr_lambda"] != 0)
+
     def columns(self, group: Mapping[str, Any]) -> int:
         return halves.basis_columns(group["block"])
 
@@ -94,24 +115,18 @@ class SpectralPenalty:
         strength = constant([float(matrix.group["snr_lambda"]) for matrix in matrices], first.sigma)
         sign = constant([-1.0 if matrix.group.get("maximize") else 1.0 for matrix in matrices], first.sigma)
         coefficients = sign * strength * torch.where(first.valid, first.sigma, 0.0) * gate.gradient_scale(first.sigma)
-        chosen = [i for i, matrix in enumerate(matrices) if matrix.group["snr_lambda"] != 0]
-        grads = [grad for i in chosen if (grad := matrices[i].param.grad) is not None]
+        grads = [grad for matrix in matrices if (grad := matrix.param.grad) is not None]
+        penalized = [torch.empty_like(matrix.param) for matrix in matrices]
+        torch._foreach_copy_(penalized, grads)
+        views = [matrix.view_of(grad) for matrix, grad in zip(matrices, penalized, strict=True)]
+        kernels.rank_updates_(views, coefficients[:, None], first.lefts, first.rights)
         try:
-            if chosen:
-                penalized = [torch.empty_like(matrices[i].param) for i in chosen]
-                torch._foreach_copy_(penalized, grads)
-                kernels.rank_updates_(
-                    [matrices[i].view_of(grad) for i, grad in zip(chosen, penalized, strict=True)],
-                    torch.stack([coefficients[i] for i in chosen])[:, None],
-                    [first.lefts[i] for i in chosen],
-                    [first.rights[i] for i in chosen],
-                )
-                for i, grad in zip(chosen, penalized, strict=True):
-                    matrices[i].param.grad = grad
+            for matrix, grad in zip(matrices, penalized, strict=True):
+                matrix.param.grad = grad
             yield
         finally:
-            for i, original in zip(chosen, grads, strict=True):
-                matrices[i].param.grad = original
+            for matrix, grad in zip(matrices, grads, strict=True):
+                matrix.param.grad = grad
 
 
 class NormScale:
@@ -134,6 +149,9 @@ class NormScale:
         options.check_shared(group)
         options.check_norm_scale(group)
 
+    def is_on(self, group: Mapping[str, Any]) -> bool:
+        return True
+
     def columns(self, group: Mapping[str, Any]) -> int:
         return pairs.basis_columns(group["block"])
 
@@ -141,17 +159,19 @@ class NormScale:
     def around(self, matrices: Sequence[Matrix], gate: Gate) -> Iterator[None]:
         spectral = [matrix for matrix in matrices if matrix.group["norm"] == "spectral"]
         frobenius = [matrix for matrix in matrices if matrix.group["norm"] == "frobenius"]
+        initial = _initial_norms(spectral, frobenius)
         new = [matrix for matrix in spectral if not pairs.has_state(matrix)]
-        fresh = [matrix for matrix in frobenius if STATS not in matrix.state or STEP not in matrix.state]
         start = pairs.Start(new) if new else None
-        initial = _initial_spectral_norms(new)
-        norms = kernels.frobenius_norms([matrix.weight for matrix in fresh]) if fresh else None
+        fresh = [matrix for matrix in frobenius if not has_stats(matrix)]
+        norms = kernels.frobenius_norms([matrix.weight for matrix in fresh]) if fresh else ()
         yield
+        # not before: AdamW takes a state that is not empty for its own
+        for matrix, key, value in initial:
+            matrix.state[key] = value
         if start is not None:
-            start.finish(initial)
-        if norms is not None:
-            for matrix, norm in zip(fresh, norms, strict=True):
-                _start_frobenius(matrix, norm)
+            start.finish()
+        for matrix, norm in zip(fresh, norms, strict=True):
+            restart(matrix, norm)
         if spectral:
             pairs.step(spectral, _SpectralCorrection(spectral, gate))
         if frobenius:
@@ -179,23 +199,21 @@ class _SpectralCorrection:
         return change
 
 
-def _initial_spectral_norms(matrices: Sequence[Matrix]) -> list[Tensor | None]:
-    """sigma₁ of the weights as they are, where it is to be their target."""
-    wanted = [i for i, matrix in enumerate(matrices) if matrix.group["target"] == "initial"]
-    found: list[Tensor | None] = [None] * len(matrices)
-    if wanted:
-        stats = measure([matrices[i].param for i in wanted])
-        for i, row in zip(wanted, stats, strict=True):
-            found[i] = row[Stat.SIGMA]
+def _initial_norms(spectral: Sequence[Matrix], frobenius: Sequence[Matrix]) -> list[tuple[Matrix, str, Tensor]]:
+    """(matrix, state key, norm) of the weights as they are, where that is to be the target and not yet noted."""
+    found: list[tuple[Matrix, str, Tensor]] = []
+    for norm, matrices in (("spectral", spectral), ("frobenius", frobenius)):
+        key = INITIAL[norm]
+        unknown = [m for m in matrices if m.group["target"] == "initial" and key not in m.state]
+        if unknown and norm == "spectral":
+            values = measure([m.param for m in unknown])[:, Stat.SIGMA]
+        elif unknown:
+            values = kernels.frobenius_norms([m.weight for m in unknown])
+        else:
+            continue
+        dtypes = [accumulation_dtype(m.param.dtype) for m in unknown]
+        found += [(m, key, value.to(dtype, copy=True)) for m, value, dtype in zip(unknown, values, dtypes, strict=True)]
     return found
-
-
-def _start_frobenius(matrix: Matrix, norm: Tensor) -> None:
-    stats = new_stats(matrix)
-    stats[Stat.CAPPED] = norm == 0
-    if matrix.group["target"] == "initial":
-        stats[Stat.TARGET] = norm
-    matrix.state[STATS], matrix.state[STEP] = stats, 0
 
 
 def _scale_frobenius(matrices: Sequence[Matrix], gate: Gate) -> None:
@@ -206,6 +224,9 @@ def _scale_frobenius(matrices: Sequence[Matrix], gate: Gate) -> None:
     valid = norm.isfinite()
     change, stats[:, Stat.CAPPED] = _allowed(matrices, norm, target, valid, stats, gate)
     kernels.scale_(weights, torch.where(change != 0, target / torch.where(norm > 0, norm, 1.0), 1.0))
+    for matrix in matrices:
+        for key in (BLOCK, PROBE):  # of an earlier time under the spectral norm: they follow no longer
+            matrix.state.pop(key, None)
     stats[:, Stat.SIGMA] = torch.nan  # not known from a Frobenius norm
     stats[:, Stat.VALID] = valid.to(stats.dtype)
     scatter_stats(matrices, stats)
@@ -222,20 +243,23 @@ def _allowed(
     down_only = capped | (constant([float(matrix.group["mode"] == "cap") for matrix in matrices], norm) > 0)
     change = torch.where(valid & (norm > 0), target - norm, 0.0)
     change = torch.where(down_only, change.clamp_max(0.0), change)
-    change = torch.where(gate.open(matrices, norm) > 0, change, 0.0)
     first = [i for i, matrix in enumerate(matrices) if matrix.state[STEP] == 0]
     if first:
         pulled = (change != 0) & (constant([float(m.group["mode"] != "cap") for m in matrices], norm) > 0)
         ratio = torch.where(pulled, norm / target, 1.0)
         ratio = torch.stack([ratio[i] for i in first])
         gate.ratios.append(([matrices[i].param for i in first], HostCopy.of(ratio)))
-    return change, capped.to(stats.dtype)
+    return torch.where(gate.open(matrices, norm) > 0, change, 0.0), capped.to(stats.dtype)
 
 
-def targets_of(matrices: Sequence[Matrix], stats: Tensor) -> Tensor:
+def targets_of(matrices: Sequence[Matrix], like: Tensor) -> Tensor:
     """sigma*, or F* under Frobenius scaling, of each matrix (B,)."""
-    known = constant([shape_target(matrix) for matrix in matrices], stats)
-    return torch.where(known.isnan(), stats[:, Stat.TARGET], known)
+    known = constant([shape_target(matrix) for matrix in matrices], like)
+    if not any(matrix.group["target"] == "initial" for matrix in matrices):
+        return known
+    nothing = like.new_full((), torch.nan)
+    noted = torch.stack([matrix.state.get(INITIAL[matrix.group["norm"]], nothing).to(like) for matrix in matrices])
+    return torch.where(known.isnan(), noted, known)
 
 
 def shape_target(matrix: Matrix) -> float:

@@ -17,7 +17,7 @@ def target_sigma(param: Tensor, target: Target) -> float:
     only from the weight, and nan here. Source of the first: Norm Scaling's initialization, with channels in place of
     layer sizes.
     """
-    if isinstance(target, float | int):
+    if not isinstance(target, str):
         return float(target)
     if target == "initial":
         return math.nan

@@ -33,7 +33,7 @@ def frobenius_norms(matrices: Sequence[Tensor]) -> Tensor:
     norms = []
     for matrix in matrices:
         dtype = accumulation_dtype(matrix.dtype)
-        if dtype == torch.float32:  # its squares neither overflow nor underflow in float64
+        if dtype == torch.float32 and matrix.device.type != "mps":  # whose squares are safe in float64; mps has none
             norms.append(torch.linalg.vector_norm(matrix, dtype=torch.float64).to(dtype))
             continue
         peak = matrix.abs().amax() if matrix.numel() else matrix.new_zeros(())

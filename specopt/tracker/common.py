@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +23,15 @@ COLD_STOP = 0.25
 """The residual that ends a cold step, in tolerances: a direction is wrong by residual / gap, and gaps are small."""
 WARM_MAX = 2
 LOST = 0.1
-"""A last residual above this gives a step the cold phase's number of pairs."""
+"""A last residual above this gives a step the cold phase's number of pairs on the CPU. On a device it makes the one
+conditional pair in each step until it is found again: what is enqueued there must not depend on what is measured."""
 JUMP = 10
 """So many tolerances between sigma and what the last step left call for the conditional pair: an update out of scale
 (a spike of the learning rate) shows there one step before it shows in a residual."""
 
+PREFIX = "spectral_"
 BLOCK, PROBE, LEFT, RIGHT, STATS, STEP = (
-    f"spectral_{name}" for name in ("block", "probe", "left", "right", "stats", "step")
+    PREFIX + name for name in ("block", "probe", "left", "right", "stats", "step")
 )
 
 
@@ -45,17 +47,33 @@ class Stat(IntEnum):
     """1 where the last step's triplet was finite and could be applied."""
     CAPPED = 4
     """1 while a matrix that was all zero at the start has not reached its target by itself."""
-    TARGET = 5
-    """sigma* (or F*) where it was read from the weight itself (``target="initial"``), else nan."""
-    PAIRS = 6
+    PAIRS = 5
     """Pairs of products made in the last step; a lone half product counts a half."""
 
 
-def new_stats(matrix: Matrix) -> Tensor:
+def fits(state: Mapping[str, Any], key: str, shape: tuple[int, ...], matrix: Matrix) -> bool:
+    """Whether a state tensor is there, and of the shape, dtype and device that the weight has now."""
+    value, param = state.get(key), matrix.param
+    if not isinstance(value, Tensor):
+        return False
+    return (value.shape, value.dtype, value.device) == (shape, accumulation_dtype(param.dtype), param.device)
+
+
+def has_stats(matrix: Matrix) -> bool:
+    return STEP in matrix.state and fits(matrix.state, STATS, (len(Stat),), matrix)
+
+
+def restart(matrix: Matrix, norm: Tensor | None = None) -> None:
+    """Stats and step count of a matrix that has no block, or none that fits any more. What is told of its beginning,
+    that it was zero (``norm``), outlives a restart."""
     stats = torch.zeros(len(Stat), dtype=accumulation_dtype(matrix.param.dtype), device=matrix.param.device)
+    if norm is not None:
+        stats[Stat.CAPPED] = norm == 0
+    old = matrix.state.get(STATS)
+    if old is not None and old.shape == stats.shape:
+        stats.copy_(old)
     stats[Stat.RESIDUAL] = torch.inf
-    stats[Stat.TARGET] = torch.nan
-    return stats
+    matrix.state[STATS], matrix.state[STEP] = stats, 0
 
 
 def gather_stats(matrices: Sequence[Matrix]) -> Tensor:
@@ -72,9 +90,10 @@ def constant(values: Sequence[float], like: Tensor) -> Tensor:
     return kernels.constant(values, like.dtype, like.device)
 
 
-@lru_cache(maxsize=64)
 def identity(columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.eye(columns, dtype=dtype, device=device)
+    return kernels.remembered(
+        ("identity", columns, dtype), device, lambda: torch.eye(columns, dtype=dtype, device=device)
+    )
 
 
 def probe_columns(block: int) -> int:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,13 +30,15 @@ from .common import (
     Schedule,
     Stat,
     all_idle,
+    fits,
     gather_stats,
+    has_stats,
     identity,
-    new_stats,
     noise,
     noise_like,
     probe_columns,
     put_omega,
+    restart,
     scatter_stats,
 )
 
@@ -50,19 +52,18 @@ def basis_columns(block: int) -> int:
 
 
 def has_state(matrix: Matrix) -> bool:
-    state, width = matrix.state, matrix.columns + probe_columns(matrix.group["block"])
-    if STATS not in state or STEP not in state:
+    width = matrix.columns + probe_columns(matrix.group["block"])
+    if not has_stats(matrix):
         return False
-    rows, columns = matrix.weight.shape
-    shapes = {LEFT: (rows, width), RIGHT: (columns, width)}
-    return matrix.complete or all(key in state and state[key].shape == shape for key, shape in shapes.items())
+    shapes = {key: (length, width) for key, length in zip((LEFT, RIGHT), matrix.weight.shape, strict=True)}
+    return matrix.complete or all(fits(matrix.state, key, shape, matrix) for key, shape in shapes.items())
 
 
 def start(matrices: Sequence[Matrix]) -> None:
     """Complete state for new matrices: on the right the range of the gradient, ``Gᵀ Ω``, where the first update will
     go; fixed random columns where that is zero or not finite."""
     for matrix in matrices:
-        matrix.state[STATS], matrix.state[STEP] = new_stats(matrix), 0
+        restart(matrix)
     tracked = [matrix for matrix in matrices if not matrix.complete]
     if not tracked:
         return
@@ -216,16 +217,19 @@ class _Plan(NamedTuple):
     probes: Tensor  # the probe's columns alone
 
 
-@lru_cache(maxsize=64)
 def _plan(columns: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> _Plan:
+    return kernels.remembered(("sides", columns, dtype), device, lambda: _new_plan(columns, dtype, device))
+
+
+def _new_plan(columns: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> _Plan:
     count, width, probe = len(columns), max(k for k, _ in columns), max(a for _, a in columns)
-    images, kept = torch.zeros(count, width, width, dtype=dtype), torch.zeros(count, width, width, dtype=dtype)
-    followers = torch.zeros(count, width + probe, width, dtype=dtype)
-    probes = torch.zeros(count, width + probe, probe, dtype=dtype)
+    images, kept = np.zeros((count, width, width)), np.zeros((count, width, width))
+    followers = np.zeros((count, width + probe, width))
+    probes = np.zeros((count, width + probe, probe))
     for b, (k, a) in enumerate(columns):
         r = kept_columns(k)
         p = k - r - a
-        images[b, :p, :p] = torch.eye(p)
-        kept[b, :r, p : p + r] = torch.eye(r)
-        followers[b, k : k + a, p + r : k] = probes[b, k : k + a, :a] = torch.eye(a)
-    return _Plan(*(kernels.upload(t, device) for t in (images, kept, followers, probes)))
+        images[b, :p, :p] = np.eye(p)
+        kept[b, :r, p : p + r] = np.eye(r)
+        followers[b, k : k + a, p + r : k] = probes[b, k : k + a, :a] = np.eye(a)
+    return _Plan(*(kernels.upload(t, dtype, device) for t in (images, kept, followers, probes)))

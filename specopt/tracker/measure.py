@@ -12,7 +12,7 @@ from specopt import kernels
 
 from ..views import Matrix, as_matrix
 from . import pairs
-from .common import BLOCK, PROBE, STATS, STEP, new_stats, noise_like, probe_columns
+from .common import BLOCK, PROBE, STATS, noise_like, probe_columns, restart
 
 OPTIONS: dict[str, Any] = {"block": 32, "tolerance": 1e-3, "max_passes": 64}
 
@@ -37,7 +37,7 @@ def _key(matrix: Matrix) -> tuple[torch.device, torch.dtype, bool]:
 
 def _start(matrices: Sequence[Matrix]) -> None:
     for matrix in matrices:
-        matrix.state[STATS], matrix.state[STEP] = new_stats(matrix), 0
+        restart(matrix)
     if matrices[0].complete:
         return
     blocks = [new_block(matrix) for matrix in matrices]

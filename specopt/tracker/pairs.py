@@ -8,8 +8,8 @@ the block knows where the update went without a copy of the weights, whatever ma
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,18 +20,19 @@ from ..views import Matrix
 from .common import (
     BLOCK,
     PROBE,
-    STATS,
     STEP,
     Schedule,
     Stat,
     all_idle,
+    fits,
     gather_stats,
+    has_stats,
     identity,
-    new_stats,
     noise_like,
     omega,
     probe_columns,
     put_omega,
+    restart,
     scatter_stats,
 )
 
@@ -49,12 +50,11 @@ def kept_columns(block: int) -> int:
 
 
 def has_state(matrix: Matrix) -> bool:
-    state = matrix.state
-    if STATS not in state or STEP not in state:
+    state, rows, a = matrix.state, matrix.weight.shape[1], probe_columns(matrix.group["block"])
+    if not has_stats(matrix):
         return False
-    rows, a = matrix.weight.shape[1], probe_columns(matrix.group["block"])
     shapes = {BLOCK: (rows, matrix.columns), PROBE: (rows, a)}
-    return matrix.complete or all(key in state and state[key].shape == shape for key, shape in shapes.items())
+    return matrix.complete or all(fits(state, key, shape, matrix) for key, shape in shapes.items())
 
 
 class Start:
@@ -73,15 +73,11 @@ class Start:
             [omega(matrix.weight.shape[0], matrix.columns, like) for matrix in self.tracked],
         )
 
-    def finish(self, targets: Sequence[Tensor | None]) -> None:
+    def finish(self) -> None:
         """After the base update: complete state, the block being the update's range ``ΔWᵀ Ω``, or fixed random columns
         where that is zero or not finite."""
-        for matrix, norm, target in zip(self.matrices, self.norms, targets, strict=True):
-            stats = new_stats(matrix)
-            stats[Stat.CAPPED] = norm == 0
-            if target is not None:
-                stats[Stat.TARGET] = target
-            matrix.state[STATS], matrix.state[STEP] = stats, 0
+        for matrix, norm in zip(self.matrices, self.norms, strict=True):
+            restart(matrix, norm)
         if not self.tracked:
             return
         after = self._probe()
@@ -189,10 +185,13 @@ def _keep_probes(returned: Sequence[Tensor], probes: Sequence[Tensor], layout: B
         kernels.mixes([(returned, _probe_selection(layout, returned[0].dtype, valid.device))], probes, active=valid)
 
 
-@lru_cache(maxsize=64)
 def _probe_selection(layout: BasisLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return kernels.remembered(("probes", layout, dtype), device, lambda: _new_selection(layout, dtype, device))
+
+
+def _new_selection(layout: BasisLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
     columns = max(k + a for k, a in zip(layout.columns, layout.followers, strict=True))
-    select = torch.zeros(len(layout.columns), columns, max(layout.followers), dtype=dtype)
+    select = np.zeros((len(layout.columns), columns, max(layout.followers)))
     for b, (k, a) in enumerate(zip(layout.columns, layout.followers, strict=True)):
-        select[b, k : k + a, :a] = torch.eye(a, dtype=dtype)
-    return kernels.upload(select, device)
+        select[b, k : k + a, :a] = np.eye(a)
+    return kernels.upload(select, dtype, device)

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import Optimizer
 
 import specopt
+from specopt.rules import Gate
 from specopt.tracker.common import STATS, STEP
 from tests.specopt.helpers import clones, parameters, set_gradients
 
-pytestmark = pytest.mark.filterwarnings("ignore:the first step moved")
+pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
 OURS: dict[str, Callable[..., Any]] = {
     "snr": lambda params, **kw: specopt.SNRSGD(params, **{"lr": 0.1, "momentum": 0.9, **kw}),
     "set": lambda params, **kw: specopt.NormScaleAdamW(params, **{"lr": 1e-2, **kw}),
@@ -132,12 +134,13 @@ def test_checkpoint_of_the_base_loads_into_ours_and_ours_into_the_base(kind: str
 def test_state_is_complete_or_absent(kind: str) -> None:
     params = parameters(torch.float32)
     optimizer = OURS[kind](params)
-    assert not optimizer.state
+    specopt.spectral_report(optimizer)
+    assert not optimizer.state and not optimizer.state_dict()["state"]
     train(optimizer, params, range(1))
     for param in params:
         own = {name for name in optimizer.state[param] if name.startswith("spectral")}
-        assert (param.ndim > 1) == bool(own)
-        assert not own or {STATS, STEP} <= own
+        assert (param.ndim > 1) == (STATS in own)
+        assert not own or STEP in own
 
 
 def test_step_hooks_run_once_even_after_a_plain_optimizer_was_built(kind: str) -> None:
@@ -198,7 +201,7 @@ def test_versions_of_changed_weights_move() -> None:
         assert all(param._version > version for param, version in zip(params, versions, strict=True))
 
 
-def test_scaler_that_found_inf_moves_nothing(kind: str) -> None:
+def test_scaler_that_found_inf_changes_no_weight(kind: str) -> None:
     for fused in (False, True):
         params = [param for param in parameters(torch.float32) if param.is_contiguous()]
         optimizer = OURS[kind](params, fused=fused)
@@ -231,3 +234,76 @@ def test_fused_step_under_a_scaler_equals_the_unscaled_step() -> None:
         runs.append(params)
     for mine, other in zip(*runs, strict=True):
         assert torch.allclose(mine, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("kind_", ["snr", "set", "frobenius"])
+def test_distributed_checkpoint_state_round_trips_and_changes_no_weight(kind_: str, momentum: float) -> None:
+    options = {"momentum": momentum} if kind_ == "snr" else {}
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 45))
+    optimizer = OURS[kind_](model.parameters(), **options)
+
+    def step(net: nn.Module, opt: Any, seed: int) -> None:
+        opt.zero_grad()
+        net(torch.randn(8, 40, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
+        opt.step()
+
+    for seed in range(3):
+        step(model, optimizer, seed)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    twin = copy.deepcopy(model)
+    resumed = OURS[kind_](twin.parameters(), **options)
+    set_optimizer_state_dict(twin, resumed, saved)
+    assert equal(list(model.parameters()), list(twin.parameters()))
+    step(model, optimizer, 3)
+    step(twin, resumed, 3)
+    assert equal(list(model.parameters()), list(twin.parameters()))
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_checkpoint_of_another_dtype_is_taken_in_the_dtype_of_the_weights(
+    kind: str, saved: torch.dtype, loaded: torch.dtype
+) -> None:
+    params, others = parameters(saved), parameters(loaded)
+    first, second = OURS[kind](params), OURS[kind](others)
+    train(first, params, range(2))
+    second.load_state_dict(first.state_dict())
+    train(second, others, range(2, 4))
+    assert all(bool(param.isfinite().all()) for param in others)
+    assert second.state[others[0]][STATS].dtype == loaded
+
+
+def test_load_hooks_of_the_user_are_respected(kind: str) -> None:
+    params, others = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    first, second = OURS[kind](params), OURS[kind](others)
+    train(first, params, range(2))
+    second.register_load_state_dict_pre_hook(lambda _, state: state["wrapped"])
+    seen: list[torch.dtype] = []
+    second.register_load_state_dict_post_hook(lambda opt: seen.append(opt.state[others[0]][STATS].dtype))
+    second.load_state_dict({"wrapped": first.state_dict()})
+    assert seen == [torch.float32]
+
+
+def test_default_device_elsewhere_does_not_matter(kind: str) -> None:
+    params = parameters(torch.float32)
+    optimizer = OURS[kind](params, foreach=False)
+    set_gradients(params, clones(params), seed=0)
+    torch.set_default_device("meta")
+    try:
+        if kind == "snr":
+            optimizer.step()
+        else:
+            with optimizer.rule.around(list(optimizer.matrices())[:2], Gate()):
+                pass
+    finally:
+        torch.set_default_device(None)
+    assert all(bool(param.isfinite().all()) for param in params)
+
+
+def test_parameter_group_that_cannot_be_controlled_is_not_added(kind: str) -> None:
+    optimizer = OURS[kind](parameters(torch.float32))
+    gapped = torch.randn(8, 8, 16, 16)[:, :, ::2, :].requires_grad_()
+    with pytest.raises(ValueError, match="contiguous"):
+        optimizer.add_param_group({"params": [gapped]})
+    assert len(optimizer.param_groups) == 1

@@ -13,7 +13,7 @@ import specopt
 from specopt.rules import Gate
 from specopt.tracker.common import COLD_STEPS, STEP
 
-pytestmark = pytest.mark.filterwarnings("ignore:the first step moved")
+pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

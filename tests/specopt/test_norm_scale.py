@@ -14,7 +14,7 @@ import specopt
 from tests.specopt.helpers import clones, exact, gap_of, parameters, set_gradients
 
 TIGHT: dict[str, Any] = {"tolerance": 1e-6, "max_passes": 150}
-pytestmark = pytest.mark.filterwarnings("ignore:the first step moved")
+pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
 
 
 def sigma_star(weight: Tensor) -> float:
@@ -147,16 +147,83 @@ def test_a_large_first_correction_is_warned_of_once() -> None:
         for step in range(3):
             set_gradients(params, clones(params), seed=step)
             optimizer.step()
-    told = [str(w.message) for w in caught if "the first step moved" in str(w.message)]
+    told = [str(w.message) for w in caught if "the first step moves" in str(w.message)]
     assert len(told) == 1
     assert "scaled_orthogonal_" in told[0]
-    assert "moved 9 weight(s)" in told[0]
+    assert "moves 9 weight(s)" in told[0]
 
 
 def test_scaled_orthogonal_init_is_not_warned_of() -> None:
     model = specopt.init.scaled_orthogonal_(torch.nn.Linear(30, 20))
     optimizer = specopt.NormScaleAdamW(model.parameters(), lr=1e-3)
     model(torch.randn(4, 30)).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (20, 24)])
+def test_initial_norms_of_both_kinds_are_kept_apart_when_the_norm_changes(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    param = torch.randn(shape, generator=generator).requires_grad_()
+    optimizer = specopt.NormScaleAdamW([param], lr=1e-3, target="initial", mode="set")
+    for norm in ("spectral", "frobenius", "spectral"):
+        before = float(param.detach().norm()), float(exact(param)[1][0])
+        optimizer.param_groups[0]["norm"] = norm
+        param.grad = torch.randn(shape, generator=generator)
+        optimizer.step()
+        after = float(param.detach().norm()), float(exact(param)[1][0])
+        assert after == pytest.approx(before, rel=2e-2)
+
+
+def test_target_set_to_initial_during_training_is_the_norm_of_that_moment() -> None:
+    param = torch.randn(40, 40, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    optimizer = specopt.NormScaleAdamW([param], lr=1e-3, mode="rescale")
+    for target in ("channels", "initial", "initial"):
+        before = float(exact(param)[1][0])
+        optimizer.param_groups[0]["target"] = target
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        expected = 1.0 if target == "channels" else before
+        assert float(exact(param)[1][0]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_restart_by_another_block_remembers_that_the_matrix_started_at_zero() -> None:
+    param = torch.zeros(64, 64, requires_grad=True)
+    optimizer = specopt.NormScaleAdamW([param], lr=1e-4)
+    for block in (32, 32, 16, 8):
+        optimizer.param_groups[0]["block"] = block
+        param.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(block))
+        optimizer.step()
+    assert 0 < float(exact(param)[1][0]) < 0.05
+
+
+@pytest.mark.parametrize("off", [{"spectral": False}, {"norm": "frobenius"}], ids=str)
+def test_control_that_was_off_for_a_while_starts_cold(off: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    param = torch.randn(64, 64, generator=generator).requires_grad_()
+    optimizer = specopt.NormScaleAdamW([param], lr=1e-2, mode="rescale", target=1.3)
+    group = optimizer.param_groups[0]
+    on = {"spectral": True, "norm": "spectral"}
+    for step in range(60):
+        group.update({**on, "mode": "rescale"} if step < 25 or step == 59 else {**off, "mode": "set"})
+        param.grad = torch.randn(64, 64, generator=generator)
+        optimizer.step()
+    assert float(exact(param)[1][0]) == pytest.approx(1.3, rel=2e-3)
+
+
+def test_warm_up_from_zero_is_warned_of() -> None:
+    param = torch.randn(64, 64).requires_grad_()
+    optimizer = specopt.NormScaleAdamW([param], lr=0.0)
+    param.grad = torch.ones_like(param)
+    with pytest.warns(UserWarning, match="not within"):
+        optimizer.step()
+
+
+def test_cap_is_not_warned_of() -> None:
+    param = (10 * torch.randn(64, 64)).requires_grad_()
+    optimizer = specopt.NormScaleAdamW([param], mode="cap")
+    param.grad = torch.ones_like(param)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()

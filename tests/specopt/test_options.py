@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -59,11 +60,24 @@ def test_wrong_argument_raises_naming_it_and_its_value(cls: type, name: str, val
     assert name in str(error.value) or name == "lr"
 
 
-@pytest.mark.parametrize(("cls", "name", "value"), WRONG, ids=lambda v: getattr(v, "__name__", str(v)))
+OURS = [case for case in WRONG if case[1] != "lr"]  # torch checks lr in the constructor alone
+
+
+@pytest.mark.parametrize(("cls", "name", "value"), OURS, ids=lambda v: getattr(v, "__name__", str(v)))
+def test_wrong_option_set_during_training_raises_before_anything_changes(cls: type, name: str, value: Any) -> None:
+    (param,) = params = weight()
+    optimizer = cls(params)
+    param.grad = torch.ones_like(param)
+    before = param.detach().clone()
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=name):
+        optimizer.step()
+    assert torch.equal(param.detach(), before)
+
+
+@pytest.mark.parametrize(("cls", "name", "value"), OURS, ids=lambda v: getattr(v, "__name__", str(v)))
 def test_wrong_group_option_raises_and_adds_no_group(cls: type, name: str, value: Any) -> None:
     optimizer = cls(weight())
-    if name == "lr":
-        return  # torch checks lr in the constructor alone
     with pytest.raises(ValueError, match=name):
         optimizer.add_param_group({"params": weight(), name: value})
     assert len(optimizer.param_groups) == 1
@@ -162,6 +176,28 @@ def test_scaled_orthogonal_makes_all_singular_values_the_target(layer: Any, gain
         expected = gain * math.sqrt(part.shape[0] / part.shape[1])
         values = torch.linalg.svdvals(part.flatten(1))
         assert torch.allclose(values, torch.full_like(values, expected), rtol=1e-5)
+
+
+def test_scaled_orthogonal_refuses_a_weight_that_is_computed_from_others() -> None:
+    with pytest.raises(ValueError, match="parametrized"):
+        specopt.init.scaled_orthogonal_(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_scaled_orthogonal_fills_any_dtype(dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    try:
+        layer = nn.Linear(20, 30)
+        specopt.init.scaled_orthogonal_(layer)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    values = torch.linalg.svdvals(layer.weight.detach().double())
+    assert torch.allclose(values, torch.full_like(values, 1.5**0.5), rtol=1e-12 if dtype == torch.float64 else 2e-2)
+
+
+@pytest.mark.parametrize("cls", [specopt.SNRSGD, specopt.NormScaleAdamW])
+def test_numpy_numbers_are_numbers(cls: type) -> None:
+    cls(weight(), block=np.int64(8), tolerance=np.float32(0.02), max_passes=np.int32(3))
 
 
 def test_scaled_orthogonal_leaves_other_modules_alone_and_follows_its_generator() -> None:

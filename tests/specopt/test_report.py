@@ -11,7 +11,7 @@ from torch import nn
 import specopt
 from tests.specopt.helpers import clones, exact, parameters, set_gradients
 
-pytestmark = pytest.mark.filterwarnings("ignore:the first step moved")
+pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
 
 
 @pytest.mark.parametrize("steps", [0, 2])
