@@ -15,6 +15,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,25 +157,27 @@ def runs(folder: Path | None, steps: int) -> dict[str, Callable[[str], Result]]:
     found: dict[str, Callable[[str], Result]] = {}
     for orthogonal in (False, True):
         init = "orthogonal" if orthogonal else "default"
+        build = partial(workloads.mlp, dense, orthogonal=orthogonal)
         for warmup in (0, 100):
             key = f"norm scaling, MLP 5x512 {where}, {init}" + (", warm-up" if warmup else "")
-            found[key] = lambda name, o=orthogonal, w=warmup: norm_scaling(  # type: ignore[misc]
-                name, workloads.mlp(dense, orthogonal=o), steps=steps, warmup=w
-            )
-    found[f"norm scaling, MLP 5x512 {where}, lr x30 spikes"] = lambda name: norm_scaling(
-        name, workloads.mlp(dense, orthogonal=True), steps=steps, spikes=True
+            found[key] = partial(_built, norm_scaling, build, steps=steps, warmup=warmup)
+    build = partial(workloads.mlp, dense, orthogonal=True)
+    found[f"norm scaling, MLP 5x512 {where}, lr x30 spikes"] = partial(
+        _built, norm_scaling, build, steps=steps, spikes=True
     )
-    found["norm scaling, GPT width 256, Markov tokens"] = lambda name: norm_scaling(name, workloads.gpt(), steps=steps)
-    found[f"norm scaling, ResNet {pictures}, warm-up"] = lambda name: norm_scaling(
-        name, workloads.resnet(images), steps=steps, warmup=100
-    )
+    found["norm scaling, GPT width 256, Markov tokens"] = partial(_built, norm_scaling, workloads.gpt, steps=steps)
+    build = partial(workloads.resnet, images)
+    found[f"norm scaling, ResNet {pictures}, warm-up"] = partial(_built, norm_scaling, build, steps=steps, warmup=100)
     for lr in (0.05, 0.1):
         for orthogonal in (False, True):
             key = f"SNR, MLP 5x512 {where}, {'orthogonal' if orthogonal else 'default'}, lr {lr}"
-            found[key] = lambda name, o=orthogonal, r=lr: snr(  # type: ignore[misc]
-                name, workloads.mlp(dense, orthogonal=o), steps=steps, lr=r
-            )
+            build = partial(workloads.mlp, dense, orthogonal=orthogonal)
+            found[key] = partial(_built, snr, build, steps=steps, lr=lr)
     return found
+
+
+def _built(measure: Callable[..., Result], build: Callable[[], Workload], name: str, **options: Any) -> Result:
+    return measure(name, build(), **options)
 
 
 def main() -> None:
