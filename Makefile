@@ -27,7 +27,7 @@ test: venv
 
 # -q leaves out the header, so that the kept output says nothing of the machine's folders.
 test-full: venv
-	SPECOPT_TEST_FULL=1 $(BIN)/python -m pytest -q -ra | tee tests/last_full_run.txt
+	SPECOPT_TEST_FULL=1 $(BIN)/python -m pytest -q -ra -n 2 --dist loadfile | tee tests/last_full_run.txt
 
 lint: venv
 	$(BIN)/ruff check .

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specopt.kernels import MAX_COLUMNS
+
 VIEWS = ("auto", "flatten")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -83,8 +85,14 @@ class Matrix:
 
 
 def as_matrix(param: Tensor, group: dict[str, Any], state: dict[str, Any], columns: int) -> Matrix:
-    """The controlled weight with a block of at most ``columns`` columns."""
+    """The controlled weight with a block of ``columns`` columns, or a complete one.
+
+    Complete where the smaller side is at most twice the block: one product as wide as that side costs no more than a
+    pair of products with the block, and leaves nothing to be missed.
+    """
     view = matrix_view(param.detach())
-    flipped = view.shape[0] < view.shape[1] and view.shape[0] <= columns
+    limit = min(2 * group["block"], MAX_COLUMNS)
+    flipped = view.shape[0] < view.shape[1] and view.shape[0] <= limit
     weight = view.mT if flipped else view
-    return Matrix(param, group, state, weight, min(columns, weight.shape[1]), flipped)
+    width = weight.shape[1]
+    return Matrix(param, group, state, weight, width if width <= limit else columns, flipped)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SHAPES = [(40, 30), (30, 70), (5, 64), (64, 5), (16, 8, 3, 3), (64, 64), (1, 9), (9, 1), (45, 200)]
+SHAPES = [(80, 70), (70, 130), (5, 64), (64, 5), (70, 8, 3, 3), (66, 66), (1, 9), (9, 1), (65, 200), (40, 50)]
 
 
 def with_spectrum(shape: tuple[int, ...], dtype: torch.dtype, gap: float, generator: torch.Generator) -> Tensor:

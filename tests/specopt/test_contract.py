@@ -71,8 +71,8 @@ def test_same_bits_in_two_runs_and_global_random_state_untouched(kind: str) -> N
 
 def test_closure_gives_the_gradients_of_the_step(kind: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(40, 50), nn.Tanh(), nn.Linear(50, 3))
-    images = torch.randn(16, 40)
+    model = nn.Sequential(nn.Linear(80, 90), nn.Tanh(), nn.Linear(90, 3))
+    images = torch.randn(16, 80)
     twin = copy.deepcopy(model)
     first, second = OURS[kind](model.parameters()), OURS[kind](twin.parameters())
 
@@ -241,12 +241,12 @@ def test_fused_step_under_a_scaler_equals_the_unscaled_step() -> None:
 def test_distributed_checkpoint_state_round_trips_and_changes_no_weight(kind_: str, momentum: float) -> None:
     options = {"momentum": momentum} if kind_ == "snr" else {}
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 45))
+    model = nn.Sequential(nn.Linear(80, 90), nn.Linear(90, 85))
     optimizer = OURS[kind_](model.parameters(), **options)
 
     def step(net: nn.Module, opt: Any, seed: int) -> None:
         opt.zero_grad()
-        net(torch.randn(8, 40, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
+        net(torch.randn(8, 80, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
         opt.step()
 
     for seed in range(3):

@@ -35,7 +35,7 @@ class Counter(TorchDispatchMode):
 def operations(kind: str, count: int, launches: list[int]) -> tuple[list[str], int]:
     """What torch and Triton are asked to do by the rule in one warm step with its conditional pair."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(16 + 4 * i, 12 + 4 * i) for i in range(count)]
+    shapes = [(24 + 4 * i, 20 + 4 * i) for i in range(count)]
     params = [torch.randn(s, generator=generator).to(DEVICE).requires_grad_() for s in shapes]
     tracked: dict[str, Any] = {"block": 8, "max_passes": 2, "tolerance": 1e-9}
     optimizer: Any = (

@@ -40,7 +40,7 @@ def test_report_agrees_with_svd_and_changes_nothing(norm: str, steps: int) -> No
 
 
 def test_report_of_a_penalty_has_no_target_and_says_what_is_not_finite() -> None:
-    weights = [nn.Parameter(torch.randn(40, 50)), nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.zeros(40, 40))]
+    weights = [nn.Parameter(torch.randn(70, 80)), nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.zeros(70, 70))]
     with torch.no_grad():
         weights[0][0, 0] = torch.nan
     first, second, third = specopt.spectral_report(specopt.SNRSGD(weights))

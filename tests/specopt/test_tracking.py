@@ -121,7 +121,7 @@ def test_in_place_write_in_every_step_does_not_bring_the_cold_phase_back() -> No
 
 
 def test_max_passes_bounds_the_pairs_of_every_step() -> None:
-    workload = workloads.mlp(workloads.digits(), width=64)
+    workload = workloads.mlp(workloads.digits(), width=70)
     optimizer = specopt.NormScaleAdamW(workload.model.parameters(), lr=1e-2, tolerance=1e-9, max_passes=3)
     for _ in range(4):
         optimizer.zero_grad()
