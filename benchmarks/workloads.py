@@ -81,12 +81,12 @@ class _Residual(nn.Module):
 
 
 def resnet(data: Data, *, orthogonal: bool = True, seed: int = 0) -> Workload:
-    """Three residual blocks with batch norm, 16 to 64 channels; digits are taken as 1 x 8 x 8 images."""
+    """Three residual blocks with batch norm, 32 to 128 channels; digits are taken as 8 x 8 images."""
     torch.manual_seed(seed)
     images = data[0] if data[0].ndim == 4 else data[0].view(-1, 1, 8, 8).expand(-1, 3, -1, -1)
-    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    blocks = [_Residual(16, 16, 1), _Residual(16, 32, 2), _Residual(32, 64, 2)]
-    model = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    stem = [nn.Conv2d(3, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
+    blocks = [_Residual(32, 32, 1), _Residual(32, 64, 2), _Residual(64, 128, 2)]
+    model = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
     return _classifier(model, (images, data[1]), 64, orthogonal, seed)
 
 
