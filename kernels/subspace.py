@@ -112,8 +112,15 @@ REFILL_THRESHOLD = 0.05
 """In the second pass only a replaced column can lie close to the others; closer than this it is left out (zero)."""
 
 
+def scouts(columns: int) -> int:
+    """How many columns of a basis are random, others in each step. In a flat spectrum a direction outside the block may
+    lie above all within, and nothing else would show it: the residual is small, and the update does not lead there."""
+    return 1 if columns >= 8 else 0
+
+
 class BasisLayout(NamedTuple):
-    """How the columns of the next basis are shared out: ``images``, ``kept`` and ``followers`` per matrix."""
+    """How the columns of the next basis are shared out: ``kept`` and ``followers`` per matrix, its :func:`scouts`, and
+    images in the rest."""
 
     columns: tuple[int, ...]
     kept: tuple[int, ...]
@@ -131,11 +138,12 @@ def next_basis(
     *,
     active: Tensor | None = None,
 ) -> Tensor:
-    """The next ``V = orth[ images | kept | followers ]`` from ``Z = Wᵀ U``, and the residual of the first triplet.
+    """The next ``V = orth[ images | kept | followers | scout ]`` from ``Z = Wᵀ U``, and the first triplet's residual.
 
     With ``d = sigma`` (plus ``correction`` on the first), sorted by ``|d|``: images ``Z_i d_i − ½ min(d²) v_i`` of the
     largest, kept ``Z_i d_i − d_i² v_i`` of the first few (beside its image each spans a Krylov pair), and followers
-    ``(W − W_before)ᵀ Ω``: where the last update went, as the difference of two probes.
+    ``(W − W_before)ᵀ Ω``: where the last update went, as the difference of two probes. The scout is a column of
+    ``starts``.
 
     Args:
         triplets: of the matrices before the correction ``W ← W + c u₁v₁ᵀ``.
@@ -195,7 +203,7 @@ def _new_plan(layout: BasisLayout, width: int, device: torch.device, dtype: torc
     real, image, taken = (np.zeros((count, width), np.bool_) for _ in range(3))
     now, before = np.zeros((count, width + probes, width)), np.zeros((count, probes, width))
     for b, (k, r, a) in enumerate(zip(*layout, strict=True)):
-        p = k - r - a
+        p = k - r - a - scouts(k)
         rank[b, :p], rank[b, p : p + r] = np.arange(p), np.arange(r)
         real[b, :k], image[b, :p], taken[b, : p + r] = True, True, True
         for f in range(a):

@@ -47,7 +47,7 @@ def test_norm_scaling_follows_sigma_of_a_gpt() -> None:
 
 
 def test_norm_scaling_follows_sigma_of_a_resnet() -> None:
-    assert_tracked(sigma.norm_scaling("ResNet", workloads.resnet(workloads.digits()), steps=STEPS, warmup=30))
+    assert_tracked(sigma.norm_scaling("ResNet", workloads.resnet(workloads.digits()), steps=STEPS, warmup=30), 2.0)
 
 
 @pytest.mark.parametrize("orthogonal", [False, True], ids=["default", "orthogonal"])
