@@ -1,7 +1,7 @@
 """The tracker of rules that act after the base update: one pair of products, ``Y = W V`` and ``Z = Wᵀ U``, a step.
 
 State of a matrix: its block ``V = [ images | kept | followers | scout ]`` (n, k), the probe ``WᵀΩ`` (n, a) of fixed
-random Ω, and its stats. The difference of two probes is the last update's range, ``ΔWᵀ Ω``; it becomes the followers, so that
+random Ω, and its stats. The difference of two probes is the last update's range, ``ΔWᵀ Ω``; it becomes the followers:
 the block knows where the update went without a copy of the weights, whatever made the update.
 """
 
