@@ -41,10 +41,19 @@ class Result:
     pairs: float
     flat_worst: float = 0.0
     """SNR only: worst ``1 − uᵀWv/σ₁`` where the gap is under 1 %."""
+    tracked: float = 1.0
+    """The share of matrices that ``pairs`` is the mean of; the others are exact and make half a pair."""
+
+    @property
+    def mean_pairs(self) -> float:
+        """Over all matrices."""
+        return (self.tracked * self.pairs if self.tracked else 0.0) + (1 - self.tracked) * 0.5
 
     def line(self) -> str:
         flat = f"{self.flat_worst:9.1e}" if self.flat_worst else " " * 9
-        return f"{self.name:44} {self.median:8.1e} {self.worst:8.1e} {self.recovered:9.1e} {flat} {self.pairs:6.2f}"
+        return (
+            f"{self.name:44} {self.median:8.1e} {self.worst:8.1e} {self.recovered:9.1e} {flat} {self.mean_pairs:6.2f}"
+        )
 
 
 HEADER = f"{'workload':44} {'median':>8} {'worst':>8} {'recovered':>9} {'flat':>9} {'pairs':>6}"
@@ -105,7 +114,10 @@ def norm_scaling(
         errors += [(since, abs(float(s[Stat.SIGMA]) / e - 1)) for s, e in zip(stats, exact, strict=False)]
         tracked = [float(s[Stat.PAIRS]) for s in stats if s[Stat.PAIRS] >= 1]  # an exact matrix takes a half
         pairs += tracked if t >= COLD_STEPS else []
-    return _result(name, steps, errors, pairs)
+    result = _result(name, steps, errors, pairs)
+    exact_ones = [float(optimizer.state[w][STATS][Stat.PAIRS]) < 1 for w in weights]
+    result.tracked = 1 - sum(exact_ones) / len(exact_ones)
+    return result
 
 
 def snr(name: str, workload: Workload, *, steps: int, lr: float, snr_lambda: float = 0.01, every: int = 10) -> Result:

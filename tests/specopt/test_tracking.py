@@ -27,7 +27,7 @@ def assert_tracked(result: sigma.Result, most_pairs: float = 1.5) -> None:
     assert result.worst <= (3e-2 if "spikes" in result.name else 1e-2)
     assert result.recovered <= 1e-2
     assert result.flat_worst <= 1e-3
-    assert result.pairs <= most_pairs
+    assert result.mean_pairs <= most_pairs
 
 
 @pytest.mark.parametrize("orthogonal", [False, True], ids=["default", "orthogonal"])
@@ -47,7 +47,7 @@ def test_norm_scaling_follows_sigma_of_a_gpt() -> None:
 
 
 def test_norm_scaling_follows_sigma_of_a_resnet() -> None:
-    assert_tracked(sigma.norm_scaling("ResNet", workloads.resnet(workloads.digits()), steps=STEPS, warmup=30), 2.0)
+    assert_tracked(sigma.norm_scaling("ResNet", workloads.resnet(workloads.digits()), steps=STEPS, warmup=30))
 
 
 @pytest.mark.parametrize("orthogonal", [False, True], ids=["default", "orthogonal"])
