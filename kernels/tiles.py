@@ -48,7 +48,7 @@ def rounded(values, DTYPE: tl.constexpr):
 
     For bfloat16 in integers, the same bits everywhere: Triton's interpreter cuts off instead.
     """
-    if DTYPE == tl.bfloat16:  # noqa: SIM300
+    if DTYPE == tl.bfloat16:  # noqa: SIM300 -- Triton compares a constexpr from the left
         bits = values.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
