@@ -6,6 +6,7 @@ device (:func:`backend_for`).
 
 from .backend import Backend, accumulation_dtype, allocate, backend_for, has_triton
 from .blocks import column_dots, copy_blocks, first_column_residuals, grams, mixes
+from .passes import Penalty, Update, base_updates_
 from .products import MAX_COLUMNS, skinny_products
 from .small import orthonormalizers, rotations
 from .subspace import BasisLayout, Triplets, next_basis, orthonormalize, ritz_triplets, start_block
@@ -17,10 +18,13 @@ __all__ = [
     "MAX_RANK",
     "Backend",
     "BasisLayout",
+    "Penalty",
     "Triplets",
+    "Update",
     "accumulation_dtype",
     "allocate",
     "backend_for",
+    "base_updates_",
     "column_dots",
     "constant",
     "copy_blocks",

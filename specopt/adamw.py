@@ -8,9 +8,13 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
+from specopt.kernels import Update
+
+from . import updates
 from .control import SpectralOptimizer
 from .rules import NormScale
 from .targets import Target
+from .views import Matrix
 
 
 class NormScaleAdamW(SpectralOptimizer, AdamW):
@@ -108,3 +112,6 @@ class NormScaleAdamW(SpectralOptimizer, AdamW):
                 fused=fused,
             ),
         )
+
+    def _update(self, matrix: Matrix) -> Update:
+        return updates.adamw(self, matrix)

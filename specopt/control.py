@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any, ClassVar
@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from specopt import kernels
+from specopt.kernels import Penalty, Update, base_updates_
 
+from . import updates
 from .rules import Gate, Rule
 from .tracker.common import BLOCK, LEFT, PREFIX, PROBE, RIGHT, STATS, STEP, HostCopy
 from .views import Matrix, as_matrix, is_controlled, matrix_view
@@ -63,13 +65,35 @@ class SpectralOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         gate = Gate(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
-        with torch.no_grad(), self._without_autocast(), ExitStack() as stack:
-            for matrices in self._buckets():
-                stack.enter_context(self.rule.around(matrices, gate))
-            self._base_step()
+        with torch.no_grad(), self._without_autocast():
+            self._controlled_step(gate)
         self._complete_state()
         self._tell(gate)
         return loss
+
+    def _controlled_step(self, gate: Gate) -> None:
+        if gate.is_shut:
+            self._base_step()
+            return
+        buckets = self._buckets()
+        sessions = [self.rule.begin(bucket, gate) for bucket in buckets]
+        with ExitStack() as stack:
+            for bucket, session in zip(buckets, sessions, strict=True):
+                if self._is_ours(bucket[0]):
+                    base_updates_([self._update(matrix) for matrix in bucket], session.penalty, gate.host_scale)
+                    stack.enter_context(_gradients(bucket, [None] * len(bucket)))
+                elif session.penalty is not None:
+                    stack.enter_context(_gradients(bucket, _penalized(bucket, session.penalty, gate)))
+            self._base_step()
+        for session in sessions:
+            session.finish()
+
+    def _is_ours(self, matrix: Matrix) -> bool:
+        """Whether the base update of a matrix is made by our passes, or by torch."""
+        return matrix.param.device.type == "cpu" and updates.is_plain(matrix)
+
+    def _update(self, matrix: Matrix) -> Update:
+        raise NotImplementedError
 
     def _base_step(self) -> None:
         # torch wraps the step of every class it has built with the user's hooks; ours has them already
@@ -107,7 +131,8 @@ class SpectralOptimizer(Optimizer):
             if not self.rule.is_on(matrix.group):
                 continue
             dtype = kernels.accumulation_dtype(matrix.param.dtype)
-            buckets.setdefault((matrix.param.device, dtype, matrix.complete), []).append(matrix)
+            key = (matrix.param.device, dtype, matrix.complete, self._is_ours(matrix))
+            buckets.setdefault(key, []).append(matrix)
         return list(buckets.values())
 
     def _complete_state(self) -> None:
@@ -197,3 +222,27 @@ class SpectralOptimizer(Optimizer):
             known: Iterable[str] = group.get("param_names") or (f"{i}.{j}" for j in range(len(group["params"])))
             names.update(zip(group["params"], known, strict=True))
         return names
+
+
+@contextmanager
+def _gradients(matrices: Sequence[Matrix], replaced: Sequence[Tensor | None]) -> Iterator[None]:
+    """Other gradients, or none, for the base update; the same tensors as before afterwards."""
+    grads = [matrix.param.grad for matrix in matrices]
+    try:
+        for matrix, grad in zip(matrices, replaced, strict=True):
+            matrix.param.grad = grad
+        yield
+    finally:
+        for matrix, grad in zip(matrices, grads, strict=True):
+            matrix.param.grad = grad
+
+
+def _penalized(matrices: Sequence[Matrix], penalty: Penalty, gate: Gate) -> list[Tensor]:
+    """Copies of the gradients with the penalty's added, at the scale that they have."""
+    grads = [grad for matrix in matrices if (grad := matrix.param.grad) is not None]
+    penalized = [torch.empty_like(matrix.param) for matrix in matrices]
+    torch._foreach_copy_(penalized, grads)
+    views = [matrix.view_of(grad) for matrix, grad in zip(matrices, penalized, strict=True)]
+    coefficients = penalty.coefficients * gate.gradient_scale(penalty.coefficients)
+    kernels.rank_updates_(views, coefficients[:, None], penalty.lefts, penalty.rights)
+    return penalized

@@ -6,8 +6,7 @@ A rule has no state of its own: its options live in the optimizer's param groups
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specopt import kernels
-from specopt.kernels import Triplets, accumulation_dtype
+from specopt.kernels import Penalty, Triplets, accumulation_dtype
 
 from . import options
 from .targets import target_frobenius, target_sigma
@@ -56,9 +55,20 @@ class Rule(Protocol):
     def columns(self, group: Mapping[str, Any]) -> int:
         """The most columns that a matrix' block takes."""
 
-    def around(self, matrices: Sequence[Matrix], gate: Gate) -> AbstractContextManager[None]:
-        """The context that the base update of a list of matrices runs in; they share device, accumulation dtype and
-        kind (complete or tracked)."""
+    def begin(self, matrices: Sequence[Matrix], gate: Gate) -> Session:
+        """What comes before the base update of a list of matrices; they share device, accumulation dtype and kind
+        (complete or tracked)."""
+
+
+class Session(Protocol):
+    """The control of some matrices in one step, from before the base update to after it."""
+
+    @property
+    def penalty(self) -> Penalty | None:
+        """What their gradients gain for the base update."""
+
+    def finish(self) -> None:
+        """What comes after the base update."""
 
 
 @dataclass
@@ -82,6 +92,15 @@ class Gate:
         else:
             gate = constant([float(float(rate) != 0) for rate in rates], like)
         return gate if self.found_inf is None else gate * (self.found_inf.to(like.device, like.dtype) == 0)
+
+    @property
+    def is_shut(self) -> bool:
+        """True where the host may see that the step is to be skipped."""
+        return self.found_inf is not None and self.found_inf.device.type == "cpu" and bool(self.found_inf)
+
+    @property
+    def host_scale(self) -> float:
+        return 1.0 if self.grad_scale is None else float(self.grad_scale)
 
     def gradient_scale(self, like: Tensor) -> Tensor | float:
         return 1.0 if self.grad_scale is None else self.grad_scale.to(like.device, like.dtype)
@@ -108,25 +127,21 @@ class SpectralPenalty:
     def columns(self, group: Mapping[str, Any]) -> int:
         return halves.basis_columns(group["block"])
 
-    @contextmanager
-    def around(self, matrices: Sequence[Matrix], gate: Gate) -> Iterator[None]:
+    def begin(self, matrices: Sequence[Matrix], gate: Gate) -> Session:
         halves.start([matrix for matrix in matrices if not halves.has_state(matrix)])
         first = halves.step(matrices)
         strength = constant([float(matrix.group["snr_lambda"]) for matrix in matrices], first.sigma)
         sign = constant([-1.0 if matrix.group.get("maximize") else 1.0 for matrix in matrices], first.sigma)
-        coefficients = sign * strength * torch.where(first.valid, first.sigma, 0.0) * gate.gradient_scale(first.sigma)
-        grads = [grad for matrix in matrices if (grad := matrix.param.grad) is not None]
-        penalized = [torch.empty_like(matrix.param) for matrix in matrices]
-        torch._foreach_copy_(penalized, grads)
-        views = [matrix.view_of(grad) for matrix, grad in zip(matrices, penalized, strict=True)]
-        kernels.rank_updates_(views, coefficients[:, None], first.lefts, first.rights)
-        try:
-            for matrix, grad in zip(matrices, penalized, strict=True):
-                matrix.param.grad = grad
-            yield
-        finally:
-            for matrix, grad in zip(matrices, grads, strict=True):
-                matrix.param.grad = grad
+        coefficients = sign * strength * torch.where(first.valid, first.sigma, 0.0)
+        return _Penalized(Penalty(coefficients, first.lefts, first.rights))
+
+
+@dataclass
+class _Penalized:
+    penalty: Penalty
+
+    def finish(self) -> None:
+        pass
 
 
 class NormScale:
@@ -155,27 +170,35 @@ class NormScale:
     def columns(self, group: Mapping[str, Any]) -> int:
         return pairs.basis_columns(group["block"])
 
-    @contextmanager
-    def around(self, matrices: Sequence[Matrix], gate: Gate) -> Iterator[None]:
-        spectral = [matrix for matrix in matrices if matrix.group["norm"] == "spectral"]
-        frobenius = [matrix for matrix in matrices if matrix.group["norm"] == "frobenius"]
-        initial = _initial_norms(spectral, frobenius)
-        new = [matrix for matrix in spectral if not pairs.has_state(matrix)]
-        start = pairs.Start(new) if new else None
-        fresh = [matrix for matrix in frobenius if not has_stats(matrix)]
-        norms = kernels.frobenius_norms([matrix.weight for matrix in fresh]) if fresh else ()
-        yield
-        # not before: AdamW takes a state that is not empty for its own
-        for matrix, key, value in initial:
+    def begin(self, matrices: Sequence[Matrix], gate: Gate) -> Session:
+        return _Scaled(matrices, gate)
+
+
+class _Scaled:
+    penalty = None
+
+    def __init__(self, matrices: Sequence[Matrix], gate: Gate) -> None:
+        self.gate = gate
+        self.spectral = [matrix for matrix in matrices if matrix.group["norm"] == "spectral"]
+        self.frobenius = [matrix for matrix in matrices if matrix.group["norm"] == "frobenius"]
+        self.initial = _initial_norms(self.spectral, self.frobenius)
+        new = [matrix for matrix in self.spectral if not pairs.has_state(matrix)]
+        self.start = pairs.Start(new) if new else None
+        self.fresh = [matrix for matrix in self.frobenius if not has_stats(matrix)]
+        self.norms = kernels.frobenius_norms([matrix.weight for matrix in self.fresh]) if self.fresh else ()
+
+    def finish(self) -> None:
+        # state not before: AdamW takes one that is not empty for its own
+        for matrix, key, value in self.initial:
             matrix.state[key] = value
-        if start is not None:
-            start.finish()
-        for matrix, norm in zip(fresh, norms, strict=True):
+        if self.start is not None:
+            self.start.finish()
+        for matrix, norm in zip(self.fresh, self.norms, strict=True):
             restart(matrix, norm)
-        if spectral:
-            pairs.step(spectral, _SpectralCorrection(spectral, gate))
-        if frobenius:
-            _scale_frobenius(frobenius, gate)
+        if self.spectral:
+            pairs.step(self.spectral, _SpectralCorrection(self.spectral, self.gate))
+        if self.frobenius:
+            _scale_frobenius(self.frobenius, self.gate)
 
 
 class _SpectralCorrection:
@@ -229,6 +252,7 @@ def _scale_frobenius(matrices: Sequence[Matrix], gate: Gate) -> None:
             matrix.state.pop(key, None)
     stats[:, Stat.SIGMA] = torch.nan  # not known from a Frobenius norm
     stats[:, Stat.VALID] = valid.to(stats.dtype)
+    stats[:, Stat.COUNT] += 1
     scatter_stats(matrices, stats)
     for matrix in matrices:
         matrix.state[STEP] += 1

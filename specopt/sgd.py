@@ -8,8 +8,12 @@ from torch import Tensor
 from torch.optim import SGD
 from torch.optim.optimizer import ParamsT
 
+from specopt.kernels import Update
+
+from . import updates
 from .control import SpectralOptimizer
 from .rules import SpectralPenalty
+from .views import Matrix
 
 
 class SNRSGD(SpectralOptimizer, SGD):
@@ -87,3 +91,6 @@ class SNRSGD(SpectralOptimizer, SGD):
                 fused=fused,
             ),
         )
+
+    def _update(self, matrix: Matrix) -> Update:
+        return updates.sgd(self, matrix)

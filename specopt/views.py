@@ -74,9 +74,23 @@ class Matrix:
 
     @property
     def gradient(self) -> Tensor:
-        """The gradient, laid out like the parameter (a copy) and read like the weight."""
-        assert self.param.grad is not None
-        return self.view_of(torch.empty_like(self.param).copy_(self.param.grad))
+        """The gradient, read like the weight; a copy where it lies in memory in another order."""
+        grad = self.param.grad
+        assert grad is not None
+        return self.view_of(grad if self.is_like(grad) else self.empty_like().copy_(grad))
+
+    def empty_like(self) -> Tensor:
+        """Laid out like the parameter."""
+        return torch.empty_like(self.param, memory_format=torch.preserve_format)
+
+    def is_like(self, tensor: Tensor) -> bool:
+        """Whether a tensor shaped like the parameter is its like in dtype, device and order in memory."""
+        if (tensor.shape, tensor.dtype, tensor.device) != (self.param.shape, self.param.dtype, self.param.device):
+            return False
+        try:
+            return self.view_of(tensor).stride() == self.weight.stride()
+        except ValueError:
+            return False
 
     def view_of(self, tensor: Tensor) -> Tensor:
         """A tensor shaped and laid out like the parameter, read the same way as the weight."""

@@ -23,7 +23,7 @@ def rank_updates_(
         if matrix.numel() == 0 or (on_host and not coefficients[i].any()):
             continue
         left, right = lefts[i][:, :rank] * coefficients[i], rights[i][:, :rank].mT
-        if on_host and matrix.dtype == left.dtype and _too_small_to_overflow(left, right):
+        if on_host and matrix.dtype == left.dtype and too_small_to_overflow(left, right):
             matrix.addmm_(left, right)
         else:
             _store_finite(matrix, torch.addmm(matrix.to(left.dtype), left, right).to(matrix.dtype))
@@ -52,7 +52,7 @@ def scale_(matrices: Sequence[Tensor], factors: Tensor) -> None:
             _store_finite(matrix, (matrix.to(factors.dtype) * factors[i]).to(matrix.dtype))
 
 
-def _too_small_to_overflow(left: Tensor, right: Tensor) -> bool:
+def too_small_to_overflow(left: Tensor, right: Tensor) -> bool:
     """Every entry of the product lies under half a unit in the last place of the largest finite number, so that adding
     it leaves a finite number finite. False where one is not finite itself."""
     limits = torch.finfo(left.dtype)

@@ -49,6 +49,8 @@ class Stat(IntEnum):
     """1 while a matrix that was all zero at the start has not reached its target by itself."""
     PAIRS = 5
     """Pairs of products made in the last step; a lone half product counts a half."""
+    COUNT = 6
+    """Steps made, as ``spectral_step`` on the host; what the device goes by, which a replayed graph moves on."""
 
 
 def fits(state: Mapping[str, Any], key: str, shape: tuple[int, ...], matrix: Matrix) -> bool:
@@ -73,6 +75,7 @@ def restart(matrix: Matrix, norm: Tensor | None = None) -> None:
     if old is not None and old.shape == stats.shape:
         stats.copy_(old)
     stats[Stat.RESIDUAL] = torch.inf
+    stats[Stat.COUNT] = 0
     matrix.state[STATS], matrix.state[STEP] = stats, 0
 
 

@@ -95,6 +95,7 @@ def step(matrices: Sequence[Matrix]) -> First:
     stats[:, Stat.SIGMA] = first.sigma
     stats[:, Stat.TOP] = torch.where(first.valid, first.sigma, stats[:, Stat.TOP])
     stats[:, Stat.VALID] = first.valid.to(stats.dtype)
+    stats[:, Stat.COUNT] += 1
     scatter_stats(matrices, stats)
     for matrix in matrices:
         matrix.state[STEP] += 1

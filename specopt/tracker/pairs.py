@@ -98,6 +98,7 @@ def step(matrices: Sequence[Matrix], correct: Correct) -> None:
         _exact(matrices, weights, stats, correct)
     else:
         _tracked(matrices, weights, stats, correct)
+    stats[:, Stat.COUNT] += 1
     scatter_stats(matrices, stats)
     for matrix in matrices:
         matrix.state[STEP] += 1

@@ -294,8 +294,7 @@ def test_default_device_elsewhere_does_not_matter(kind: str) -> None:
         if kind == "snr":
             optimizer.step()
         else:
-            with optimizer.rule.around(list(optimizer.matrices())[:2], Gate()):
-                pass
+            optimizer.rule.begin(list(optimizer.matrices())[:2], Gate()).finish()
     finally:
         torch.set_default_device(None)
     assert all(bool(param.isfinite().all()) for param in params)

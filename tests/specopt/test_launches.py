@@ -54,8 +54,8 @@ def operations(kind: str, count: int, launches: list[int]) -> tuple[list[str], i
     gradients()
     matrices = list(optimizer.matrices())
     launches.clear()
-    with torch.no_grad(), Counter() as counter, optimizer.rule.around(matrices, Gate()):
-        pass
+    with torch.no_grad(), Counter() as counter:
+        optimizer.rule.begin(matrices, Gate()).finish()
     return sorted(counter.names), len(launches)
 
 
