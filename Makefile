@@ -34,8 +34,17 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The recorded figures: make bench BENCH_OUT=benchmarks/results BENCH_DATA=DIR, then python -m benchmarks.reporting.
+# BENCH_DATA holds MNIST/raw and cifar-10-batches-bin; without it sigma is followed on UCI digits.
+BENCH_OUT ?= out/bench
+BENCH_DATA ?=
+
 bench: venv
-	$(BIN)/python -m benchmarks.sigma
+	$(BIN)/python -m benchmarks.run step --workload mlp --out $(BENCH_OUT)
+	$(BIN)/python -m benchmarks.run step --workload resnet50 --out $(BENCH_OUT)
+	$(BIN)/python -m benchmarks.run kernels --out $(BENCH_OUT)
+	$(BIN)/python -m benchmarks.run traffic --out $(BENCH_OUT)
+	$(BIN)/python -m benchmarks.run sigma $(if $(BENCH_DATA),--data-dir $(BENCH_DATA)) --out $(BENCH_OUT)
 
 # Leaves .venv and data/, which take long to get again.
 clean:

@@ -1,17 +1,17 @@
 """How exact the tracked sigma is over real training: against float64 SVD, and how many pairs of products it took.
 
-    python -m benchmarks.sigma --data-dir DIR          full length, on MNIST and CIFAR-10 in their publishers' formats
-    python -m benchmarks.sigma --steps 60              a try on UCI digits, which scikit-learn ships
+    python -m benchmarks.run sigma --data-dir DIR      full length, on MNIST and CIFAR-10 in their publishers' formats
+    python -m benchmarks.run sigma --steps 60          a try on UCI digits, which scikit-learn ships
+    python -m benchmarks.run sigma --block 8 16 32 --passes 1 2        the same runs at several settings
 
-Writes a table to standard output and, with --out, a JSON file.
+The defaults go into sigma.json, other settings into sigma_settings.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 import specopt
-from benchmarks import workloads
+from benchmarks import reporting, workloads
 from benchmarks.workloads import Workload
 from specopt.tracker.common import COLD_STEPS, STATS, Stat
+
+BLOCK, DEFAULT = 32, "default"
 
 
 @dataclass
@@ -43,6 +45,13 @@ class Result:
     """SNR only: worst ``1 − uᵀWv/σ₁`` where the gap is under 1 %."""
     tracked: float = 1.0
     """The share of matrices that ``pairs`` is the mean of; the others are exact and make half a pair."""
+    block: int = BLOCK
+    passes: str = DEFAULT
+    """``max_passes``."""
+    step_ms: float = 0.0
+    """Median of ``optimizer.step()`` after the cold phase."""
+    cost: float = 1.0
+    """``step_ms`` over that of the first setting, which ran before it and not in turns with it."""
 
     @property
     def mean_pairs(self) -> float:
@@ -103,36 +112,47 @@ def norm_scaling(
     weights = list(workload.matrices().values())
     errors: list[tuple[int, float]] = []
     pairs: list[float] = []
+    times: list[float] = []
     for t, factor, since in schedule(steps, warmup, spikes):
         optimizer.param_groups[0]["lr"] = lr * factor
         optimizer.zero_grad()
         workload.loss().backward()
         look = sampled(t, since, every)
         exact = [spectral_norm(before_correction(optimizer, w, lr * factor)) for w in weights] if look else []
-        optimizer.step()
+        times += _timed(optimizer, t)
         stats = [optimizer.state[w][STATS] for w in weights]
         errors += [(since, abs(float(s[Stat.SIGMA]) / e - 1)) for s, e in zip(stats, exact, strict=False)]
         tracked = [float(s[Stat.PAIRS]) for s in stats if s[Stat.PAIRS] >= 1]  # an exact matrix takes a half
         pairs += tracked if t >= COLD_STEPS else []
-    result = _result(name, steps, errors, pairs)
+    result = _result(name, steps, errors, pairs, times)
     exact_ones = [float(optimizer.state[w][STATS][Stat.PAIRS]) < 1 for w in weights]
     result.tracked = 1 - sum(exact_ones) / len(exact_ones)
     return result
 
 
-def snr(name: str, workload: Workload, *, steps: int, lr: float, snr_lambda: float = 0.01, every: int = 10) -> Result:
+def snr(
+    name: str,
+    workload: Workload,
+    *,
+    steps: int,
+    lr: float,
+    snr_lambda: float = 0.01,
+    every: int = 10,
+    **options: Any,
+) -> Result:
     """The applied penalty, read from the momentum buffer, against ``λ σ₁ u₁v₁ᵀ`` from SVD; relative to the gradient."""
-    optimizer = specopt.SNRSGD(workload.model.parameters(), lr=lr, momentum=0.9, snr_lambda=snr_lambda)
+    optimizer = specopt.SNRSGD(workload.model.parameters(), lr=lr, momentum=0.9, snr_lambda=snr_lambda, **options)
     weights = list(workload.matrices().values())
     errors: list[tuple[int, float]] = []
     pairs: list[float] = []
+    times: list[float] = []
     flat = 0.0
     for t, _, since in schedule(steps, 0, False):
         optimizer.zero_grad()
         workload.loss().backward()
         look = weights if sampled(t, since, every) else []
         before = [(w.detach().double().flatten(1), _buffer(optimizer, w)) for w in look]
-        optimizer.step()
+        times += _timed(optimizer, t)
         for w, (matrix, buffer) in zip(look, before, strict=True):
             assert w.grad is not None
             gradient = w.grad.double().flatten(1)
@@ -144,7 +164,7 @@ def snr(name: str, workload: Workload, *, steps: int, lr: float, snr_lambda: flo
             else:
                 flat = max(flat, abs(1 - float((penalty * matrix).sum() / penalty.norm() / s[0])))
         pairs += [float(optimizer.state[w][STATS][Stat.PAIRS]) for w in weights] if t >= COLD_STEPS else []
-    result = _result(name, steps, errors, pairs)
+    result = _result(name, steps, errors, pairs, times)
     result.flat_worst = flat
     return result
 
@@ -154,11 +174,20 @@ def _buffer(optimizer: specopt.SNRSGD, weight: Tensor) -> Tensor:
     return torch.zeros(1, dtype=torch.float64) if buffer is None else buffer.double().flatten(1)
 
 
-def _result(name: str, steps: int, errors: list[tuple[int, float]], pairs: list[float]) -> Result:
+def _timed(optimizer: torch.optim.Optimizer, t: int) -> list[float]:
+    """Steps; the time in milliseconds, but not in the cold phase."""
+    start = time.perf_counter()
+    optimizer.step()
+    return [1e3 * (time.perf_counter() - start)] if t >= COLD_STEPS else []
+
+
+def _result(name: str, steps: int, errors: list[tuple[int, float]], pairs: list[float], times: list[float]) -> Result:
     values = [error for _, error in errors]
     calm = [error for since, error in errors if since >= 3]
     mean_pairs = statistics.fmean(pairs) if pairs else float("nan")
-    return Result(name, steps, len(values), statistics.median(values), max(values), max(calm), mean_pairs)
+    result = Result(name, steps, len(values), statistics.median(values), max(values), max(calm), mean_pairs)
+    result.step_ms = statistics.median(times) if times else float("nan")
+    return result
 
 
 def runs(folder: Path | None, steps: int) -> dict[str, Callable[[str], Result]]:
@@ -192,26 +221,67 @@ def _built(measure: Callable[..., Result], build: Callable[[], Workload], name: 
     return measure(name, build(), **options)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+COLUMNS = {
+    "name": "workload",
+    "block": "block",
+    "passes": "max_passes",
+    "median": "error: median",
+    "worst": "worst",
+    "recovered": "after spikes",
+    "flat_worst": "flat",
+    "pairs": "pairs of products",
+    "step_ms": "step (ms)",
+    "cost": "step / first setting",
+}
+NOTES = [
+    "Errors of sigma (SNR: of the penalty, over the gradient) are relative, against float64 SVD. After spikes: the "
+    "worst outside the first three steps from a spike on. Flat: 1 - uᵀWv/σ₁ where the gap is under 1 %. Pairs: mean "
+    "over the tracked matrices after the cold phase."
+]
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("sigma", help="how exact the tracked sigma is", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--data-dir", type=Path, help="holds MNIST/raw and cifar-10-batches-bin; UCI digits if absent")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--only", default="", help="run only workloads whose name contains this")
-    parser.add_argument("--out", type=Path, help="JSON file")
-    arguments = parser.parse_args()
+    parser.add_argument("--block", type=int, nargs="+", default=[BLOCK])
+    parser.add_argument("--passes", type=int, nargs="+", default=[0], help="max_passes; 0 is the default")
+    parser.add_argument("--out", type=Path, default=reporting.RESULTS)
+    parser.set_defaults(main=main)
+
+
+def main(arguments: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", message="the first step moves")
+    settings = [(block, passes) for block in arguments.block for passes in arguments.passes]
     print(HEADER, flush=True)
     results = []
     for name, run in runs(arguments.data_dir, arguments.steps).items():
-        if arguments.only in name:
-            results.append(run(name))
-            print(results[-1].line(), flush=True)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        versions = {"torch": torch.__version__, "python": platform.python_version()}
-        about = {**versions, "device": "cpu", "steps": arguments.steps}
-        arguments.out.write_text(json.dumps({**about, "results": [asdict(r) for r in results]}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        if arguments.only not in name:
+            continue
+        first = None
+        for block, passes in settings:
+            result = run(name, block=block, max_passes=passes or None)
+            result.block, result.passes = block, str(passes or DEFAULT)
+            first = first or result
+            result.cost = result.step_ms / first.step_ms
+            results.append(result)
+            print(result.line(), flush=True)
+    if not results:
+        raise SystemExit(f"sigma: no workload's name contains {arguments.only!r}")
+    rows = [asdict(result) for result in results]
+    report = reporting.about("sigma", torch.device("cpu")) | {"title": "Accuracy of the tracked sigma"}
+    report |= {"steps": arguments.steps, "columns": COLUMNS, "notes": NOTES, "results": rows}
+    labels = [f"{r.name}, k {r.block}, {r.passes}" for r in results]
+    reporting.publish(
+        report,
+        "sigma" if settings == [(BLOCK, 0)] else "sigma_settings",
+        arguments.out,
+        {
+            "title": "median error of the tracked sigma over training",
+            "label": "relative error",
+            "values": {label: result.median for label, result in zip(labels, results, strict=True)},
+            "log": True,
+        },
+    )

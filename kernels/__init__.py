@@ -4,13 +4,13 @@ Nothing here knows of optimizers; everything is importable without Triton. Which
 device (:func:`backend_for`).
 """
 
-from .backend import Backend, accumulation_dtype, allocate, backend_for, has_triton
+from .backend import Backend, accumulation_dtype, allocate, backend_for, has_triton, on_host
 from .blocks import column_dots, copy_blocks, first_column_residuals, grams, mixes
-from .passes import Penalty, Update, base_updates_
+from .passes import Penalty, Product, Update, base_updates_, corrections_
 from .products import MAX_COLUMNS, skinny_products
 from .small import orthonormalizers, rotations
-from .subspace import BasisLayout, Triplets, next_basis, orthonormalize, ritz_triplets, start_block
-from .tables import constant, remembered, upload
+from .subspace import BasisLayout, Triplets, TurnLayout, next_basis, orthonormalize, ritz_triplets, start_block, turn
+from .tables import constant, identity, remembered, upload
 from .updates import MAX_RANK, frobenius_norms, rank_updates_, scale_
 
 __all__ = [
@@ -19,7 +19,9 @@ __all__ = [
     "Backend",
     "BasisLayout",
     "Penalty",
+    "Product",
     "Triplets",
+    "TurnLayout",
     "Update",
     "accumulation_dtype",
     "allocate",
@@ -28,12 +30,15 @@ __all__ = [
     "column_dots",
     "constant",
     "copy_blocks",
+    "corrections_",
     "first_column_residuals",
     "frobenius_norms",
     "grams",
     "has_triton",
+    "identity",
     "mixes",
     "next_basis",
+    "on_host",
     "orthonormalize",
     "orthonormalizers",
     "rank_updates_",
@@ -43,5 +48,6 @@ __all__ = [
     "scale_",
     "skinny_products",
     "start_block",
+    "turn",
     "upload",
 ]

@@ -46,13 +46,20 @@ def backend_for(device: torch.device, dtype: torch.dtype) -> Backend:
     return "triton" if device.type in ACCELERATORS and has_triton() else "reference"
 
 
+def on_host(like: Tensor) -> bool:
+    """Whether the torch reference runs where values may be looked at."""
+    return like.device.type == "cpu" and backend_for(like.device, like.dtype) == "reference"
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, else float32: what sums are kept in and what blocks are stored in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def allocate(shapes: Sequence[tuple[int, int]], like: Tensor, *, zero: bool = False) -> list[Tensor]:
-    """Contiguous blocks cut out of one allocation beside ``like``, so that filling them is one launch."""
+    """Contiguous blocks beside ``like``; on a device cut out of one allocation, so that filling them is one launch."""
+    if like.device.type == "cpu":
+        return [like.new_zeros(shape) if zero else like.new_empty(shape) for shape in shapes]
     starts = [0]
     for rows, columns in shapes:
         starts.append(starts[-1] + -(-rows * columns // 32) * 32)  # keeps 16-byte loads possible

@@ -1,7 +1,8 @@
-"""The block's own steps, composed of the operations beside it and the same for both backends: Ritz triplets of a
-product, an orthonormal basis, and the next basis from the returned product.
+"""The block's own steps, composed of the operations beside it: Ritz triplets of a product, an orthonormal basis, and
+the next basis from the returned product, of a tracker by pairs and of one by halves.
 
-Everything is a fixed number of launches for the whole list; nothing is read back to the host.
+On a device everything is a fixed number of launches for the whole list, and nothing is read back to the host. On the
+CPU :mod:`.host` does the same matrix by matrix.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backend import allocate
-from .blocks import first_column_residuals, grams, mixes
+from . import host
+from .backend import allocate, live, on_host
+from .blocks import column_dots, copy_blocks, first_column_residuals, grams, mixes
 from .products import MAX_COLUMNS
 from .small import orthonormalizers, rotations
 from .tables import constant, remembered, upload
@@ -39,6 +41,12 @@ def start_block(rows: int, columns: int, dtype: torch.dtype, device: torch.devic
     """A fixed Gaussian block (rows, columns): the same on every rank, run and machine, without a touch of the global
     random state. A view into one buffer (rows of the largest matrix, 64) per device and dtype; another ``variant`` is
     one of 64 windows of it, further down."""
+    offset = SHIFT * (variant % VARIANTS)
+    return noise_buffer(rows, dtype, device)[offset : offset + rows, :columns]
+
+
+def noise_buffer(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The buffer of :func:`start_block`, long enough for every window of so many rows."""
     needed = rows + SHIFT * (VARIANTS - 1)
     noise = _noise.get((dtype, device))
     if noise is None or len(noise) < needed:
@@ -46,8 +54,7 @@ def start_block(rows: int, columns: int, dtype: torch.dtype, device: torch.devic
         generator = np.random.Generator(np.random.PCG64(0x5EED))
         values = torch.from_numpy(generator.standard_normal((1 << (needed - 1).bit_length(), MAX_COLUMNS)))
         noise = _noise[dtype, device] = upload(values, dtype, device)
-    offset = SHIFT * (variant % VARIANTS)
-    return noise[offset : offset + rows, :columns]
+    return noise
 
 
 def ritz_triplets(
@@ -63,6 +70,16 @@ def ritz_triplets(
         blocks: ``V_b`` (n_b, k_b), orthonormal columns.
         out, active: where to write, and bool (B,) of which to write.
     """
+    if out is None:
+        out = Triplets(
+            products[0].new_zeros(len(products), max(y.shape[1] for y in products)),
+            allocate([(y.shape[0], y.shape[1]) for y in products], products[0]),
+            allocate([(v.shape[0], v.shape[1]) for v in blocks], blocks[0]),
+        )
+        active = None
+    if on_host(products[0]):
+        host.ritz_triplets(products, blocks, out, active)
+        return out
     gram, scale = grams(products)
     rotation, weight = rotations(gram)
     root = weight.sqrt()
@@ -70,13 +87,6 @@ def ritz_triplets(
     inverse = torch.where(present, 1 / torch.where(present, root, 1.0), 0.0) / scale[:, None]
     # a non-finite product leaves no comparison true: let it show in sigma
     sigma = torch.where(present, root, 0.0) * scale[:, None] + 0.0 * gram.sum((1, 2))[:, None]
-    if out is None:
-        out = Triplets(
-            torch.empty_like(sigma),
-            allocate([(y.shape[0], y.shape[1]) for y in products], products[0]),
-            allocate([(v.shape[0], v.shape[1]) for v in blocks], blocks[0]),
-        )
-        active = None
     both = None if active is None else torch.cat([active, active])
     factors = torch.cat([rotation * inverse[:, None, :], rotation])
     mixes([([*products, *blocks], factors)], [*out.lefts, *out.rights], active=both)
@@ -92,6 +102,16 @@ def orthonormalize(
     Columns that are zero or depend on those before them are replaced by columns of ``starts`` between the passes. A
     block with a non-finite entry leaves its ``out`` as it is.
     """
+    if on_host(out[0]):
+        host.orthonormalize(candidates, starts, out, live(active, len(out)))
+    else:
+        orthonormalize_all(candidates, starts, out, active)
+
+
+def orthonormalize_all(
+    candidates: Sequence[Tensor], starts: Sequence[Tensor], out: Sequence[Tensor], active: Tensor | None = None
+) -> None:
+    """:func:`orthonormalize` whatever the candidates are."""
     gram, scale = grams(candidates)
     finite = (gram.sum((1, 2)) + scale).isfinite()
     active = finite if active is None else active & finite
@@ -162,6 +182,8 @@ def next_basis(
     top = torch.where(sigma[:, 0] > 0, sigma[:, 0], torch.ones_like(sigma[:, 0]))
     corrected = sigma / top[:, None]
     corrected[:, 0] = corrected[:, 0] + correction / top
+    if on_host(sigma):
+        return host.next_basis(triplets, returned, previous, starts, layout, top, corrected, out, active)
     plan = _plan(layout, width, sigma.device, sigma.dtype)
     square = corrected.square()
     shift = 0.5 * torch.where(plan.real, square, torch.inf).amin(1, keepdim=True)
@@ -215,11 +237,89 @@ def _new_plan(layout: BasisLayout, width: int, device: torch.device, dtype: torc
     )
 
 
+class TurnLayout(NamedTuple):
+    """How the columns of a basis of a tracker by halves are shared out: images in the rest."""
+
+    columns: tuple[int, ...]
+    kept: tuple[int, ...]
+    followers: tuple[int, ...]
+
+
+def turn(
+    products: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    others: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    layout: TurnLayout,
+    *,
+    active: Tensor | None = None,
+) -> tuple[Triplets, Tensor, Tensor]:
+    """What follows a half product ``[Y | P] = W [V | Ω]`` of a tracker by halves.
+
+    The Ritz triplets; V turned to their right vectors; and as U, for the next half product, the orthonormal basis of
+    ``[ images | W v_i − (u_i · W v_i) u_i | (W − W_before) Ω ]``, in units of sigma₁, where ``u_i`` and ``v_i`` are
+    pairs of columns of U and V as they were.
+
+    Args:
+        products: ``[Y_b | P_b]`` (m_b, k_b + a_b).
+        bases: (n_b, >= k_b), of which the first columns are V.
+        others: ``[U_b | P_b of the turn before]`` (m_b, k_b + a_b).
+        starts: random columns (m_b, k_b) for directions that vanish.
+        layout: columns of each basis, how many of them kept and followers.
+        active: bool (B,); bases where it is False, or a product not finite, stay as they are.
+
+    Returns:
+        The triplets, with lefts at least one column wide; the residual (B,) that the product shows of the first
+        columns of U and V, ``‖W v₁ − (u₁ · W v₁) u₁‖ / sigma₁``; and where bases were moved on (B,).
+    """
+    if on_host(products[0]):
+        return host.turn(products, bases, others, starts, layout, active)
+    blocks = [[x[:, :k] for x, k in zip(xs, layout.columns, strict=True)] for xs in (products, bases, others)]
+    triplets = ritz_triplets(blocks[0], blocks[1])
+    sigma = triplets.sigma[:, 0]
+    scale = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
+    residual = first_column_residuals(blocks[0], blocks[2], scale)
+    valid = sigma.isfinite() if active is None else active & sigma.isfinite()
+    plan = remembered(("turn", layout, scale.dtype), scale.device, lambda: _new_turn(layout, scale.dtype, scale.device))
+    width = triplets.sigma.shape[1]
+    followers = plan.followers / scale[:, None, None]
+    from_products, from_others = followers.clone(), followers.clone()
+    from_products[:, :width] += plan.kept / scale[:, None, None]
+    from_others[:, :width] += plan.kept * column_dots(blocks[0], blocks[2], scale)[:, :, None]
+    candidates = allocate([(left.shape[0], left.shape[1]) for left in triplets.lefts], products[0])
+    mixes([(triplets.lefts, plan.images), (products, from_products), (others, -from_others)], candidates)
+    orthonormalize(candidates, starts, blocks[2], active=valid)
+    copy_blocks(triplets.rights, blocks[1], active=valid)
+    return triplets, residual, valid
+
+
+class _Turn(NamedTuple):
+    """One-hot matrices (B, from, to) that pick the columns of the next basis."""
+
+    images: Tensor
+    kept: Tensor
+    followers: Tensor  # from the probe's columns
+
+
+def _new_turn(layout: TurnLayout, dtype: torch.dtype, device: torch.device) -> _Turn:
+    count, width, probe = len(layout.columns), max(layout.columns), max(layout.followers)
+    images, kept = np.zeros((count, width, width)), np.zeros((count, width, width))
+    followers = np.zeros((count, width + probe, width))
+    for b, (k, r, a) in enumerate(zip(*layout, strict=True)):
+        p = k - r - a
+        images[b, :p, :p] = np.eye(p)
+        kept[b, :r, p : p + r] = np.eye(r)
+        followers[b, k : k + a, p + r : k] = np.eye(a)
+    return _Turn(*(upload(t, dtype, device) for t in (images, kept, followers)))
+
+
 __all__ = [
     "BasisLayout",
     "Triplets",
+    "TurnLayout",
     "next_basis",
     "orthonormalize",
     "ritz_triplets",
     "start_block",
+    "turn",
 ]

@@ -82,7 +82,7 @@ def remembered(key: Hashable, device: torch.device, build: Callable[[], T]) -> T
     if device.type == "cpu":
         key = (key, device)
     else:
-        if _capturing(device):
+        if capturing(device):
             return build()
         key = (key, device, torch.get_device_module(device).current_stream(device).stream_id)
     with _lock:
@@ -103,7 +103,7 @@ def upload(rows: object, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return host
     host = host.pin_memory()
-    if _capturing(device):
+    if capturing(device):
         _captured.append(host)  # the graph reads this memory whenever it is replayed
     return host.to(device, non_blocking=True)
 
@@ -112,6 +112,11 @@ def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) 
     """Host numbers as a tensor, uploaded once per set of values. Not to be written to."""
     values = tuple(values)
     return remembered(("constant", values, dtype), device, lambda: upload(values, dtype, device))
+
+
+def identity(columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Not to be written to."""
+    return remembered(("identity", columns, dtype), device, lambda: torch.eye(columns, dtype=dtype, device=device))
 
 
 def work_list(counts: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
@@ -139,5 +144,6 @@ def flags(active: Tensor | None) -> Tensor | None:
     return None if active is None else active.contiguous().view(torch.uint8)
 
 
-def _capturing(device: torch.device) -> bool:
+def capturing(device: torch.device) -> bool:
+    """Whether a graph is being captured on the device's current stream."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

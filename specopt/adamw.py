@@ -44,6 +44,8 @@ class NormScaleAdamW(SpectralOptimizer, AdamW):
             update went.
         tolerance: residual ``‖Wᵀu₁ − σ₁v₁‖ / σ₁`` above which the next step makes a further pair of products.
         max_passes: the most pairs of products in a step; by default 16 in the first 20 steps, 2 later.
+        stochastic_rounding: round bfloat16 and float16 weights up or down by chance, so that updates and corrections
+            smaller than their last place count on average. The chance is seeded by the step: the same in every run.
 
     Raises:
         ValueError: an option that makes no sense, naming it, its value and what it may be.
@@ -82,6 +84,7 @@ class NormScaleAdamW(SpectralOptimizer, AdamW):
         block: int = 32,
         tolerance: float = 0.01,
         max_passes: int | None = None,
+        stochastic_rounding: bool = False,
     ) -> None:
         options: dict[str, Any] = {
             "norm": norm,
@@ -94,6 +97,7 @@ class NormScaleAdamW(SpectralOptimizer, AdamW):
             "block": block,
             "tolerance": tolerance,
             "max_passes": max_passes,
+            "stochastic_rounding": stochastic_rounding,
         }
         self._construct(
             options,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -16,9 +18,25 @@ from specopt import kernels
 from specopt.kernels import Penalty, Update, base_updates_
 
 from . import updates
-from .rules import Gate, Rule
+from .rules import Gate, OnDevice, OnHost, Rule
 from .tracker.common import BLOCK, LEFT, PREFIX, PROBE, RIGHT, STATS, STEP, HostCopy
+from .tracker.device import runs_on
+from .updates import OnDeviceBase
 from .views import Matrix, as_matrix, is_controlled, matrix_view
+
+UNSIGNED = ("params", "lr", "param_names", "initial_lr")
+"""What a group holds that is no option, or may change from step to step."""
+
+
+@dataclass
+class Batch:
+    """Matrices that one call of every operation can serve."""
+
+    matrices: list[Matrix]
+    ours: bool
+    """Their base update is made by our passes, not by torch."""
+    base: OnDeviceBase | None = None
+    """That update, where a pass on the device makes it."""
 
 
 class SpectralOptimizer(Optimizer):
@@ -64,32 +82,65 @@ class SpectralOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gate = Gate(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
+        workspace = self.__dict__.setdefault("_workspace", {})
+        gate = Gate(getattr(self, "found_inf", None), getattr(self, "grad_scale", None), workspace=workspace)
         with torch.no_grad(), self._without_autocast():
-            self._controlled_step(gate)
-        self._complete_state()
+            if gate.is_shut:
+                self._base_step()
+            else:
+                self._controlled_step(gate)
         self._tell(gate)
         return loss
 
     def _controlled_step(self, gate: Gate) -> None:
-        if gate.is_shut:
-            self._base_step()
-            return
-        buckets = self._buckets()
-        sessions = [self.rule.begin(bucket, gate) for bucket in buckets]
+        same = gate.workspace.get("signature") == self._signature()[0]
+        batches: list[Batch] = gate.workspace["batches"] if same else self._batches()
+        settled = same or all(self.rule.has_state(matrix) for batch in batches for matrix in batch.matrices)
+        sessions = []
+        for batch in batches:
+            base = batch.base.refresh() if batch.base else None
+            sessions.append(self.rule.begin(batch.matrices, replace(gate, base=base, settled=same)))
         with ExitStack() as stack:
-            for bucket, session in zip(buckets, sessions, strict=True):
-                if self._is_ours(bucket[0]):
-                    base_updates_([self._update(matrix) for matrix in bucket], session.penalty, gate.host_scale)
-                    stack.enter_context(_gradients(bucket, [None] * len(bucket)))
+            for batch, session in zip(batches, sessions, strict=True):
+                if batch.base:
+                    cast(OnDevice, session).update()
+                elif batch.ours:
+                    updated = [self._update(matrix) for matrix in batch.matrices]
+                    base_updates_(updated, session.penalty, gate.host_scale, cast(OnHost, session).products)
                 elif session.penalty is not None:
-                    stack.enter_context(_gradients(bucket, _penalized(bucket, session.penalty, gate)))
+                    penalized = _penalized(batch.matrices, session.penalty, gate)
+                    stack.enter_context(_gradients(batch.matrices, penalized))
+                if batch.ours:
+                    stack.enter_context(_gradients(batch.matrices, [None] * len(batch.matrices)))
             self._base_step()
         for session in sessions:
             session.finish()
+        if not same:
+            self._complete_state()
+            signature, tensors = self._signature()
+            gate.workspace.update(batches=batches, signature=signature if settled else None, tensors=tensors)
+
+    def _signature(self) -> tuple[list[Any], list[Any]]:
+        """What the batches were made from: while it stays, so do they. And the tensors whose ids are in it, to be held
+        with it, so that no other can take their place."""
+        signature: list[Any] = [os.environ.get("SPECOPT_BACKEND")]
+        tensors: list[Any] = []
+        for group in self.param_groups:
+            signature += [id(v) if isinstance(v, Tensor) else v for k, v in group.items() if k not in UNSIGNED]
+            signature.append(id(group["lr"]) if isinstance(group["lr"], Tensor) else None)
+            for param in group["params"]:
+                grad = param.grad
+                kept = [value for value in self.state.get(param, {}).values() if isinstance(value, Tensor)]
+                tensors += kept
+                layout = None if grad is None else (grad.layout, grad.dtype, grad.stride())
+                signature.append((id(param), param.data_ptr(), layout, id(self.state.get(param)), *map(id, kept)))
+        return signature, tensors
 
     def _is_ours(self, matrix: Matrix) -> bool:
         """Whether the base update of a matrix is made by our passes, or by torch."""
+        if runs_on(matrix):
+            started = self.rule.has_state(matrix) and (matrix.group.get("norm") != "frobenius")
+            return started and updates.is_plain(matrix)
         return matrix.param.device.type == "cpu" and updates.is_plain(matrix)
 
     def _update(self, matrix: Matrix) -> Update:
@@ -103,10 +154,9 @@ class SpectralOptimizer(Optimizer):
 
     @contextmanager
     def _without_autocast(self) -> Iterator[None]:
-        kinds = {param.device.type for group in self.param_groups for param in group["params"]}
         with ExitStack() as stack:
-            for kind in kinds:
-                if torch.amp.autocast_mode.is_autocast_available(kind):
+            for kind in {group["params"][0].device.type for group in self.param_groups if group["params"]}:
+                if torch.amp.autocast_mode.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
             yield
 
@@ -124,16 +174,20 @@ class SpectralOptimizer(Optimizer):
                 state = self.state[param] if with_grad else self.state.get(param, {})
                 yield as_matrix(param, group, state, self.rule.columns(group))
 
-    def _buckets(self) -> list[list[Matrix]]:
-        """Matrices that one call of every operation can serve."""
-        buckets: dict[Any, list[Matrix]] = {}
+    def _batches(self) -> list[Batch]:
+        batches: dict[Any, Batch] = {}
         for matrix in self.matrices():
             if not self.rule.is_on(matrix.group):
                 continue
-            dtype = kernels.accumulation_dtype(matrix.param.dtype)
-            key = (matrix.param.device, dtype, matrix.complete, self._is_ours(matrix))
-            buckets.setdefault(key, []).append(matrix)
-        return list(buckets.values())
+            here, ours = runs_on(matrix), self._is_ours(matrix)
+            kind: tuple[Any, ...] = (kernels.accumulation_dtype(matrix.param.dtype), matrix.complete)
+            if here:
+                kind = (matrix.param.dtype, matrix.group.get("norm"))
+            batch = batches.setdefault((matrix.param.device, ours, *kind), Batch([], ours))
+            batch.matrices.append(matrix)
+            if here and ours:
+                batch.base = OnDeviceBase(batch.matrices)
+        return list(batches.values())
 
     def _complete_state(self) -> None:
         """Where control is off, a tracker's state would grow stale. And torch.distributed.checkpoint asks for state of

@@ -12,7 +12,7 @@ from specopt.kernels import MAX_COLUMNS
 from .targets import NAMED_TARGETS
 from .views import VIEWS
 
-SHARED = ("spectral", "view", "block", "tolerance", "max_passes")
+SHARED = ("spectral", "view", "block", "tolerance", "max_passes", "stochastic_rounding")
 NORMS = ("spectral", "frobenius")
 MODES = {"spectral": ("set", "cap", "rescale"), "frobenius": ("set", "cap")}
 
@@ -26,6 +26,8 @@ def check_shared(group: Mapping[str, Any]) -> None:
         raise ValueError(f"tolerance must be a positive finite number, got {group['tolerance']!r}")
     if group["max_passes"] is not None:
         check_count("max_passes", group["max_passes"])
+    if not isinstance(group["stochastic_rounding"], bool):
+        raise ValueError(f"stochastic_rounding must be True or False, got {group['stochastic_rounding']!r}")
     if group.get("differentiable"):
         raise ValueError(
             "differentiable must be False, got True: spectral control is not differentiated through; "

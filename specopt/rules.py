@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from specopt import kernels
-from specopt.kernels import Penalty, Triplets, accumulation_dtype
+from specopt.kernels import Penalty, Product, accumulation_dtype
 
-from . import options
+from . import options, updates
 from .targets import target_frobenius, target_sigma
-from .tracker import halves, pairs
+from .tracker import device, halves, pairs
 from .tracker.common import (
     BLOCK,
     PREFIX,
@@ -32,6 +32,7 @@ from .tracker.common import (
     restart,
     scatter_stats,
 )
+from .tracker.device import BaseUpdate
 from .tracker.measure import measure
 from .views import Matrix
 
@@ -59,6 +60,9 @@ class Rule(Protocol):
         """What comes before the base update of a list of matrices; they share device, accumulation dtype and kind
         (complete or tracked)."""
 
+    def has_state(self, matrix: Matrix) -> bool:
+        """Whether the matrix' tracker can go on from its state."""
+
 
 class Session(Protocol):
     """The control of some matrices in one step, from before the base update to after it."""
@@ -71,6 +75,22 @@ class Session(Protocol):
         """What comes after the base update."""
 
 
+class OnHost(Session, Protocol):
+    """A session that has a use for half products made with the base update."""
+
+    @property
+    def products(self) -> Sequence[Product | None]:
+        """What to make of the new weights in passing, one for each matrix or none at all. :meth:`finish` relies on it,
+        once it was asked for."""
+
+
+class OnDevice(Session, Protocol):
+    """A session whose passes can make the base update as well."""
+
+    def update(self) -> None:
+        """The base update given in :attr:`Gate.base`."""
+
+
 @dataclass
 class Gate:
     """Whether and how a step counts, and what it has to tell the host once the device has got that far."""
@@ -81,6 +101,12 @@ class Gate:
     """Likewise: what the gradients are still multiplied by."""
     ratios: list[tuple[list[Tensor], HostCopy]] = field(default_factory=list)
     """Parameters in their first step, and the norm found over its target (1 where it was not pulled there)."""
+    workspace: dict[Any, Any] = field(default_factory=dict)
+    """The optimizer's, for what is kept between steps and is no state."""
+    settled: bool = False
+    """The matrices are those of the step before, and all have state."""
+    base: BaseUpdate | None = None
+    """The base update, where a pass on the device is to make it."""
 
     def open(self, matrices: Sequence[Matrix], like: Tensor) -> Tensor:
         """1 (B,) where weights may be changed, else 0; decided on the device where lr lives there."""
@@ -101,6 +127,11 @@ class Gate:
     @property
     def host_scale(self) -> float:
         return 1.0 if self.grad_scale is None else float(self.grad_scale)
+
+    def scaler(self, device: torch.device) -> dict[str, Tensor | None]:
+        """What a gradient scaler has left, as a pass takes it."""
+        given = {"found_inf": self.found_inf, "grad_scale": self.grad_scale}
+        return {name: None if t is None else t.to(device, torch.float32) for name, t in given.items()}
 
     def gradient_scale(self, like: Tensor) -> Tensor | float:
         return 1.0 if self.grad_scale is None else self.grad_scale.to(like.device, like.dtype)
@@ -127,21 +158,44 @@ class SpectralPenalty:
     def columns(self, group: Mapping[str, Any]) -> int:
         return halves.basis_columns(group["block"])
 
+    def has_state(self, matrix: Matrix) -> bool:
+        return halves.has_state(matrix)
+
     def begin(self, matrices: Sequence[Matrix], gate: Gate) -> Session:
-        halves.start([matrix for matrix in matrices if not halves.has_state(matrix)])
-        first = halves.step(matrices)
+        if not gate.settled:
+            halves.start([matrix for matrix in matrices if not halves.has_state(matrix)])
+        if device.runs_on(matrices[0]):
+            strengths = [(-1 if m.group.get("maximize") else 1) * float(m.group["snr_lambda"]) for m in matrices]
+            scaler = gate.scaler(matrices[0].param.device)
+            return device.Turns(matrices, strengths, gate.base, gate.workspace, scaler)
+        return _Penalized(matrices, gate)
+
+
+class _Penalized:
+    """A step of :class:`SpectralPenalty`: the half product of the next step is made with this one's update, and kept
+    beside the state: it can be lost at any time, and is not used where anything of it has moved on."""
+
+    def __init__(self, matrices: Sequence[Matrix], gate: Gate) -> None:
+        self.matrices = matrices
+        self.cache: dict[int, halves.Ahead] = gate.workspace.setdefault("ahead", {})
+        self.wanted: list[Product] | None = None
+        ahead = [self.cache.pop(id(matrix.param), None) for matrix in matrices]
+        made = [None if a is None else a.product_of(matrix) for a, matrix in zip(ahead, matrices, strict=True)]
+        first = halves.step(matrices, made)
         strength = constant([float(matrix.group["snr_lambda"]) for matrix in matrices], first.sigma)
         sign = constant([-1.0 if matrix.group.get("maximize") else 1.0 for matrix in matrices], first.sigma)
         coefficients = sign * strength * torch.where(first.valid, first.sigma, 0.0)
-        return _Penalized(Penalty(coefficients, first.lefts, first.rights))
+        self.penalty = Penalty(coefficients, first.lefts, first.rights)
 
-
-@dataclass
-class _Penalized:
-    penalty: Penalty
+    @property
+    def products(self) -> Sequence[Product]:
+        if self.wanted is None:
+            self.wanted = [] if self.matrices[0].complete else halves.next_products(self.matrices)
+        return self.wanted
 
     def finish(self) -> None:
-        pass
+        for matrix, product in zip(self.matrices, self.wanted or (), strict=bool(self.wanted)):
+            self.cache[id(matrix.param)] = halves.Ahead(matrix, product.out)
 
 
 class NormScale:
@@ -170,7 +224,12 @@ class NormScale:
     def columns(self, group: Mapping[str, Any]) -> int:
         return pairs.basis_columns(group["block"])
 
+    def has_state(self, matrix: Matrix) -> bool:
+        return pairs.has_state(matrix) if matrix.group["norm"] == "spectral" else has_stats(matrix)
+
     def begin(self, matrices: Sequence[Matrix], gate: Gate) -> Session:
+        if device.runs_on(matrices[0]) and matrices[0].group["norm"] == "spectral":
+            return _ScaledOnDevice(matrices, gate)
         return _Scaled(matrices, gate)
 
 
@@ -178,7 +237,8 @@ class _Scaled:
     penalty = None
 
     def __init__(self, matrices: Sequence[Matrix], gate: Gate) -> None:
-        self.gate = gate
+        self.matrices, self.gate = matrices, gate
+        self.made: list[Product] | None = None
         self.spectral = [matrix for matrix in matrices if matrix.group["norm"] == "spectral"]
         self.frobenius = [matrix for matrix in matrices if matrix.group["norm"] == "frobenius"]
         self.initial = _initial_norms(self.spectral, self.frobenius)
@@ -186,6 +246,15 @@ class _Scaled:
         self.start = pairs.Start(new) if new else None
         self.fresh = [matrix for matrix in self.frobenius if not has_stats(matrix)]
         self.norms = kernels.frobenius_norms([matrix.weight for matrix in self.fresh]) if self.fresh else ()
+
+    @property
+    def products(self) -> Sequence[Product | None]:
+        if self.start is not None or not self.spectral or self.spectral[0].complete:
+            return ()
+        if self.made is None:
+            self.made = pairs.next_products(self.spectral)
+        products = iter(self.made)
+        return [next(products) if matrix.group["norm"] == "spectral" else None for matrix in self.matrices]
 
     def finish(self) -> None:
         # state not before: AdamW takes one that is not empty for its own
@@ -196,30 +265,71 @@ class _Scaled:
         for matrix, norm in zip(self.fresh, self.norms, strict=True):
             restart(matrix, norm)
         if self.spectral:
-            pairs.step(self.spectral, _SpectralCorrection(self.spectral, self.gate))
+            made = None if self.made is None else [product.out for product in self.made]
+            pairs.step(self.spectral, _SpectralCorrection(self.spectral, self.gate), made)
         if self.frobenius:
             _scale_frobenius(self.frobenius, self.gate)
+
+
+class _ScaledOnDevice:
+    penalty = None
+
+    def __init__(self, matrices: Sequence[Matrix], gate: Gate) -> None:
+        self.matrices, self.gate = matrices, gate
+        self.initial = _initial_norms(matrices, [])
+        new = [] if gate.settled else [matrix for matrix in matrices if not pairs.has_state(matrix)]
+        self.start = pairs.Start(new) if new else None
+        self.pairs = None if self.start else self._pairs()
+
+    def _pairs(self) -> device.Pairs:
+        noted = [matrix.state.get(INITIAL["spectral"]) for matrix in self.matrices]
+        numbers: dict[str, Any] = {
+            "TARGET": [shape_target(matrix) for matrix in self.matrices],
+            "TARGET_AT": [
+                value.data_ptr() if matrix.group["target"] == "initial" and value is not None else 0
+                for matrix, value in zip(self.matrices, noted, strict=True)
+            ],
+            "MODE": [options.MODES["spectral"].index(matrix.group["mode"]) for matrix in self.matrices],
+            "RAISE_SMALL": [matrix.group["raise_small"] for matrix in self.matrices],
+        }
+        if self.gate.base is None:
+            numbers |= updates.rates(self.matrices)
+        scaler = self.gate.scaler(self.matrices[0].param.device)
+        return device.Pairs(self.matrices, numbers, self.gate.base, self.gate.workspace, scaler)
+
+    def update(self) -> None:
+        assert self.pairs is not None
+        self.pairs.update()
+
+    def finish(self) -> None:
+        for matrix, key, value in self.initial:
+            matrix.state[key] = value
+        if self.start is not None:
+            self.start.finish()
+        first = [i for i, matrix in enumerate(self.matrices) if matrix.state[STEP] == 0]
+        tracked = self.pairs or self._pairs()
+        tracked.finish()
+        if first:
+            sigma, changed = tracked.norms
+            pulled = changed & (constant([float(m.group["mode"] != "cap") for m in self.matrices], sigma) > 0)
+            ratio = torch.where(pulled, sigma / targets_of(self.matrices, sigma), 1.0)
+            ratio = torch.stack([ratio[i] for i in first])
+            self.gate.ratios.append(([self.matrices[i].param for i in first], HostCopy.of(ratio)))
 
 
 class _SpectralCorrection:
     def __init__(self, matrices: Sequence[Matrix], gate: Gate) -> None:
         self.matrices, self.gate = matrices, gate
 
-    def __call__(self, triplets: Triplets, valid: Tensor, stats: Tensor) -> Tensor:
-        sigma = triplets.sigma[:, 0]
+    def __call__(self, sigma: Tensor, valid: Tensor, stats: Tensor) -> pairs.Change:
         target = targets_of(self.matrices, stats)
         change, stats[:, Stat.CAPPED] = _allowed(self.matrices, sigma, target, valid, stats, self.gate)
         rescaled = [matrix.group["mode"] == "rescale" for matrix in self.matrices]
-        weights = [matrix.weight for matrix in self.matrices]
-        if any(rescaled):
-            whole = constant([float(r) for r in rescaled], sigma) > 0
-            factor = torch.where(whole & (change != 0), target / torch.where(sigma > 0, sigma, 1.0), 1.0)
-            kernels.scale_(weights, factor)
-            triplets.sigma.mul_(factor[:, None])
-            change = torch.where(whole, 0.0, change)
-        if not all(rescaled):
-            kernels.rank_updates_(weights, change[:, None], triplets.lefts, triplets.rights)
-        return change
+        if not any(rescaled):
+            return pairs.Change(change)
+        whole = constant([float(r) for r in rescaled], sigma) > 0
+        factor = torch.where(whole & (change != 0), target / torch.where(sigma > 0, sigma, 1.0), 1.0)
+        return pairs.Change(torch.where(whole, 0.0, change), factor)
 
 
 def _initial_norms(spectral: Sequence[Matrix], frobenius: Sequence[Matrix]) -> list[tuple[Matrix, str, Tensor]]:

@@ -33,6 +33,8 @@ class SNRSGD(SpectralOptimizer, SGD):
         block: columns of a product, 1 to 64: the tracked block, and an eighth of them a probe of where the weight went.
         tolerance: residual ``‖Wᵀu₁ − σ₁v₁‖ / σ₁`` above which a step makes a further pair of products.
         max_passes: the most pairs of products in a step; by default 16 in the first 20 steps, 2 later.
+        stochastic_rounding: round bfloat16 and float16 weights up or down by chance, so that updates and corrections
+            smaller than their last place count on average. The chance is seeded by the step: the same in every run.
 
     Raises:
         ValueError: an option that makes no sense, naming it, its value and what it may be.
@@ -66,6 +68,7 @@ class SNRSGD(SpectralOptimizer, SGD):
         block: int = 32,
         tolerance: float = 0.01,
         max_passes: int | None = None,
+        stochastic_rounding: bool = False,
     ) -> None:
         options: dict[str, Any] = {
             "snr_lambda": snr_lambda,
@@ -74,6 +77,7 @@ class SNRSGD(SpectralOptimizer, SGD):
             "block": block,
             "tolerance": tolerance,
             "max_passes": max_passes,
+            "stochastic_rounding": stochastic_rounding,
         }
         self._construct(
             options,

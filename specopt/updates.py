@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW
 
 from specopt.kernels import Update, passes
 
+from .tracker.device import BaseUpdate, runs_on
 from .views import Matrix
 
 
@@ -16,10 +20,15 @@ def is_plain(matrix: Matrix) -> bool:
     """Whether options and layout are such that the update can be ours; else it is left to torch."""
     group = matrix.group
     options = (group["weight_decay"], *group.get("betas", ()))
-    if group["differentiable"] or group.get("capturable") or any(isinstance(value, Tensor) for value in options):
+    if group["differentiable"] or any(isinstance(value, Tensor) for value in options):
         return False
-    kept = (matrix.state.get(key) for key in ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
-    return all(matrix.is_like(tensor) for tensor in kept if tensor is not None)
+    if runs_on(matrix):
+        numbers: list[Any] = [value for value in (group["lr"], matrix.state.get("step")) if _is_on_device(value)]
+        if any(value.dtype != torch.float32 or value.device != matrix.param.device for value in numbers):
+            return False
+    elif group.get("capturable"):
+        return False
+    return all(matrix.is_like(tensor) for tensor in _kept(matrix))
 
 
 def sgd(_: SGD, matrix: Matrix) -> Update:
@@ -60,3 +69,74 @@ def adamw(optimizer: AdamW, matrix: Matrix) -> Update:
         float(state["step"]),
     )
     return Update(matrix.weight, matrix.gradient, tuple(matrix.view_of(state[key]) for key in keys), numbers)
+
+
+class OnDeviceBase:
+    """The same for a pass on the device: numbers and addresses of a batch, anew in each step."""
+
+    def __init__(self, matrices: Sequence[Matrix]) -> None:
+        self.matrices = matrices
+
+    def refresh(self) -> BaseUpdate:
+        groups = list({id(matrix.group): matrix.group for matrix in self.matrices}.values())
+        place = {id(group): i for i, group in enumerate(groups)}
+        at = np.array([place[id(matrix.group)] for matrix in self.matrices])
+        numbers = {name: np.array([_options(group)[name] for group in groups])[at] for name in _options(groups[0])}
+        steps = [matrix.state.get("step") for matrix in self.matrices]
+        if "betas" in groups[0]:
+            counts = np.array([1.0 if _is_on_device(step) else float(step.add_(1)) for step in steps])  # type: ignore[union-attr]
+            numbers["BIAS1"] = 1 - numbers["BETA1"] ** counts
+            numbers["BIAS2_ROOT"] = np.sqrt(1 - numbers["BETA2"] ** counts)
+        else:
+            numbers["BIAS1"] = np.array([self._make_buffer(matrix) for matrix in self.matrices])
+        if any(group["stochastic_rounding"] for group in groups):
+            seeds = [1 + b + len(self.matrices) * m.state["spectral_step"] for b, m in enumerate(self.matrices)]
+            chosen = [m.group["stochastic_rounding"] for m in self.matrices]
+            numbers["SEED"] = np.where(chosen, seeds, 0)
+        grads = [matrix.gradient_storage for matrix in self.matrices]
+        addresses = []
+        for matrix, grad, step in zip(self.matrices, grads, steps, strict=True):
+            kept = [tensor.data_ptr() for tensor in _kept(matrix)]
+            scalars = [value.data_ptr() if _is_on_device(value) else 0 for value in (matrix.group["lr"], step)]  # type: ignore[union-attr]
+            addresses.append([grad.data_ptr(), *kept, *[0] * (3 - len(kept)), *scalars])
+        return BaseUpdate(numbers, addresses, grads)
+
+    @staticmethod
+    def _make_buffer(matrix: Matrix) -> bool:
+        """Whether SGD's momentum buffer is new."""
+        if matrix.group["momentum"] == 0 or matrix.state.get("momentum_buffer") is not None:
+            return False
+        matrix.state["momentum_buffer"] = matrix.empty_like()
+        return True
+
+
+def _options(group: dict[str, Any]) -> dict[str, float]:
+    rate = 1.0 if _is_on_device(group["lr"]) else float(group["lr"])
+    shared = {"RATE": rate, "DECAY": group["weight_decay"], "MAXIMIZE": group["maximize"]}
+    if "betas" in group:
+        beta1, beta2 = group["betas"]
+        more = {"BETA1": beta1, "COMPLEMENT1": 1 - beta1, "BETA2": beta2, "COMPLEMENT2": 1 - beta2, "EPS": group["eps"]}
+        return shared | more
+    damping = group["dampening"]
+    more = {"BETA1": group["momentum"], "BETA2": damping, "COMPLEMENT2": 1 - damping, "BIAS2_ROOT": group["nesterov"]}
+    return shared | more
+
+
+def rates(matrices: Sequence[Matrix]) -> dict[str, list[float]]:
+    """Learning rates that the host knows; 1 for those on the device, which a record points at."""
+    rates = (matrix.group["lr"] for matrix in matrices)
+    return {"RATE": [1.0 if _is_on_device(rate) else float(rate) for rate in rates]}
+
+
+def _is_on_device(value: object) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+def _kept(matrix: Matrix) -> list[Tensor]:
+    """The base optimizer's state of one matrix: all that is as large as the weight."""
+    group, state = matrix.group, matrix.state
+    if "betas" in group:
+        keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+    else:
+        keys = ["momentum_buffer"] if group["momentum"] != 0 else []
+    return [state[key] for key in keys if state.get(key) is not None]

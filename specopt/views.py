@@ -74,10 +74,15 @@ class Matrix:
 
     @property
     def gradient(self) -> Tensor:
-        """The gradient, read like the weight; a copy where it lies in memory in another order."""
+        """The gradient, read like the weight."""
+        return self.view_of(self.gradient_storage)
+
+    @property
+    def gradient_storage(self) -> Tensor:
+        """The gradient, in the parameter's shape and order in memory; a copy where it lies in another."""
         grad = self.param.grad
         assert grad is not None
-        return self.view_of(grad if self.is_like(grad) else self.empty_like().copy_(grad))
+        return grad if self.is_like(grad) else self.empty_like().copy_(grad)
 
     def empty_like(self) -> Tensor:
         """Laid out like the parameter."""
@@ -87,6 +92,8 @@ class Matrix:
         """Whether a tensor shaped like the parameter is its like in dtype, device and order in memory."""
         if (tensor.shape, tensor.dtype, tensor.device) != (self.param.shape, self.param.dtype, self.param.device):
             return False
+        if tensor.stride() == self.param.stride():
+            return True
         try:
             return self.view_of(tensor).stride() == self.weight.stride()
         except ValueError:

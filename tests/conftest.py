@@ -26,3 +26,8 @@ settings.load_profile("full" if os.environ.get("SPECOPT_TEST_FULL") == "1" else 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECOPT_BACKEND", "triton")

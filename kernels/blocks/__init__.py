@@ -57,6 +57,9 @@ def mixes(terms: Sequence[Term], out: Sequence[Tensor], *, active: Tensor | None
 
 def copy_blocks(blocks: Sequence[Tensor], out: Sequence[Tensor], *, active: Tensor | None = None) -> list[Tensor]:
     """``out_b = X_b`` where ``active``, for the whole list at once."""
+    if backend_for(out[0].device, out[0].dtype) == "reference":
+        reference.copy_blocks(blocks, out, active)
+        return list(out)
     width = max(block.shape[1] for block in blocks)
     eye = torch.eye(width, dtype=out[0].dtype, device=out[0].device).expand(len(out), -1, -1)
     return mixes([(blocks, eye)], out, active=active)

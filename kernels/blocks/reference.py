@@ -30,6 +30,11 @@ def mixes(terms: Sequence[tuple[Sequence[Tensor], Tensor]], out: Sequence[Tensor
         out[i].copy_(keep(active, i, mixed, out[i]))
 
 
+def copy_blocks(blocks: Sequence[Tensor], out: Sequence[Tensor], active: Tensor | None) -> None:
+    for i in live(active, len(out)):
+        out[i].copy_(keep(active, i, blocks[i], out[i]))
+
+
 def column_dots(blocks: Sequence[Tensor], others: Sequence[Tensor], scales: Tensor) -> Tensor:
     dots = blocks[0].new_zeros(len(blocks), max(block.shape[1] for block in blocks))
     for i, (block, other) in enumerate(zip(blocks, others, strict=True)):
@@ -38,8 +43,12 @@ def column_dots(blocks: Sequence[Tensor], others: Sequence[Tensor], scales: Tens
 
 
 def first_column_residuals(blocks: Sequence[Tensor], units: Sequence[Tensor], scales: Tensor) -> Tensor:
-    residuals = []
-    for i, (block, unit) in enumerate(zip(blocks, units, strict=True)):
-        x, y = block[:, 0] / scales[i], unit[:, 0]
-        residuals.append(torch.linalg.vector_norm(x - torch.dot(x, y) * y))
-    return torch.stack(residuals)
+    triples = zip(blocks, units, scales.unbind(), strict=True)
+    return torch.stack([residual(block[:, 0], unit[:, 0], scale) for block, unit, scale in triples])
+
+
+def residual(x: Tensor, unit: Tensor, scale: Tensor | float) -> Tensor:
+    x = x / scale
+    rest = torch.addcmul(x, unit, torch.dot(x, unit), value=-1)
+    norm: Tensor = torch.linalg.vector_norm(rest)
+    return norm

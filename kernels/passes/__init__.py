@@ -1,7 +1,7 @@
-"""Passes over the weights: the base optimizer's update with the penalty's gradient, in one touch of memory.
+"""Passes over the weights: the base optimizer's update with the penalty's gradient, or a correction, and in the same
+touch of memory a half product of the new weight.
 
-On a GPU the same touch makes a half product of the new weight (:mod:`specopt.kernels.passes.device`); on the CPU an
-update runs on slices of rows that stay in the cache.
+On a GPU :mod:`specopt.kernels.passes.device` makes them; on the CPU they run on slices of rows that stay in the cache.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..backend import on_host
+from ..products import skinny_products
+from ..updates import rank_updates_, scale_
 from . import reference
 
 
@@ -63,8 +66,23 @@ class Penalty(NamedTuple):
     """(n_b, ·), likewise."""
 
 
-def base_updates_(updates: Sequence[Update], penalty: Penalty | None = None, scale: float = 1.0) -> None:
-    """The step of SGD or AdamW on CPU matrices, as torch's single-tensor implementations make it.
+class Product(NamedTuple):
+    """A half product of a matrix (m, n): ``out = W B``, or ``Wᵀ B`` where ``transposed``."""
+
+    block: Tensor
+    """(n, k), or (m, k); unit column stride."""
+    out: Tensor
+    """(m, k), or (n, k), likewise."""
+    transposed: bool
+
+
+def base_updates_(
+    updates: Sequence[Update],
+    penalty: Penalty | None = None,
+    scale: float = 1.0,
+    products: Sequence[Product | None] | None = None,
+) -> None:
+    """The step of SGD or AdamW on CPU matrices: torch's, to rounding.
 
     Half-precision weights are updated in float32 and rounded once.
 
@@ -73,8 +91,40 @@ def base_updates_(updates: Sequence[Update], penalty: Penalty | None = None, sca
         penalty: added to the gradients, which are not written to; an entry that would stop being finite keeps its plain
             gradient.
         scale: what the gradients (not the penalty) are still multiplied by.
+        products: of the new weights, the same bits as :func:`~specopt.kernels.products.skinny_products` makes.
     """
-    reference.base_updates_(updates, penalty, scale)
+    reference.base_updates_(updates, penalty, scale, products)
 
 
-__all__ = ["SGD", "AdamW", "Penalty", "Update", "base_updates_"]
+def corrections_(
+    matrices: Sequence[Tensor],
+    coefficients: Tensor,
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    *,
+    factors: Tensor | None = None,
+    products: Sequence[Product] | None = None,
+) -> None:
+    """``W_b ← f_b W_b + c_b u_b v_bᵀ`` in place, then half products of the new weights.
+
+    An entry whose new value would not be finite keeps its old one; where ``c_b`` is 0 and ``f_b`` 1 nothing is written.
+
+    Args:
+        matrices: (m_b, n_b), any strides.
+        coefficients: ``c`` (B,).
+        lefts, rights: (m_b, ·) and (n_b, ·), of which the first columns are ``u_b`` and ``v_b``; unit column stride.
+        factors: ``f`` (B,); 1 if absent.
+        products: one for each matrix; none if absent.
+    """
+    if on_host(coefficients):
+        reference.corrections_(matrices, coefficients, lefts, rights, factors, products)
+        return
+    if factors is not None:
+        scale_(matrices, factors)
+    rank_updates_(matrices, coefficients[:, None], lefts, rights)
+    if products:
+        turned = [w.mT if product.transposed else w for w, product in zip(matrices, products, strict=True)]
+        skinny_products(turned, [product.block for product in products], out=[product.out for product in products])
+
+
+__all__ = ["SGD", "AdamW", "Penalty", "Product", "Update", "base_updates_", "corrections_"]

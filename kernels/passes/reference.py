@@ -1,4 +1,4 @@
-"""Base updates on the CPU, slice by slice: what a slice of rows takes part in happens while it is in the cache."""
+"""Passes on the CPU, slice by slice: what a slice of rows takes part in happens while it is in the cache."""
 
 from __future__ import annotations
 
@@ -9,92 +9,169 @@ import torch
 from torch import Tensor
 
 from ..backend import accumulation_dtype
-from ..updates.reference import too_small_to_overflow
+from ..products.reference import HalfProduct, half_product, lies_across, slices, widened
+from ..updates.reference import rank_updates_, scale_, too_small_to_overflow
 
 if TYPE_CHECKING:
-    from . import SGD, AdamW, Penalty, Update
+    from . import SGD, AdamW, Penalty, Product, Update
 
-SLICE = 1 << 18
-"""Entries of a slice: 1 MiB of float32, and enough for two threads."""
+LEAST_MOMENTUM = 0.1
+"""From here up the penalty may go into the momentum buffer, divided by the momentum: one array less to write."""
 
 
-def base_updates_(updates: Sequence[Update], penalty: Penalty | None, scale: float) -> None:
+def base_updates_(
+    updates: Sequence[Update], penalty: Penalty | None, scale: float, products: Sequence[Product | None] | None
+) -> None:
+    coefficients = [0.0] * len(updates) if penalty is None else penalty.coefficients.tolist()
     for b, update in enumerate(updates):
         if update.weight.numel() == 0:
             continue
         terms = None
-        if penalty is not None and penalty.coefficients[b] != 0:
-            terms = penalty.lefts[b][:, :1] * penalty.coefficients[b], penalty.rights[b][:, :1]
-        _update(update, terms, scale)
+        if penalty is not None and coefficients[b] != 0:
+            terms = _factors(coefficients[b], penalty.lefts[b], penalty.rights[b])
+        _update(update, terms, scale, products[b] if products else None)
+    torch.autograd.graph.increment_version([t for update in updates for t in (update.weight, *update.state)])
 
 
-def _update(update: Update, terms: tuple[Tensor, Tensor] | None, scale: float) -> None:
-    from . import AdamW
+def _update(update: Update, terms: tuple[Tensor, Tensor] | None, scale: float, product: Product | None) -> None:
+    from . import SGD
 
-    weight = update.weight
-    across = weight.stride(0) < weight.stride(1)  # rows in memory are columns here
+    numbers, weight = update.numbers, update.weight
+    across = lies_across(weight)
     tensors = [t.mT if across else t for t in (weight, update.grad, *update.state)]
     if terms is not None and across:
-        terms = terms[::-1]
+        terms = terms[1].mT, terms[0].mT
     dtype = accumulation_dtype(weight.dtype)
-    safe = terms is not None and too_small_to_overflow(terms[0], terms[1].mT)
-    rows, columns = tensors[0].shape
-    height = max(1, SLICE // columns)
-    scratch = torch.empty(2, min(height, rows), columns, dtype=dtype, device=weight.device)
-    for first in range(0, rows, height):
-        parts = [tensor[first : first + height] for tensor in tensors]
-        wide = [part if part.dtype == dtype else part.to(dtype) for part in parts]
-        gradient, spare = (buffer[: len(parts[0])] for buffer in scratch)
-        grad = _gradient(wide[1], gradient, terms, first, safe, scale)
-        if isinstance(update.numbers, AdamW):
-            _adamw(update.numbers, wide[0], grad, wide[2:], spare)
+    half = None if product is None else _half(product, across, weight)
+    safe, buffered = False, None
+    if terms is not None:
+        safe = too_small_to_overflow(*terms)
+        if safe and isinstance(numbers, SGD) and _buffers(numbers, update.fresh):
+            sign = -1 if numbers.maximize else 1
+            buffered = terms[0] * (sign * (1 - numbers.dampening) / numbers.momentum)
+    scratch, first = None, 0
+    for parts in slices(tensors):
+        last = first + len(parts[0])
+        wide = [widened(part, dtype) for part in parts]
+        grad = wide[1]
+        if scratch is None and (scale != 1 or (terms is not None and buffered is None)):
+            scratch = torch.empty_like(grad)
+        if scratch is not None:
+            spare = scratch[: last - first]
+            if scale != 1:
+                grad = torch.div(grad, scale, out=spare)
+            if terms is not None and buffered is None:
+                grad = _penalized(grad, terms[0][first:last], terms[1], safe, spare)
+        if buffered is not None and terms is not None:
+            wide[2].addcmul_(buffered[first:last], terms[1])
+        if isinstance(numbers, SGD):
+            _sgd(numbers, wide[0], grad, wide[2:], update.fresh)
         else:
-            _sgd(update.numbers, wide[0], grad, wide[2:], update.fresh, gradient)
+            _adamw(numbers, wide[0], grad, wide[2:])
         for i in (0, *range(2, len(parts))):
             if wide[i] is not parts[i]:
                 parts[i].copy_(wide[i])
+        if half is not None:
+            half.add(widened(parts[0], dtype))
+        first = last
+    if half is not None:
+        half.finish()
 
 
-def _gradient(
-    grad: Tensor, out: Tensor, terms: tuple[Tensor, Tensor] | None, first: int, safe: bool, scale: float
-) -> Tensor:
-    """``g / scale + c u vᵀ``, in ``out`` where it is not ``grad`` as it stands."""
-    if scale != 1.0:
-        grad = torch.div(grad, scale, out=out)
-    if terms is None:
-        return grad
-    left, right = terms[0][first : first + len(grad)], terms[1].mT
+def _factors(coefficient: float, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """``c u`` (m, 1) and ``vᵀ`` (1, n) of first columns, without gaps."""
+    return left[:, :1] * coefficient, right[:, :1].contiguous().mT
+
+
+def _half(product: Product, across: bool, weight: Tensor) -> HalfProduct:
+    return HalfProduct(product.block, product.out, product.transposed != across, weight.numel())
+
+
+def _buffers(numbers: SGD, fresh: bool) -> bool:
+    """Whether what the gradient gains may be given to the momentum buffer instead."""
+    return numbers.momentum >= LEAST_MOMENTUM and not numbers.nesterov and not fresh
+
+
+def _penalized(grad: Tensor, left: Tensor, right: Tensor, safe: bool, out: Tensor) -> Tensor:
+    """``g + u vᵀ``, but ``g`` where that is not finite."""
     if safe:
         return torch.addcmul(grad, left, right, out=out)
     new = torch.addcmul(grad, left, right)
     return torch.where(new.isfinite(), new, grad, out=out)
 
 
-def _sgd(numbers: SGD, weight: Tensor, grad: Tensor, state: Sequence[Tensor], fresh: bool, spare: Tensor) -> None:
-    if numbers.maximize:
-        grad = torch.neg(grad, out=spare)
-    if numbers.weight_decay != 0:
-        grad = torch.add(grad, weight, alpha=numbers.weight_decay, out=spare)
-    if state:
-        buffer = state[0]
-        if fresh:
-            buffer.copy_(grad)
-        else:
-            buffer.mul_(numbers.momentum).add_(grad, alpha=1 - numbers.dampening)
-        grad = torch.add(grad, buffer, alpha=numbers.momentum, out=spare) if numbers.nesterov else buffer
-    weight.add_(grad, alpha=-numbers.lr)
+# torch's fused kernels touch every array once. They are wrong for half precision, and for arrays with gaps: what they
+# get here has neither.
 
 
-def _adamw(numbers: AdamW, weight: Tensor, grad: Tensor, state: Sequence[Tensor], spare: Tensor) -> None:
-    average, square = state[:2]
-    if numbers.maximize:
-        grad = -grad
-    if numbers.weight_decay != 0:
-        weight.mul_(1 - numbers.lr * numbers.weight_decay)
-    average.lerp_(grad, 1 - numbers.beta1)
-    square.mul_(numbers.beta2).addcmul_(grad, grad, value=1 - numbers.beta2)
-    if len(state) > 2:
-        square = torch.maximum(state[2], square, out=state[2])
-    root = (1 - numbers.beta2**numbers.step) ** 0.5
-    divisor = torch.sqrt(square, out=spare).div_(root).add_(numbers.eps)
-    weight.addcdiv_(average, divisor, value=-numbers.lr / (1 - numbers.beta1**numbers.step))
+def _sgd(numbers: SGD, weight: Tensor, grad: Tensor, state: list[Tensor], fresh: bool) -> None:
+    torch._fused_sgd_(
+        [weight],
+        [grad],
+        state,
+        weight_decay=numbers.weight_decay,
+        momentum=numbers.momentum,
+        lr=numbers.lr,
+        dampening=numbers.dampening,
+        nesterov=numbers.nesterov,
+        maximize=numbers.maximize,
+        is_first_step=fresh,
+    )
+
+
+def _adamw(numbers: AdamW, weight: Tensor, grad: Tensor, state: list[Tensor]) -> None:
+    torch._fused_adamw_(
+        [weight],
+        [grad],
+        state[:1],
+        state[1:2],
+        state[2:],
+        [grad.new_tensor(numbers.step)],
+        lr=numbers.lr,
+        beta1=numbers.beta1,
+        beta2=numbers.beta2,
+        weight_decay=numbers.weight_decay,
+        eps=numbers.eps,
+        amsgrad=len(state) > 2,
+        maximize=numbers.maximize,
+    )
+
+
+def corrections_(
+    matrices: Sequence[Tensor],
+    coefficients: Tensor,
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    factors: Tensor | None,
+    products: Sequence[Product] | None,
+) -> None:
+    scales = [1.0] * len(matrices) if factors is None else factors.tolist()
+    for b, (matrix, change) in enumerate(zip(matrices, coefficients.tolist(), strict=True)):
+        if factors is not None and scales[b] != 1:
+            scale_([matrix], factors[b : b + 1])
+        product = products[b] if products else None
+        left, right = _factors(change, lefts[b], rights[b])
+        if matrix.numel() == 0:
+            change = 0.0
+        if change != 0 and matrix.dtype == left.dtype and too_small_to_overflow(left, right):
+            _correct(matrix, left, right, product)
+            continue
+        if change != 0:
+            rank_updates_([matrix], coefficients[b : b + 1, None], [lefts[b]], [rights[b]])
+        if product is not None:
+            half_product(matrix.mT if product.transposed else matrix, product.block, product.out)
+
+
+def _correct(matrix: Tensor, left: Tensor, right: Tensor, product: Product | None) -> None:
+    across = lies_across(matrix)
+    if across:
+        left, right = right.mT, left.mT
+    half, first = None if product is None else _half(product, across, matrix), 0
+    for (part,) in slices([matrix.mT if across else matrix]):
+        last = first + len(part)
+        part.addcmul_(left[first:last], right)
+        if half is not None:
+            half.add(widened(part, matrix.dtype))
+        first = last
+    if half is not None:
+        half.finish()

@@ -6,6 +6,7 @@ are made in one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -56,8 +57,8 @@ def too_small_to_overflow(left: Tensor, right: Tensor) -> bool:
     """Every entry of the product lies under half a unit in the last place of the largest finite number, so that adding
     it leaves a finite number finite. False where one is not finite itself."""
     limits = torch.finfo(left.dtype)
-    bound = left.abs().amax(0).double() @ right.abs().amax(1).double()
-    return bool(bound < limits.max * limits.eps / 4)
+    largest = (float(torch.linalg.vector_norm(factor, math.inf)) for factor in (left, right))
+    return left.shape[1] * math.prod(largest) < limits.max * limits.eps / 4
 
 
 def _store_finite(matrix: Tensor, new: Tensor) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from specopt import kernels
-from specopt.kernels import accumulation_dtype, start_block
+from specopt.kernels import Triplets, accumulation_dtype, start_block
 
 from ..views import Matrix
 
@@ -93,10 +94,19 @@ def constant(values: Sequence[float], like: Tensor) -> Tensor:
     return kernels.constant(values, like.dtype, like.device)
 
 
-def identity(columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return kernels.remembered(
-        ("identity", columns, dtype), device, lambda: torch.eye(columns, dtype=dtype, device=device)
+def exact_triplets(matrices: Sequence[Matrix], like: Tensor) -> Triplets:
+    """All sigma of complete matrices, and their first vectors alone."""
+    weights = [matrix.weight for matrix in matrices]
+    bases = [kernels.identity(matrix.columns, like.dtype, like.device) for matrix in matrices]
+    out = Triplets(
+        like.new_zeros(len(matrices), max(matrix.columns for matrix in matrices)),
+        *(kernels.allocate([(w.shape[side], 1) for w in weights], like) for side in (0, 1)),
     )
+    if kernels.on_host(like):
+        products = [weight.to(like.dtype) for weight in weights]
+    else:
+        products = kernels.skinny_products(weights, bases)
+    return kernels.ritz_triplets(products, bases, out=out)
 
 
 def probe_columns(block: int) -> int:
@@ -107,6 +117,11 @@ def probe_columns(block: int) -> int:
 def omega(rows: int, columns: int, like: Tensor) -> Tensor:
     """Ω: the same fixed random vectors in every step."""
     return start_block(rows, columns, like.dtype, like.device)
+
+
+def with_omega(block: Tensor, matrix: Matrix) -> Tensor:
+    """``[ block | Ω ]``."""
+    return torch.cat([block, omega(block.shape[0], probe_columns(matrix.group["block"]), block)], 1)
 
 
 def put_omega(wide: Sequence[Tensor], matrices: Sequence[Matrix]) -> None:
@@ -124,8 +139,8 @@ def noise(rows: int, columns: int, matrix: Matrix, shift: int = 0) -> Tensor:
 
 
 def noise_like(blocks: Sequence[Tensor], matrices: Sequence[Matrix], shift: int = 0) -> list[Tensor]:
-    pairs = zip(blocks, matrices, strict=True)
-    return [noise(block.shape[0], block.shape[1], matrix, shift) for block, matrix in pairs]
+    """As long as the blocks, and as wide as the matrices' bases."""
+    return [noise(len(block), matrix.columns, matrix, shift) for block, matrix in zip(blocks, matrices, strict=True)]
 
 
 @dataclass
@@ -149,6 +164,26 @@ class HostCopy:
         return self.value if self.arrived is None or self.arrived.query() else None
 
 
+class Limits(NamedTuple):
+    """What options and step counts say of the pairs of each matrix (B,)."""
+
+    minimum: Tensor
+    maximum: Tensor
+    tolerance: Tensor
+    cold: Tensor
+    fixed: Tensor
+    """``max_passes`` is set, so a lost block does not raise the maximum."""
+
+    @classmethod
+    def of(cls, options: Sequence[tuple[int | None, float, bool]], like: Tensor) -> Limits:
+        limits, tolerances, colds = (np.array(column) for column in zip(*options, strict=True))
+        cold, fixed = colds.astype(bool), np.array([limit is not None for limit in limits])
+        most = np.where(fixed, np.where(fixed, limits, 0), np.where(cold, COLD_MAX, WARM_MAX)).astype(float)
+        numbers = [np.minimum(np.where(cold, COLD_MIN, 1), most), most, np.where(cold, COLD_STOP, 1) * tolerances]
+        uploaded = [kernels.upload(values, like.dtype, like.device) for values in numbers]
+        return cls(*uploaded, *(kernels.upload(values, torch.bool, like.device) for values in (cold, fixed)))
+
+
 @dataclass
 class Schedule:
     """How many pairs each matrix of a list makes in this step, decided on the device.
@@ -164,20 +199,19 @@ class Schedule:
 
     @classmethod
     def of(cls, matrices: Sequence[Matrix], stats: Tensor) -> Schedule:
-        limits = [matrix.group["max_passes"] for matrix in matrices]
-        cold = [matrix.state[STEP] < COLD_STEPS for matrix in matrices]
-        residual = stats[:, Stat.RESIDUAL]
-        tolerance = constant([matrix.group["tolerance"] for matrix in matrices], stats)
-        is_cold = constant([float(c) for c in cold], stats) > 0
-        lost = residual > LOST
-        most = [limit or (COLD_MAX if c else WARM_MAX) for limit, c in zip(limits, cold, strict=True)]
-        fixed = constant([float(limit is not None) for limit in limits], stats) > 0
-        maximum = torch.where(lost & ~fixed, float(COLD_MAX), constant([float(n) for n in most], stats))
-        rounds = max(most)
-        if stats.device.type == "cpu" and bool((lost & ~fixed).any()):
-            rounds = max(rounds, COLD_MAX)
-        minimum = torch.where(is_cold, float(COLD_MIN), 1.0).minimum(maximum)
-        return cls(minimum, maximum, torch.where(is_cold, COLD_STOP, 1.0) * tolerance, is_cold | lost, rounds)
+        options = [(m.group["max_passes"], m.group["tolerance"], m.state[STEP] < COLD_STEPS) for m in matrices]
+        limits = kernels.remembered(
+            ("schedule", *options, stats.dtype), stats.device, lambda: Limits.of(options, stats)
+        )
+        rounds = max(limit or (COLD_MAX if cold else WARM_MAX) for limit, _, cold in options)
+        lost = stats[:, Stat.RESIDUAL] > LOST
+        if stats.device.type == "cpu":
+            if not lost.any():
+                return cls(limits.minimum, limits.maximum, limits.tolerance, limits.cold, rounds)
+            if bool((lost & ~limits.fixed).any()):
+                rounds = max(rounds, COLD_MAX)
+        maximum = torch.where(lost & ~limits.fixed, float(COLD_MAX), limits.maximum)
+        return cls(limits.minimum.minimum(maximum), maximum, limits.tolerance, limits.cold | lost, rounds)
 
     def first(self, sigma: Tensor, expected: Tensor, residual: Tensor) -> Tensor:
         """Who needs another pair after the step's first product."""

@@ -12,34 +12,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from specopt import kernels
-from specopt.kernels import Triplets
+from specopt.kernels import Product, Triplets, TurnLayout
 
 from ..views import Matrix
 from .common import (
     LEFT,
     RIGHT,
-    STATS,
     STEP,
     Schedule,
     Stat,
     all_idle,
+    exact_triplets,
     fits,
     gather_stats,
     has_stats,
-    identity,
     noise,
     noise_like,
     probe_columns,
     put_omega,
     restart,
     scatter_stats,
+    with_omega,
 )
 
 
@@ -88,13 +86,17 @@ class First:
     valid: Tensor
 
 
-def step(matrices: Sequence[Matrix]) -> First:
-    """One step of matrices of one device, accumulation dtype and kind (complete or tracked), all with state."""
+def step(matrices: Sequence[Matrix], made: Sequence[Tensor | None] | None = None) -> First:
+    """One step of matrices of one device, accumulation dtype and kind (complete or tracked), all with state.
+
+    Args:
+        made: the half products of this step's turn (:func:`next_products`), as far as they are there.
+    """
     stats = gather_stats(matrices)
-    first = _exact(matrices, stats) if matrices[0].complete else _tracked(matrices, stats)
+    first = _exact(matrices, stats) if matrices[0].complete else _tracked(matrices, stats, made)
     stats[:, Stat.SIGMA] = first.sigma
     stats[:, Stat.TOP] = torch.where(first.valid, first.sigma, stats[:, Stat.TOP])
-    stats[:, Stat.VALID] = first.valid.to(stats.dtype)
+    stats[:, Stat.VALID] = first.valid
     stats[:, Stat.COUNT] += 1
     scatter_stats(matrices, stats)
     for matrix in matrices:
@@ -102,9 +104,66 @@ def step(matrices: Sequence[Matrix]) -> First:
     return first
 
 
+def next_products(matrices: Sequence[Matrix]) -> list[Product]:
+    """The half products that the next step begins with, of tracked matrices; to be made of the weights as they are
+    then."""
+    products = []
+    for matrix in matrices:
+        right = on_right(matrix)
+        mine, other = (matrix.state[key] for key in ((RIGHT, LEFT) if right else (LEFT, RIGHT)))
+        products.append(Product(_operands([mine], [matrix])[0], torch.empty_like(other), not right))
+    return products
+
+
+class Ahead:
+    """A half product for the next step, and of what it was made."""
+
+    def __init__(self, matrix: Matrix, product: Tensor) -> None:
+        self.product, self.made_of, self.sample = product, self._now(matrix), self._sampled(matrix).clone()
+        self.block = self._block(matrix)
+
+    def product_of(self, matrix: Matrix) -> Tensor | None:
+        """The product, if the matrix and its block are what they were. A write through ``.data`` cannot be seen but in
+        a sample of the weight; what it hides heals in the next steps."""
+        same = self._block(matrix) is self.block and self._now(matrix) == self.made_of
+        return self.product if same and torch.equal(self._sampled(matrix), self.sample) else None
+
+    @staticmethod
+    def _block(matrix: Matrix) -> Tensor:
+        block: Tensor = matrix.state[RIGHT if on_right(matrix) else LEFT]
+        return block
+
+    @classmethod
+    def _now(cls, matrix: Matrix) -> tuple[int, ...]:
+        param, block = matrix.param, cls._block(matrix)
+        return matrix.state[STEP], param._version, param.data_ptr(), *param.stride(), block._version, block.data_ptr()
+
+    @staticmethod
+    def _sampled(matrix: Matrix) -> Tensor:
+        rows, columns = (1 + (length - 1) // 8 for length in matrix.weight.shape)
+        return matrix.weight[
+            (matrix.weight.shape[0] - 1) % rows :: rows, (matrix.weight.shape[1] - 1) % columns :: columns
+        ]
+
+
+def on_right(matrix: Matrix) -> bool:
+    """Whether the next half product is ``W [V | Ω]``."""
+    return bool(matrix.state[STEP] % 2 == 0)
+
+
+def _operands(blocks: Sequence[Tensor], matrices: Sequence[Matrix]) -> list[Tensor]:
+    """``[ V | Ω ]`` of state ``[ V | WᵀΩ ]``."""
+    if blocks[0].device.type == "cpu":
+        return [with_omega(block[:, : m.columns], m) for block, m in zip(blocks, matrices, strict=True)]
+    wide = kernels.allocate([(block.shape[0], block.shape[1]) for block in blocks], blocks[0])
+    bases = [block[:, : m.columns] for block, m in zip(blocks, matrices, strict=True)]
+    kernels.copy_blocks(bases, [block[:, : m.columns] for block, m in zip(wide, matrices, strict=True)])
+    put_omega(wide, matrices)
+    return wide
+
+
 def _exact(matrices: Sequence[Matrix], stats: Tensor) -> First:
-    bases = [identity(matrix.columns, stats.dtype, stats.device) for matrix in matrices]
-    triplets = kernels.ritz_triplets(kernels.skinny_products([m.weight for m in matrices], bases), bases)
+    triplets = exact_triplets(matrices, stats)
     sigma = triplets.sigma[:, 0]
     valid = sigma.isfinite()
     stats[:, Stat.RESIDUAL] = torch.where(valid, 0.0, stats[:, Stat.RESIDUAL])
@@ -117,61 +176,49 @@ class _Sides:
 
     def __init__(self, matrices: Sequence[Matrix]) -> None:
         self.matrices = matrices
-        self.plan = _plan(
-            tuple((m.columns, probe_columns(m.group["block"])) for m in matrices),
-            matrices[0].state[STATS].dtype,
-            matrices[0].state[STATS].device,
+        columns = tuple(matrix.columns for matrix in matrices)
+        self.layout = TurnLayout(
+            columns,
+            tuple(kept_columns(k) for k in columns),
+            tuple(probe_columns(matrix.group["block"]) for matrix in matrices),
         )
-        self.on_right = [matrix.state[STEP] % 2 == 0 for matrix in matrices]
+        self.on_right = [on_right(matrix) for matrix in matrices]
         self.seen: list[tuple[list[Tensor], list[Tensor], Tensor]] = []
         self.halves = 0
 
-    def half(self, active: Tensor | None = None) -> tuple[Triplets, Tensor]:
+    def half(
+        self, active: Tensor | None = None, made: Sequence[Tensor | None] | None = None
+    ) -> tuple[Triplets, Tensor]:
         """One half product: the Ritz triplets, as (images' side, basis' side), and the residual that the product shows
         of the triplet before it. Moves both blocks on where active and finite."""
         right = [on != (self.halves % 2 == 1) for on in self.on_right]
-        weights = [m.weight if r else m.weight.mT for m, r in zip(self.matrices, right, strict=True)]
         mine = [m.state[RIGHT if r else LEFT] for m, r in zip(self.matrices, right, strict=True)]
         others = [m.state[LEFT if r else RIGHT] for m, r in zip(self.matrices, right, strict=True)]
-        wide = kernels.allocate([(state.shape[0], state.shape[1]) for state in mine], mine[0])
-        kernels.copy_blocks(self._blocks(mine), self._blocks(wide))
-        put_omega(wide, self.matrices)
-        moved = kernels.allocate([(other.shape[0], other.shape[1]) for other in others], others[0], zero=True)
-        kernels.skinny_products(weights, wide, out=moved, active=active)
-        products, bases, old = self._blocks(moved), self._blocks(mine), self._blocks(others)
-        triplets = kernels.ritz_triplets(products, bases)
-        sigma = triplets.sigma[:, 0]
-        scale = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
-        residual = kernels.first_column_residuals(products, old, scale)
-        valid = sigma.isfinite() if active is None else active & sigma.isfinite()
-
-        candidates = self._candidates(triplets, moved, others, kernels.column_dots(products, old, scale), scale)
-        kernels.orthonormalize(candidates, noise_like(candidates, self.matrices, self.halves), old, active=valid)
-        kernels.copy_blocks(triplets.rights, bases, active=valid)
+        moved: list[Tensor | None] = [None] * len(mine) if made is None else list(made)
+        missing = [i for i, product in enumerate(moved) if product is None]
+        if missing:
+            weights = [self.matrices[i].weight if right[i] else self.matrices[i].weight.mT for i in missing]
+            operands = _operands([mine[i] for i in missing], [self.matrices[i] for i in missing])
+            sizes = [(others[i].shape[0], others[i].shape[1]) for i in missing]
+            new = kernels.allocate(sizes, others[0], zero=active is not None)
+            kernels.skinny_products(weights, operands, out=new, active=active)
+            for i, product in zip(missing, new, strict=True):
+                moved[i] = product
+        products = [product for product in moved if product is not None]
+        starts = noise_like(others, self.matrices, self.halves)
+        triplets, residual, valid = kernels.turn(products, mine, others, starts, self.layout, active=active)
         if self.halves < 2:
-            self.seen.append((moved, others, valid))
+            self.seen.append((products, others, valid))
         self.halves += 1
         return triplets, residual
 
-    def _candidates(
-        self, triplets: Triplets, moved: Sequence[Tensor], others: Sequence[Tensor], dots: Tensor, scale: Tensor
-    ) -> list[Tensor]:
-        """``[ images | W v_i − (u_i · W v_i) u_i | (W − W_before) Ω ]``, in units of sigma₁."""
-        width = dots.shape[1]
-        followers = self.plan.followers / scale[:, None, None]
-        from_moved, from_others = followers.clone(), followers.clone()
-        from_moved[:, :width] += self.plan.kept / scale[:, None, None]
-        from_others[:, :width] += self.plan.kept * dots[:, :, None]
-        candidates = kernels.allocate([(left.shape[0], left.shape[1]) for left in triplets.lefts], moved[0])
-        kernels.mixes([(triplets.lefts, self.plan.images), (moved, from_moved), (others, -from_others)], candidates)
-        return candidates
-
     def keep_probes(self) -> None:
         """The probes of this step's first product on each side, for the next to be compared with."""
-        for moved, others, valid in self.seen:
-            states = [other[:, m.columns :] for other, m in zip(others, self.matrices, strict=True)]
-            if self.plan.followers.shape[1] > self.plan.images.shape[1]:
-                kernels.mixes([(moved, self.plan.probes)], states, active=valid)
+        if not max(self.layout.followers):
+            return
+        for blocks in self.seen:
+            products, others = ([x[:, k:] for x, k in zip(xs, self.layout.columns, strict=True)] for xs in blocks[:2])
+            kernels.copy_blocks(products, others, active=blocks[2])
 
     def oriented(self, triplets: Triplets) -> tuple[list[Tensor], list[Tensor]]:
         """(left, right) blocks of the triplets of an odd number of halves."""
@@ -179,14 +226,11 @@ class _Sides:
         swapped = [(image, basis) if on else (basis, image) for image, basis, on in pairs]
         return [left for left, _ in swapped], [right for _, right in swapped]
 
-    def _blocks(self, states: Sequence[Tensor]) -> list[Tensor]:
-        return [state[:, : m.columns] for state, m in zip(states, self.matrices, strict=True)]
 
-
-def _tracked(matrices: Sequence[Matrix], stats: Tensor) -> First:
+def _tracked(matrices: Sequence[Matrix], stats: Tensor, made: Sequence[Tensor | None] | None) -> First:
     sides = _Sides(matrices)
     schedule = Schedule.of(matrices, stats)
-    triplets, residual = sides.half()
+    triplets, residual = sides.half(made=made)
     sigma = triplets.sigma[:, 0]
     lefts, rights = sides.oriented(triplets)
     pairs = torch.full_like(sigma, 0.5)
@@ -207,30 +251,3 @@ def _tracked(matrices: Sequence[Matrix], stats: Tensor) -> First:
     stats[:, Stat.RESIDUAL] = torch.where(valid, residual, stats[:, Stat.RESIDUAL])
     stats[:, Stat.PAIRS] = pairs
     return First(sigma, lefts, rights, valid)
-
-
-class _Plan(NamedTuple):
-    """One-hot matrices (B, from, to) that pick the columns of a block's next basis."""
-
-    images: Tensor
-    kept: Tensor
-    followers: Tensor  # from the probe's columns
-    probes: Tensor  # the probe's columns alone
-
-
-def _plan(columns: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> _Plan:
-    return kernels.remembered(("sides", columns, dtype), device, lambda: _new_plan(columns, dtype, device))
-
-
-def _new_plan(columns: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> _Plan:
-    count, width, probe = len(columns), max(k for k, _ in columns), max(a for _, a in columns)
-    images, kept = np.zeros((count, width, width)), np.zeros((count, width, width))
-    followers = np.zeros((count, width + probe, width))
-    probes = np.zeros((count, width + probe, probe))
-    for b, (k, a) in enumerate(columns):
-        r = kept_columns(k)
-        p = k - r - a
-        images[b, :p, :p] = np.eye(p)
-        kept[b, :r, p : p + r] = np.eye(r)
-        followers[b, k : k + a, p + r : k] = probes[b, k : k + a, :a] = np.eye(a)
-    return _Plan(*(kernels.upload(t, dtype, device) for t in (images, kept, followers, probes)))

@@ -25,7 +25,7 @@ def measure(params: Sequence[Tensor]) -> Tensor:
         chosen = [i for i, matrix in enumerate(matrices) if _key(matrix) == key]
         bucket = [matrices[i] for i in chosen]
         _start(bucket)
-        pairs.step(bucket, lambda triplets, valid, stats: torch.zeros_like(stats[:, 0]))
+        pairs.step(bucket, lambda sigma, valid, stats: pairs.Change(torch.zeros_like(sigma)))
         for i in chosen:
             rows[i] = matrices[i].state[STATS].to(params[0].device, torch.float64)
     return torch.stack([row for row in rows if row is not None])

@@ -8,13 +8,13 @@ the block knows where the update went without a copy of the weights, whatever ma
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from specopt import kernels
-from specopt.kernels import BasisLayout, Triplets
+from specopt.kernels import BasisLayout, Product, Triplets
 
 from ..views import Matrix
 from .common import (
@@ -24,10 +24,10 @@ from .common import (
     Schedule,
     Stat,
     all_idle,
+    exact_triplets,
     fits,
     gather_stats,
     has_stats,
-    identity,
     noise_like,
     omega,
     probe_columns,
@@ -36,9 +36,18 @@ from .common import (
     scatter_stats,
 )
 
-Correct = Callable[[Triplets, Tensor, Tensor], Tensor]
-"""``correct(triplets, valid, stats) -> c``: changes the weights (and ``triplets.sigma``, where all of them scale), and
-returns the coefficient (B,) of the ``u₁v₁ᵀ`` that it added."""
+
+class Change(NamedTuple):
+    """``W ← f W + c u₁v₁ᵀ``."""
+
+    added: Tensor
+    """``c`` (B,)."""
+    factor: Tensor | None = None
+    """``f`` (B,); 1 if absent."""
+
+
+Correct = Callable[[Tensor, Tensor, Tensor], Change]
+"""``correct(sigma, valid, stats)``: what is to be done with weights of these sigma₁ (B,)."""
 
 
 def basis_columns(block: int) -> int:
@@ -90,14 +99,28 @@ class Start:
             matrix.state[PROBE] = torch.nan_to_num(before[:, :a], 0.0, 0.0, 0.0)
 
 
-def step(matrices: Sequence[Matrix], correct: Correct) -> None:
-    """One step of matrices of one device, accumulation dtype and kind (complete or tracked), all with state."""
+def next_products(matrices: Sequence[Matrix]) -> list[Product]:
+    """The half products that :func:`step` begins with, of tracked matrices; to be made of the weights as they are
+    then."""
+    bases = [matrix.state[BLOCK] for matrix in matrices]
+    return [
+        Product(base, base.new_empty(matrix.weight.shape[0], matrix.columns), False)
+        for base, matrix in zip(bases, matrices, strict=True)
+    ]
+
+
+def step(matrices: Sequence[Matrix], correct: Correct, made: Sequence[Tensor] | None = None) -> None:
+    """One step of matrices of one device, accumulation dtype and kind (complete or tracked), all with state.
+
+    Args:
+        made: the products with their blocks, if they are there.
+    """
     stats = gather_stats(matrices)
     weights = [matrix.weight for matrix in matrices]
     if matrices[0].complete:
         _exact(matrices, weights, stats, correct)
     else:
-        _tracked(matrices, weights, stats, correct)
+        _tracked(matrices, weights, stats, correct, made)
     stats[:, Stat.COUNT] += 1
     scatter_stats(matrices, stats)
     for matrix in matrices:
@@ -105,17 +128,25 @@ def step(matrices: Sequence[Matrix], correct: Correct) -> None:
 
 
 def _exact(matrices: Sequence[Matrix], weights: Sequence[Tensor], stats: Tensor, correct: Correct) -> None:
-    bases = [identity(matrix.columns, stats.dtype, stats.device) for matrix in matrices]
-    triplets = kernels.ritz_triplets(kernels.skinny_products(weights, bases), bases)
+    triplets = exact_triplets(matrices, stats)
     valid = triplets.sigma[:, 0].isfinite()
     stats[:, Stat.SIGMA] = triplets.sigma[:, 0]
-    added = correct(triplets, valid, stats)
-    _record(stats, triplets, added, valid)
+    change = correct(triplets.sigma[:, 0], valid, stats)
+    kernels.corrections_(weights, change.added, triplets.lefts, triplets.rights, factors=change.factor)
+    if change.factor is not None:
+        triplets.sigma.mul_(change.factor[:, None])
+    _record(stats, triplets, change, valid)
     stats[:, Stat.RESIDUAL] = torch.where(valid, 0.0, stats[:, Stat.RESIDUAL])
     stats[:, Stat.PAIRS] = 0.5
 
 
-def _tracked(matrices: Sequence[Matrix], weights: Sequence[Tensor], stats: Tensor, correct: Correct) -> None:
+def _tracked(
+    matrices: Sequence[Matrix],
+    weights: Sequence[Tensor],
+    stats: Tensor,
+    correct: Correct,
+    made: Sequence[Tensor] | None,
+) -> None:
     transposed = [weight.mT for weight in weights]
     bases = [matrix.state[BLOCK] for matrix in matrices]
     probes = [matrix.state[PROBE] for matrix in matrices]
@@ -123,17 +154,16 @@ def _tracked(matrices: Sequence[Matrix], weights: Sequence[Tensor], stats: Tenso
     schedule = Schedule.of(matrices, stats)
     residual = stats[:, Stat.RESIDUAL].clone()
 
-    widths = [m.columns + probe_columns(m.group["block"]) for m in matrices]
+    widths = [k + a for k, a in zip(layout.columns, layout.followers, strict=True)]
     lefts = kernels.allocate([(w.shape[0], width) for w, width in zip(weights, widths, strict=True)], bases[0])
     returned = kernels.allocate([(w.shape[1], width) for w, width in zip(weights, widths, strict=True)], bases[0])
     put_omega(lefts, matrices)
     triplets = Triplets(
-        stats.new_empty(len(matrices), max(layout.columns)),
+        stats.new_zeros(len(matrices), max(layout.columns)),
         [left[:, : m.columns] for left, m in zip(lefts, matrices, strict=True)],
         kernels.allocate([(base.shape[0], base.shape[1]) for base in bases], bases[0]),
     )
-    products = kernels.allocate([(w.shape[0], m.columns) for w, m in zip(weights, matrices, strict=True)], bases[0])
-    kernels.skinny_products(weights, bases, out=products)
+    products = kernels.skinny_products(weights, bases) if made is None else list(made)
     kernels.ritz_triplets(products, bases, out=triplets)
 
     sigma = triplets.sigma[:, 0].clone()
@@ -155,19 +185,24 @@ def _tracked(matrices: Sequence[Matrix], weights: Sequence[Tensor], stats: Tenso
 
     valid = sigma.isfinite()
     stats[:, Stat.SIGMA] = sigma
-    added = correct(triplets, valid, stats)
-    kernels.skinny_products(transposed, lefts, out=returned)
+    change = correct(sigma, valid, stats)
+    then = [Product(left, out, True) for left, out in zip(lefts, returned, strict=True)]
+    kernels.corrections_(weights, change.added, triplets.lefts, triplets.rights, factors=change.factor, products=then)
+    if change.factor is not None:
+        triplets.sigma.mul_(change.factor[:, None])
     starts = noise_like(bases, matrices)
-    new = kernels.next_basis(triplets, returned, probes, starts, layout, added, bases, active=valid)
-    _keep_probes(returned, probes, layout, valid)
-    _record(stats, triplets, added, valid)
+    new = kernels.next_basis(triplets, returned, probes, starts, layout, change.added, bases, active=valid)
+    if max(layout.followers):
+        seen = [block[:, m.columns :] for block, m in zip(returned, matrices, strict=True)]
+        kernels.copy_blocks(seen, probes, active=valid)
+    _record(stats, triplets, change, valid)
     stats[:, Stat.RESIDUAL] = torch.where(valid, new, residual)
     stats[:, Stat.PAIRS] = pairs
 
 
-def _record(stats: Tensor, triplets: Triplets, added: Tensor, valid: Tensor) -> None:
+def _record(stats: Tensor, triplets: Triplets, change: Change, valid: Tensor) -> None:
     after = triplets.sigma.clone()
-    after[:, 0] += added
+    after[:, 0] += change.added
     stats[:, Stat.TOP] = torch.where(valid, after.abs().amax(1), stats[:, Stat.TOP])
     stats[:, Stat.VALID] = valid.to(stats.dtype)
 
@@ -179,20 +214,3 @@ def _layout(matrices: Sequence[Matrix]) -> BasisLayout:
         tuple(kept_columns(block) for block in blocks),
         tuple(probe_columns(block) for block in blocks),
     )
-
-
-def _keep_probes(returned: Sequence[Tensor], probes: Sequence[Tensor], layout: BasisLayout, valid: Tensor) -> None:
-    if max(layout.followers) > 0:
-        kernels.mixes([(returned, _probe_selection(layout, returned[0].dtype, valid.device))], probes, active=valid)
-
-
-def _probe_selection(layout: BasisLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return kernels.remembered(("probes", layout, dtype), device, lambda: _new_selection(layout, dtype, device))
-
-
-def _new_selection(layout: BasisLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
-    columns = max(k + a for k, a in zip(layout.columns, layout.followers, strict=True))
-    select = np.zeros((len(layout.columns), columns, max(layout.followers)))
-    for b, (k, a) in enumerate(zip(layout.columns, layout.followers, strict=True)):
-        select[b, k : k + a, :a] = np.eye(a)
-    return kernels.upload(select, dtype, device)

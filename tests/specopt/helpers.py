@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(80, 70), (70, 130), (5, 64), (64, 5), (70, 8, 3, 3), (66, 66), (1, 9), (9, 1), (65, 200), (40, 50)]
 
 

@@ -1,4 +1,4 @@
-"""A step enqueues the same number of operations however many layers there are: counted on the Triton backend."""
+"""A step enqueues the same few launches however many layers there are: counted on the Triton backend."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import specopt
-from specopt.rules import Gate
-from specopt.tracker.common import COLD_STEPS, STEP
+from specopt.tracker.common import COLD_STEPS, STATS, STEP, Stat
+from tests.specopt.helpers import DEVICE
 
-pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the first step moves"),
+    pytest.mark.usefixtures("triton_backend"),
+]
+WARM = {"snr": 4, "spectral": 6}
+COLD = {"snr": [32, 33, 32], "spectral": [34, 34, 34]}
+"""In the first steps; in the second the half product of SNR has still to be made, for torch made the first update."""
 
 
 class Counter(TorchDispatchMode):
-    """Operations that do work on the device: not views, and not bare allocations."""
+    """Operations of torch that do work on the device: not views, and not bare allocations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,63 +37,86 @@ class Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operations(kind: str, count: int, launches: list[int]) -> tuple[list[str], int]:
-    """What torch and Triton are asked to do by the rule in one warm step with its conditional pair."""
+class Launches:
+    """The kernels launched, in order; ``mute`` lets them do nothing, for an interpreted one calls torch itself."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.mute = False
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    from specopt.kernels.bucket import Bucket
+
+    seen = Launches()
+    for method in ("launch_pass", "launch_solve"):
+        original = getattr(Bucket, method)
+
+        def counted(self: Any, *args: Any, original: Any = original, method: str = method, **kwargs: Any) -> None:
+            seen.names.append(method)
+            if not seen.mute:
+                original(self, *args, **kwargs)
+
+        monkeypatch.setattr(Bucket, method, counted)
+    return seen
+
+
+def make(kind: str, shapes: list[tuple[int, ...]], **options: Any) -> tuple[Any, list[Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(24 + 4 * i, 20 + 4 * i) for i in range(count)]
     params = [torch.randn(s, generator=generator).to(DEVICE).requires_grad_() for s in shapes]
-    tracked: dict[str, Any] = {"block": 8, "max_passes": 2, "tolerance": 1e-9}
-    optimizer: Any = (
-        specopt.SNRSGD(params, **tracked) if kind == "snr" else specopt.NormScaleAdamW(params, norm=kind, **tracked)
-    )
+    tracked: dict[str, Any] = {"block": 8, "tolerance": 1e-9, **options}
+    if kind == "snr":
+        return specopt.SNRSGD(params, momentum=0.9, **tracked), params
+    return specopt.NormScaleAdamW(params, **tracked), params
 
-    def gradients() -> None:
-        for param in params:
-            param.grad = torch.randn(param.shape, generator=generator).to(DEVICE)
 
+def set_gradients(params: list[Tensor]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator).to(DEVICE)
+
+
+def warm_up(optimizer: Any, params: list[Tensor]) -> None:
+    """Two steps, and the count of steps set past the cold phase."""
     for _ in range(2):
-        gradients()
+        set_gradients(params)
         optimizer.step()
     for param in params:
-        optimizer.state[param][STEP] += COLD_STEPS
-    gradients()
-    matrices = list(optimizer.matrices())
-    launches.clear()
-    with torch.no_grad(), Counter() as counter:
-        optimizer.rule.begin(matrices, Gate()).finish()
-    return sorted(counter.names), len(launches)
+        if STATS in optimizer.state[param]:
+            optimizer.state[param][STEP] += COLD_STEPS
+            optimizer.state[param][STATS][Stat.COUNT] += COLD_STEPS
 
 
-@pytest.mark.parametrize("kind", ["snr", "spectral", "frobenius"])
-def test_operations_of_a_warm_step_do_not_grow_with_the_number_of_layers(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SPECOPT_BACKEND", "triton")
-    launches: list[int] = []
-    _count_launches(monkeypatch, launches)
-    assert operations(kind, 2, launches) == operations(kind, 5, launches)
-    assert 0 < len(launches) <= 64
+@pytest.mark.parametrize("kind", WARM)
+@pytest.mark.parametrize("count", [2, 4])
+def test_launches_of_a_warm_step(kind: str, count: int, launches: Launches) -> None:
+    shapes: list[tuple[int, ...]] = [(24 + 4 * i, 20 + 4 * i) for i in range(count)]  # tracked
+    optimizer, params = make(kind, [*shapes, (30, 7), (5, 2, 3, 3)], max_passes=2)  # and two solved exactly
+    warm_up(optimizer, params)
+    set_gradients(params)
+    launches.names.clear()
+    optimizer.step()
+    assert len(launches.names) == WARM[kind]
+    pairs = [float(optimizer.state[param][STATS][Stat.PAIRS]) for param in params]
+    assert pairs == [2.0 if kind == "spectral" else 1.5] * count + [0.5, 0.5]
+    launches.mute = True
+    with Counter() as counter:
+        optimizer.step()
+    on_host = {"aten::add_", "aten::_local_scalar_dense"} if kind == "spectral" else set()  # AdamW's counts of steps
+    assert {name for name in counter.names if not name.startswith("profiler")} == on_host
 
 
-def _count_launches(monkeypatch: pytest.MonkeyPatch, launches: list[int]) -> None:
-    from specopt.kernels.blocks import device as blocks
-    from specopt.kernels.products import device as products
-    from specopt.kernels.small import device as small
-    from specopt.kernels.updates import device as updates
-
-    for module in (blocks, products, small, updates):
-        for name, function in vars(module).items():
-            if name.endswith("_kernel"):
-                monkeypatch.setattr(module, name, _Counted(function, launches))
-
-
-class _Counted:
-    def __init__(self, kernel: Any, launches: list[int]) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: Any) -> Any:
-        self.launches.append(1)
-        return self.kernel[grid]
+@pytest.mark.parametrize("kind", COLD)
+def test_launches_of_a_cold_step(kind: str, launches: Launches) -> None:
+    optimizer, params = make(kind, [(20, 18)], block=4)
+    counts = []
+    for _ in range(3):
+        set_gradients(params)
+        launches.names.clear()
+        optimizer.step()
+        counts.append(len(launches.names))
+    assert counts == COLD[kind]
 
 
 def test_counter_counts_work_and_no_views() -> None:

@@ -81,14 +81,14 @@ def test_frobenius_equals_adamw_then_scaling(mode: str) -> None:
                 target = math.sqrt(min(matrix.shape)) * sigma_star(mine)
                 factor = target / matrix.norm()
                 factor = factor.clamp_max(1) if mode == "cap" else factor
-                assert torch.allclose(mine.double().flatten(1), factor * matrix, rtol=1e-6, atol=1e-9)
+                assert torch.allclose(mine.double().flatten(1), factor * matrix, rtol=1e-6, atol=1e-7 * float(factor))
 
 
 def test_cap_lowers_what_is_above_and_leaves_the_rest_alone() -> None:
     for pairs in one_step(parameters(torch.float32), {"mode": "cap", **TIGHT}, {}):
         for mine, plain in pairs:
             if mine.ndim > 1 and exact(plain)[1][0] <= sigma_star(mine):
-                assert torch.equal(mine, plain)
+                assert torch.allclose(mine, plain, rtol=1e-6, atol=1e-7)  # the base update, to rounding
             elif mine.ndim > 1:
                 assert_spectrum_is_set(mine, exact(plain)[1])
 

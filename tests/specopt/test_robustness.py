@@ -51,7 +51,8 @@ def test_non_finite_gradient_spreads_no_further_than_under_the_base(kind: str, b
     for param, other in zip(params, others, strict=True):
         assert torch.equal(param.isfinite(), other.isfinite())
         if kind != "snr" and not bool(other.isfinite().all()) and when == 0:
-            assert torch.equal(param.nan_to_num(7.0), other.nan_to_num(7.0))  # left as the base left it
+            # left as the base left it, to rounding
+            assert torch.allclose(param.nan_to_num(7.0), other.nan_to_num(7.0), rtol=1e-6, atol=1e-6)
         for name, value in ours.state[param].items():
             if name in ("spectral_block", "spectral_left", "spectral_right", "spectral_probe"):
                 assert bool(value.isfinite().all()), name

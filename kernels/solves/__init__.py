@@ -1,0 +1,1 @@
+"""The small part of a step in one launch: one program a matrix."""

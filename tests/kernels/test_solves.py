@@ -1,0 +1,656 @@
+"""The solve kernel against the trackers on the torch reference, from the same state, and compiled for every target."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from specopt.kernels import records as r
+from specopt.kernels import start_block, subspace, tables
+from specopt.kernels.solves import device as solves
+from specopt.kernels.tiles import DTYPES
+from specopt.rules import Gate, _SpectralCorrection
+from specopt.tracker import common, halves, pairs
+from specopt.tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, Stat, probe_columns
+from specopt.views import Matrix, as_matrix
+
+from . import compiled
+from .samples import generator
+
+CHUNK = 48
+"""So that small matrices have several partial sums."""
+
+GROUP = {
+    "block": 8,
+    "tolerance": 0.01,
+    "max_passes": None,
+    "mode": "set",
+    "target": 1.0,
+    "norm": "spectral",
+    "raise_small": False,
+    "lr": 1e-3,
+    "snr_lambda": 0.01,
+}
+
+
+# --- records -------------------------------------------------------------------------------------------------------
+class Records:
+    """The records of a few matrices, with their scratch; products are made by torch."""
+
+    def __init__(self, matrices: Sequence[Matrix], tracker: str) -> None:
+        self.matrices, self.tracker = matrices, tracker
+        self.held: list[Tensor] = []
+        blocks = [m.columns + self._probes(m) for m in matrices if not m.complete]
+        self.kp = tables.padded(max(blocks, default=1))
+        exact = [m.columns for m in matrices if m.complete]
+        self.kx = tables.padded(max(exact)) if exact else 0
+        width, device = max(self.kp, self.kx), matrices[0].weight.device
+        longest = max(max(m.weight.shape) for m in matrices)
+        start_block(longest + self.kp, 64, torch.float32, device)
+        self.noise = start_block(longest + 37 * 63, 64, torch.float32, device)
+        self.scalars = torch.full((len(matrices), r.SCALARS.value), math.nan, device=device)
+        self.sigmas = torch.full((len(matrices), width), math.nan, device=device)
+        self.squares = torch.full((len(matrices), solves.SLOTS.value, width, width), math.nan, device=device)
+        self.scratch = [self._scratch(m) for m in matrices]
+        self.table = torch.tensor([self._row(i) for i in range(len(matrices))], dtype=torch.int64, device=device)
+        self.numbers = torch.tensor([self._numbers(m) for m in matrices], device=device)
+
+    def _probes(self, matrix: Matrix) -> int:
+        return 0 if matrix.complete else probe_columns(matrix.group["block"])
+
+    def _scratch(self, matrix: Matrix) -> dict[str, Tensor]:
+        m, n = matrix.weight.shape
+        like = matrix.weight.new_empty((), dtype=torch.float32)
+        shapes = {}
+        for side, length, inner in (("LEFT", m, n), ("RIGHT", n, m)):
+            shapes[f"{side}_PRODUCT"] = (-(-inner // CHUNK), length, self.kp)
+            shapes.update({f"{side}_{name}": (length, self.kp) for name in ("SUM", "VECTORS", "SPARE")})
+        return {name: like.new_full(shape, math.nan) for name, shape in shapes.items()}
+
+    def _row(self, i: int) -> list[int]:
+        matrix, scratch, a = self.matrices[i], self.scratch[i], self._probes(self.matrices[i])
+        weight = matrix.weight
+        swapped = weight.stride(1) != 1 and weight.stride(0) == 1
+        lying = weight.mT if swapped else weight
+        row = {
+            "WEIGHT": weight.data_ptr(),
+            "ROWS": lying.shape[0],
+            "COLUMNS": lying.shape[1],
+            "ROW_STEP": lying.stride(0),
+            "COLUMN_STEP": lying.stride(1),
+            "SWAPPED": int(swapped),
+            "K": matrix.columns,
+            "PROBES": a,
+            "EXACT": int(matrix.complete),
+            "STATS": matrix.state[STATS].data_ptr(),
+            **{name: value.data_ptr() for name, value in scratch.items()},
+        }
+        for side, inner in (("LEFT", weight.shape[1]), ("RIGHT", weight.shape[0])):
+            row[f"{side}_CHUNKS"], row[f"{side}_CHUNK"] = -(-inner // CHUNK), CHUNK
+        if matrix.group.get("step") is not None:
+            row["STEP"] = matrix.group["step"].data_ptr()
+        if isinstance(matrix.group["lr"], Tensor):
+            row["LR"] = matrix.group["lr"].data_ptr()
+        if "target_at" in matrix.group:
+            row["TARGET_AT"] = matrix.group["target_at"].data_ptr()
+        if not matrix.complete:
+            sides = (
+                {LEFT: "LEFT", RIGHT: "RIGHT"} if self.tracker == "halves" else {BLOCK: "RIGHT", PROBE: "RIGHT_PROBE"}
+            )
+            for key, side in sides.items():
+                state = matrix.state[key]
+                row[side], row[f"{side}_STEP"] = state.data_ptr(), state.stride(0)
+                if self.tracker == "halves" and a:
+                    row[f"{side}_PROBE"] = state[:, matrix.columns :].data_ptr()
+                    row[f"{side}_PROBE_STEP"] = state.stride(0)
+            if self.tracker == "pairs":
+                row["LEFT"], row["LEFT_STEP"] = scratch["LEFT_VECTORS"].data_ptr(), self.kp
+        values = [0] * r.FIELDS.value
+        for name, value in row.items():
+            values[getattr(r, name).value] = value
+        return values
+
+    def _numbers(self, matrix: Matrix) -> list[float]:
+        group, cold = matrix.group, matrix.state[STEP] < common.COLD_STEPS
+        limit = group["max_passes"]
+        most = limit or (common.COLD_MAX if cold else common.WARM_MAX)
+        number = {
+            "RATE": 1e-3 if isinstance(group["lr"], Tensor) else group["lr"],
+            "STRENGTH": group["snr_lambda"],
+            "TOLERANCE": group["tolerance"] * (common.COLD_STOP if cold else 1.0),
+            "MINIMUM": min(common.COLD_MIN, most) if cold else 1.0,
+            "MAXIMUM": most,
+            "COLD": float(cold),
+            "FIXED": float(limit is not None),
+            "TARGET": math.nan if "target_at" in group else group["target"],
+            "MODE": ("set", "cap", "rescale").index(group["mode"]),
+            "RAISE_SMALL": float(group["raise_small"]),
+        }
+        values = [math.nan] * r.NUMBERS.value  # none of the others is to be read
+        for name, value in number.items():
+            values[getattr(r, name).value] = value
+        return values
+
+    def product(self, i: int, side: int) -> None:
+        """``W [V | Ω]`` or ``Wᵀ [U | Ω]`` in partial sums; what lies beyond the columns is anything."""
+        matrix, scratch, a = self.matrices[i], self.scratch[i], self._probes(self.matrices[i])
+        k, out = matrix.columns, scratch[("LEFT_PRODUCT", "RIGHT_PRODUCT")[side]]
+        weight = (matrix.weight if side == 0 else matrix.weight.mT).float()
+        if self.tracker == "halves":
+            basis = matrix.state[(RIGHT, LEFT)[side]]
+        else:
+            basis = matrix.state[BLOCK] if side == 0 else scratch["LEFT_VECTORS"]
+        wide = basis.new_zeros(len(basis), k + a)
+        wide[:, :k] = basis[:, :k]
+        if self.tracker == "halves" or side == 1:
+            wide[:, k:] = start_block(len(basis), a, torch.float32, wide.device)
+        for c, at in enumerate(range(0, weight.shape[1], CHUNK)):
+            out[c].fill_(math.nan)
+            out[c][:, : k + a] = weight[:, at : at + CHUNK] @ wide[at : at + CHUNK]
+
+    def wants(self, i: int) -> bool:
+        return bool(self.scalar(i, "WANTED") > 0)
+
+    def scalar(self, i: int, name: str) -> Tensor:
+        return self.scalars[i, getattr(r, name).value]
+
+    def solve(self, kind: tl.constexpr, round: int, last: bool, found_inf: Tensor | None = None) -> None:
+        solves.solve_kernel[(len(self.matrices),)](
+            self.table,
+            self.numbers,
+            self.scalars,
+            self.sigmas,
+            self.squares,
+            self.noise,
+            found_inf,
+            round,
+            int(last),
+            KIND=kind,
+            KP=self.kp,
+            KX=self.kx,
+            DTYPE=DTYPES[self.matrices[0].weight.dtype],
+            **solves.options(self.table.device, kind.value),
+        )
+
+    def pairs_step(self, rounds: int) -> None:
+        """One step of the tracker by pairs, with the passes made by torch."""
+        live = range(len(self.matrices))
+        tracked = [i for i in live if not self.matrices[i].complete]
+        for i in tracked:
+            self.product(i, 0)
+        self.solve(solves.RITZ, 0, False)
+        for done in range(1, rounds):
+            for i in tracked:
+                self.product(i, 1)
+            self.solve(solves.BASIS, done, False)
+            for i in tracked:
+                self.product(i, 0)
+            self.solve(solves.RITZ, done, False)
+        for i in live:
+            c, f = self.scalar(i, "CHANGE"), self.scalar(i, "FACTOR")
+            if c != 0 or f != 1:
+                u, v = self.scratch[i]["LEFT_VECTORS"][:, 0], self.scratch[i]["RIGHT_VECTORS"][:, 0]
+                weight = self.matrices[i].weight
+                weight.copy_(weight.float() * f + c * u[:, None] * v)
+        for i in tracked:
+            self.product(i, 1)
+        self.solve(solves.BASIS, 0, True)
+        for matrix in self.matrices:
+            matrix.state[STEP] += 1
+
+    def halves_step(self, rounds: int) -> None:
+        last = 2 * (rounds - 1)
+        for half in range(last + 1):
+            for i, matrix in enumerate(self.matrices):
+                if not matrix.complete:
+                    self.product(i, (matrix.state[STEP] + half) % 2)
+            self.solve(solves.TURN, half, half == last)
+        for matrix in self.matrices:
+            matrix.state[STEP] += 1
+
+
+# --- matrices ------------------------------------------------------------------------------------------------------
+def spectrum(rows: int, columns: int, values: Tensor, seed: int) -> Tensor:
+    q = [
+        torch.linalg.qr(torch.randn(n, len(values), generator=generator(seed + n), dtype=torch.float64))[0]
+        for n in (rows, columns)
+    ]
+    return ((q[0] * values) @ q[1].mT).float()
+
+
+def decaying(rows: int, columns: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return spectrum(rows, columns, scale * torch.logspace(0, -1.5, min(rows, columns), dtype=torch.float64), seed)
+
+
+def matrix_of(weight: Tensor, tracker: str, **options: Any) -> Matrix:
+    group = {**GROUP, **options}
+    columns = (pairs if tracker == "pairs" else halves).basis_columns(group["block"])
+    return as_matrix(torch.nn.Parameter(weight), group, {}, columns)
+
+
+def twin(matrix: Matrix) -> Matrix:
+    """The same weight and state in other memory, laid out alike."""
+    param = matrix.param.detach()
+    fresh = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device=param.device).copy_(param)
+    state = {key: value.clone() if isinstance(value, Tensor) else value for key, value in matrix.state.items()}
+    columns = matrix.columns
+    again = as_matrix(torch.nn.Parameter(fresh), dict(matrix.group), state, columns)
+    assert again.columns == columns and again.flipped == matrix.flipped
+    return again
+
+
+def begin(matrix: Matrix, tracker: str, count: int = 0, residual: float = math.inf) -> None:
+    """State as after ``count`` steps: an arbitrary orthonormal basis, probes of another weight."""
+    common.restart(matrix)
+    stats, random = matrix.state[STATS], generator(7 + count)
+    if not matrix.complete:
+        m, n = matrix.weight.shape
+        k, a = matrix.columns, probe_columns(matrix.group["block"])
+        size = matrix.weight.float().nan_to_num(0, 0, 0).abs().max().item() * 0.3
+        blocks = {
+            length: torch.linalg.qr(torch.randn(length, k, generator=random, dtype=torch.float64))[0]
+            .float()
+            .contiguous()
+            for length in (m, n)
+        }
+        probes = {length: torch.randn(length, a, generator=random) * size for length in (m, n)}
+        if tracker == "pairs":
+            matrix.state[BLOCK], matrix.state[PROBE] = blocks[n], probes[n]
+        else:
+            matrix.state[LEFT], matrix.state[RIGHT] = (torch.cat([blocks[x], probes[x]], 1) for x in (m, n))
+    stats[Stat.RESIDUAL], stats[Stat.COUNT] = residual, count
+    matrix.state[STEP] = count
+
+
+def advance(matrix: Matrix, tracker: str, rounds: int) -> tuple[Matrix, Any]:
+    """The same step on the torch reference, alone in its list; ``rounds`` as a device enqueues them."""
+    if tracker == "halves":
+        return matrix, halves.step([matrix])
+    pairs.step([matrix], _SpectralCorrection([matrix], Gate()))
+    return matrix, None
+
+
+def both(matrices: Sequence[Matrix], tracker: str, rounds: int, monkeypatch) -> tuple[Records, list[Matrix], list[Any]]:
+    """Each matrix after one step of the kernel, and a twin of it after the reference's."""
+    monkeypatch.setenv("SPECOPT_BACKEND", "reference")
+    monkeypatch.setattr(subspace, "_on_host", lambda like: False)  # the same operations as on a device
+    twins = [twin(matrix) for matrix in matrices]
+    records = Records(matrices, tracker)
+    getattr(records, f"{tracker}_step")(rounds)
+    first = [advance(matrix, tracker, rounds)[1] for matrix in twins]
+    return records, twins, first
+
+
+def span_error(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.double(), expected.double()
+    return float((found @ found.mT - expected @ expected.mT).norm() / math.sqrt(expected.shape[1]))
+
+
+def assert_same_state(found: Matrix, expected: Matrix, tolerance: float = 2e-4) -> None:
+    torch.testing.assert_close(
+        found.state[STATS], expected.state[STATS], rtol=tolerance, atol=tolerance, equal_nan=True
+    )
+    sigma = expected.state[STATS][Stat.SIGMA]
+    torch.testing.assert_close(found.state[STATS][Stat.SIGMA], sigma, rtol=1e-5, atol=0.0, equal_nan=True)
+    torch.testing.assert_close(
+        found.state[STATS][Stat.TOP], expected.state[STATS][Stat.TOP], rtol=1e-5, atol=0.0, equal_nan=True
+    )
+    assert found.state[STEP] == expected.state[STEP] == found.state[STATS][Stat.COUNT]
+    k = found.columns
+    for key in (BLOCK, LEFT, RIGHT):
+        if key in expected.state:
+            new, old = found.state[key], expected.state[key]
+            assert new.isfinite().all()
+            assert span_error(new[:, :k], old[:, :k]) < 20 * tolerance, key
+            assert (new[:, :k].mT @ new[:, :k] - old[:, :k].mT @ old[:, :k]).abs().max() < 1e-5
+            torch.testing.assert_close(
+                new[:, k:], old[:, k:], rtol=1e-4, atol=1e-5 * float(old[:, k:].abs().max() if old.shape[1] > k else 0)
+            )
+    if PROBE in expected.state and expected.state[PROBE].numel():
+        new, old = found.state[PROBE], expected.state[PROBE]
+        torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-5 * float(old.abs().max()))
+
+
+def assert_same_weight(found: Matrix, expected: Matrix) -> None:
+    size = float(expected.weight.float().nan_to_num().abs().max())
+    torch.testing.assert_close(
+        found.weight.float(), expected.weight.float(), rtol=1e-5, atol=3e-5 * size, equal_nan=True
+    )
+
+
+TRACKERS = pytest.mark.parametrize("tracker", ["pairs", "halves"])
+
+
+def check(matrices: Sequence[Matrix], tracker: str, rounds: int, monkeypatch) -> Records:
+    records, twins, first = both(matrices, tracker, rounds, monkeypatch)
+    for i, (found, expected) in enumerate(zip(matrices, twins, strict=True)):
+        assert_same_state(found, expected)
+        assert_same_weight(found, expected)
+        if tracker == "halves" and first[i].valid:
+            triplet = [block[0][:, 0] for block in (first[i].lefts, first[i].rights)]
+            sides = [records.scratch[i][f"{side}_VECTORS"][:, 0] for side in ("LEFT", "RIGHT")]
+            sign = torch.sign(triplet[0] @ sides[0])
+            for side, vector in zip(sides, triplet, strict=True):
+                torch.testing.assert_close(side, sign * vector, rtol=1e-3, atol=1e-4)
+            penalty = expected.group["snr_lambda"] * first[i].sigma[0]
+            torch.testing.assert_close(records.scalar(i, "PENALTY"), penalty, rtol=1e-5, atol=0.0)
+        elif tracker == "halves":
+            assert records.scalar(i, "PENALTY") == 0
+    return records
+
+
+def warm(weight: Tensor, tracker: str, count: int = 20, top: float = 0.4, **options: Any) -> Matrix:
+    matrix = matrix_of(weight, tracker, **options)
+    begin(matrix, tracker, count, residual=1e-3)
+    matrix.state[STATS][Stat.TOP] = top
+    return matrix
+
+
+# --- a step --------------------------------------------------------------------------------------------------------
+SHAPES = [((65, 41), 8), ((23, 130), 8), ((147, 61), 16), ((70, 67), 32), ((20, 19), 4), ((9, 8), 2)]
+
+
+@TRACKERS
+@pytest.mark.parametrize("count", [20, 21])
+@pytest.mark.parametrize(("shape", "block"), SHAPES)
+def test_a_warm_step_is_the_references(tracker, count, shape, block, monkeypatch):
+    check([warm(decaying(*shape), tracker, count, block=block)], tracker, 2, monkeypatch)
+
+
+@TRACKERS
+def test_the_largest_block(tracker, monkeypatch):
+    check([warm(decaying(131, 140), tracker, block=64)], tracker, 2, monkeypatch)
+
+
+@TRACKERS
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_cold_step_makes_several_pairs(tracker, count, monkeypatch):
+    matrix = matrix_of(decaying(60, 45), tracker, max_passes=4)
+    begin(matrix, tracker, count)
+    check([matrix], tracker, 4, monkeypatch)
+    assert matrix.state[STATS][Stat.PAIRS] == (4 if tracker == "pairs" else 3.5)
+
+
+@TRACKERS
+def test_a_settled_matrix_makes_one_pair_beside_one_that_is_not(tracker, monkeypatch):
+    """The passes of a matrix that is done may leave anything where its products were."""
+    still = warm(decaying(50, 40), tracker, tolerance=10.0, top=1.0)
+    restless = warm(decaying(45, 61, 1), tracker, count=21)
+    records = check([still, restless], tracker, 2, monkeypatch)
+    pairs_made = [float(matrix.state[STATS][Stat.PAIRS]) for matrix in (still, restless)]
+    assert pairs_made == ([1, 2] if tracker == "pairs" else [0.5, 1.5])
+    assert not records.wants(0)
+
+
+@TRACKERS
+def test_matrices_share_a_launch_and_do_not_touch_each_other(tracker, monkeypatch):
+    def some() -> list[Matrix]:
+        wide = torch.zeros(60, 3 * 50)
+        wide[:, ::3] = decaying(60, 50, 2)
+        return [
+            warm(decaying(40, 9), tracker),  # exact
+            warm(decaying(65, 41), tracker),
+            warm(decaying(12, 90), tracker),  # exact, read transposed
+            warm(decaying(55, 43, 1).mT.contiguous().mT, tracker, count=33),
+            warm(torch.full((20, 18), math.nan), tracker),
+            warm(wide[:, ::3], tracker, count=7),
+            warm(decaying(16, 140).mT.contiguous().mT, tracker),  # exact
+        ]
+
+    options = {"max_passes": 2}
+    together, apart = some(), some()
+    for matrix in [*together, *apart]:
+        matrix.group.update(options)
+    check(together, tracker, 2, monkeypatch)
+    for one, other in zip(together, apart, strict=True):
+        getattr(Records([other], tracker), f"{tracker}_step")(2)
+        for key in one.state:
+            assert key == STEP or torch.equal(one.state[key].nan_to_num(), other.state[key].nan_to_num()), key
+
+
+@TRACKERS
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_scales_whose_squares_are_out_of_range(tracker, scale, monkeypatch):
+    weights = [decaying(65, 41, scale=scale), decaying(50, 11, scale=scale)]
+    matrices = [warm(weight, tracker, target=0.9 * scale, top=0.4 * scale) for weight in weights]
+    check(matrices, tracker, 2, monkeypatch)
+    torch.testing.assert_close(matrices[1].state[STATS][Stat.SIGMA].item(), scale, rtol=1e-5, atol=0.0)
+
+
+@TRACKERS
+def test_a_zero_matrix_stays_zero(tracker, monkeypatch):
+    matrices = [warm(torch.zeros(40, 30), tracker), warm(torch.zeros(40, 9), tracker)]
+    for matrix in matrices:
+        matrix.state[STATS][Stat.CAPPED] = 1
+    check(matrices, tracker, 2, monkeypatch)
+    assert all((matrix.weight == 0).all() for matrix in matrices)
+
+
+@TRACKERS
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
+def test_a_weight_that_is_not_finite_changes_nothing_but_the_stats(tracker, bad, monkeypatch):
+    weights = [decaying(40, 33), decaying(30, 8)]
+    for weight in weights:
+        weight[3:5] = bad
+    matrices = [warm(weight, tracker) for weight in weights]
+    before = [twin(matrix) for matrix in matrices]
+    check(matrices, tracker, 2, monkeypatch)
+    for matrix, old in zip(matrices, before, strict=True):
+        if not matrix.weight.isfinite().all():
+            assert matrix.state[STATS][Stat.VALID] == 0
+            for key in matrix.state.keys() - {STATS, STEP}:
+                assert torch.equal(matrix.state[key], old.state[key])
+
+
+@TRACKERS
+def test_equal_singular_values(tracker, monkeypatch):
+    """Any of them is right; a direction outside the block may lie above all within."""
+    monkeypatch.setenv("SPECOPT_BACKEND", "reference")
+    flat = warm(spectrum(60, 40, torch.full((40,), 2.0, dtype=torch.float64), 3), tracker, target=2.0)
+    exact = warm(spectrum(30, 8, torch.full((8,), 2.0, dtype=torch.float64), 3), tracker, target=2.0)
+    records = Records([flat, exact], tracker)
+    getattr(records, f"{tracker}_step")(2)
+    for i, matrix in enumerate((flat, exact)):
+        sigma = matrix.state[STATS][Stat.SIGMA]
+        assert 1.9 < sigma < 2.001 or not matrix.complete
+        vectors = [records.scratch[i][f"{side}_VECTORS"][:, 0].double() for side in ("LEFT", "RIGHT")]
+        for vector in vectors:
+            torch.testing.assert_close(vector.norm().item(), 1.0, rtol=1e-5, atol=0.0)
+    for key in flat.state.keys() & {BLOCK, LEFT, RIGHT}:
+        basis = flat.state[key][:, : flat.columns].double()
+        norms = basis.norm(dim=0)
+        assert ((norms - 1).abs() < 1e-4).logical_or(norms == 0).all()
+        assert (basis.mT @ basis - torch.diag(norms**2)).abs().max() < 1e-4
+
+
+@TRACKERS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_exact_matrices_in_half_precision(tracker, dtype, monkeypatch):
+    matrix = warm(decaying(60, 13).to(dtype), tracker, lr=0.0)
+    check([matrix], tracker, 1, monkeypatch)
+
+
+@TRACKERS
+def test_following_a_weight_that_moves(tracker):
+    """Six steps after a cold start: sigma as the exact decomposition has it."""
+    matrix = matrix_of(decaying(64, 50), tracker, lr=0.0)
+    begin(matrix, tracker, 0)
+    random = generator(5)
+    for step in range(6):
+        matrix.weight.add_(0.01 * decaying(64, 50, seed=int(torch.randint(100, (), generator=random))))
+        getattr(Records([matrix], tracker), f"{tracker}_step")(4 if step == 0 else 2)
+    exact = torch.linalg.svdvals(matrix.weight.double())[0]
+    assert abs(float(matrix.state[STATS][Stat.SIGMA] / exact) - 1) < 1e-3
+    assert matrix.state[STATS][Stat.RESIDUAL] < 0.05
+
+
+@TRACKERS
+def test_two_runs_give_the_same_bits(tracker):
+    found = []
+    for _ in range(2):
+        matrix = warm(decaying(60, 45), tracker)
+        records = Records([matrix], tracker)
+        getattr(records, f"{tracker}_step")(2)
+        found.append([value for value in matrix.state.values() if isinstance(value, Tensor)] + [records.sigmas[:, :7]])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+# --- what is decided -----------------------------------------------------------------------------------------------
+CHOICES = [
+    {"mode": "set", "target": 3.0},
+    {"mode": "cap", "target": 3.0},
+    {"mode": "cap", "target": 0.2},
+    {"mode": "rescale", "target": 3.0},
+    {"mode": "rescale", "target": 0.2},
+    {"mode": "set", "target": 3.0, "capped": True},
+    {"mode": "set", "target": 0.2, "capped": True},
+    {"mode": "set", "target": 3.0, "capped": True, "raise_small": True},
+    {"mode": "set", "target": 3.0, "lr": 0.0},
+    {"mode": "rescale", "target": 3.0, "lr": 0.0},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: " ".join(str(value) for value in choice.values()))
+def test_the_correction_is_the_rules(choice, monkeypatch):
+    choice = dict(choice)
+    capped = choice.pop("capped", False)
+    matrices = [warm(decaying(50, 41), "pairs", **choice), warm(decaying(40, 10), "pairs", **choice)]
+    for matrix in matrices:
+        matrix.state[STATS][Stat.CAPPED] = float(capped)
+    records = check(matrices, "pairs", 2, monkeypatch)
+    if choice.get("lr") == 0 or (choice["mode"] == "cap" and choice["target"] == 3.0):
+        assert (records.scalars[:, r.CHANGE.value] == 0).all() and (records.scalars[:, r.FACTOR.value] == 1).all()
+
+
+def test_target_and_learning_rate_on_the_device_come_first():
+    for rate in (0.0, 0.1):
+        options = {"target_at": torch.tensor(3.0), "lr": torch.tensor(rate)}
+        matrices = [warm(decaying(50, 41), "pairs", **options), warm(decaying(40, 10), "pairs", **options)]
+        records = Records(matrices, "pairs")
+        records.product(0, 0)
+        records.solve(solves.RITZ, 0, False)
+        expected = (3 - records.scalars[:, r.SIGMA.value]) * (rate != 0)
+        torch.testing.assert_close(records.scalars[:, r.CHANGE.value], expected)
+
+
+def test_the_step_count_on_the_device_moves_once_a_step():
+    counts = [torch.tensor(4.0), torch.tensor(7.0)]
+    matrices = [
+        warm(decaying(50, 41), "pairs", step=counts[0]),
+        warm(decaying(40, 10), "pairs", step=counts[1]),
+        warm(decaying(40, 11), "pairs"),
+    ]
+    Records(matrices, "pairs").pairs_step(3)
+    assert [count.item() for count in counts] == [5, 8]
+
+
+@TRACKERS
+def test_a_lost_block_calls_for_a_pair_in_every_round(tracker):
+    """Unless their number is fixed."""
+    for limit, wanted in ((None, True), (2, False)):
+        matrix = warm(decaying(60, 45), tracker, max_passes=limit, tolerance=1e-6)
+        matrix.state[STATS][Stat.RESIDUAL] = 0.5
+        records = Records([matrix], tracker)
+        getattr(records, f"{tracker}_step")(2)
+        assert records.wants(0) == wanted
+
+
+@TRACKERS
+def test_nothing_happens_where_a_scaler_has_found_an_infinity(tracker):
+    matrices = [warm(decaying(40, 33), tracker), warm(decaying(40, 9), tracker)]
+    before = [twin(matrix) for matrix in matrices]
+    records = Records(matrices, tracker)
+    for kind in (solves.RITZ, solves.BASIS, solves.TURN):
+        records.solve(kind, 0, True, torch.tensor([1.0]))
+    assert records.scalars.isnan().all() and records.sigmas.isnan().all()
+    for matrix, old in zip(matrices, before, strict=True):
+        assert all(key == STEP or torch.equal(matrix.state[key], old.state[key]) for key in old.state)
+    getattr(records, f"{tracker}_step")(1)
+    assert not records.scalars[:, r.SIGMA.value].isnan().any()
+
+
+def test_the_schedule_is_the_trackers():
+    assert solves.COLD_MAX.value == common.COLD_MAX
+    assert solves.LOST.value == common.LOST
+    assert solves.JUMP.value == common.JUMP
+    names = [name for name in vars(r) if name.startswith("STAT_")]
+    assert {name: getattr(r, name).value for name in names} == {f"STAT_{stat.name}": stat.value for stat in Stat}
+
+
+# --- compiled ------------------------------------------------------------------------------------------------------
+def variants(target: str = "sm_90") -> Iterator[tuple[str, compiled.Variant]]:
+    """What a launch of the solve kernel may be, by name: kind, KP, KX, dtype. NVIDIA's also take ``maxnreg``."""
+    warps = solves.warps(hip=compiled.TARGETS[target].backend == "hip")
+    for kind in ("ritz", "basis", "turn"):
+        for kp in (16, 32, 64):
+            for kx in (0, 16, 32, 64):
+                for dtype in compiled.DTYPES if kx else ("fp32",):
+                    constants = {
+                        "KIND": getattr(solves, kind.upper()).value,
+                        "KP": kp,
+                        "KX": kx,
+                        "DTYPE": compiled.DTYPES[dtype],
+                    }
+                    yield f"solve {kind} {kp} {kx} {dtype}", compiled.Variant(solves.solve_kernel, constants, warps)
+
+
+def measure_named(target: str, names: Sequence[str]) -> None:
+    """One JSON object a line, as of ``compiled.py``; needs a process without Triton's interpreter."""
+    import triton
+
+    compiled.SCALARS.update(round="i32", last="i32")
+    known, compile_ = dict(variants(target)), triton.compile
+    for name in names:
+        limit = solves.MOST_REGISTERS.get(known[name].constants["KIND"])
+        more = {"maxnreg": limit} if limit and compiled.TARGETS[target].backend == "cuda" else {}
+        triton.compile = lambda source, target, options, more=more: compile_(
+            source, target=target, options={**options, **more}
+        )
+        print(json.dumps({"name": name, **compiled.measure(known[name], compiled.TARGETS[target])}), flush=True)
+
+
+# --- what the compiler makes of it ---------------------------------------------------------------------------------
+CORE = {
+    "sm_90": ["solve ritz 32 64 fp32", "solve basis 32 0 fp32", "solve turn 16 16 fp32"],
+    "gfx942": ["solve basis 16 0 fp32", "solve turn 16 0 fp32"],
+}
+MORE = pytest.mark.full
+TOO_LARGE = {("gfx942", "turn 64")}
+"""Some registers spill; nothing is wrong but the time it takes."""
+
+
+def combinations() -> list[Any]:
+    found = []
+    for target in compiled.TARGETS:
+        for name, _ in variants(target):
+            if not any(target == where and name.startswith(f"solve {what}") for where, what in TOO_LARGE):
+                marks = () if name in CORE.get(target, ()) else MORE
+                found.append(pytest.param(target, name, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("target", "name"), combinations())
+def test_it_compiles_without_spilling(target, name):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment.update(PYTHONPATH=str(Path(__file__).parents[2]), TRITON_DEFAULT_FP_FUSION="1")
+    command = [sys.executable, "-m", "tests.kernels.test_solves", target, name]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    usage = json.loads(run.stdout)
+    assert usage["spilled"] == 0, usage
+    assert usage.get("wide", 1) > 0, usage
+
+
+if __name__ == "__main__":
+    measure_named(sys.argv[1], sys.argv[2:])

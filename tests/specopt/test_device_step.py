@@ -1,0 +1,322 @@
+"""The step of a GPU, in which a pass makes the base update: against the reference, and what it keeps between steps."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import specopt
+from specopt import updates
+from specopt.kernels import tables
+from specopt.tracker.common import BLOCK, COLD_STEPS, PREFIX, RIGHT, STATS, STEP, Stat
+from tests.specopt.helpers import DEVICE, exact, gap_of, with_spectrum
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the first step moves"),
+    pytest.mark.usefixtures("triton_backend"),
+]
+SHAPES = [(40, 30), (30, 44), (20, 3, 2, 2), (5,)]
+RULES: dict[str, tuple[type, dict[str, Any]]] = {
+    "snr": (specopt.SNRSGD, {"lr": 0.05, "momentum": 0.9, "snr_lambda": 0.1}),
+    "snr nesterov": (specopt.SNRSGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    "snr maximize": (specopt.SNRSGD, {"lr": 0.05, "momentum": 0.5, "dampening": 0.2, "maximize": True}),
+    "set": (specopt.NormScaleAdamW, {"lr": 1e-2}),
+    "cap": (specopt.NormScaleAdamW, {"lr": 1e-2, "mode": "cap", "amsgrad": True}),
+    "rescale": (specopt.NormScaleAdamW, {"lr": 1e-2, "mode": "rescale", "maximize": True}),
+    "initial": (specopt.NormScaleAdamW, {"lr": 1e-2, "target": "initial"}),
+}
+
+
+def make(kind: str, **more: Any) -> tuple[Any, list[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    weights = [with_spectrum(s, torch.float32, 0.05, generator) if len(s) > 1 else torch.ones(s) for s in SHAPES]
+    params = [weight.to(DEVICE).requires_grad_() for weight in weights]
+    cls, options = RULES[kind]
+    return cls(params, block=8, **options, **more), params
+
+
+def set_gradients(params: list[Tensor], seed: int, scale: float = 0.1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for param in params:
+        gradient = scale * torch.randn(param.shape, generator=generator).to(param)
+        if param.grad is None:
+            param.grad = gradient
+        else:
+            param.grad.copy_(gradient)
+
+
+def past_the_cold_phase(optimizer: Any, params: list[Tensor]) -> None:
+    """One step on the reference, which is quicker than an interpreter, and the count of steps past the cold phase."""
+    set_gradients(params, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECOPT_BACKEND", "reference")
+        optimizer.step()
+    for param in params:
+        if STATS in optimizer.state[param]:
+            optimizer.state[param][STEP] = COLD_STEPS
+            optimizer.state[param][STATS][Stat.COUNT] = COLD_STEPS
+
+
+def compare_step_by_step(kind: str, steps: int, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Each step of one optimizer, and of another with a fused pass from the same state."""
+    plain, params = make(kind)
+    past_the_cold_phase(plain, params)
+    fused, others = make(kind)
+    fused.load_state_dict(copy.deepcopy(plain.state_dict()))
+    is_plain, compared = updates.is_plain, 0
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            for param, other in zip(params, others, strict=True):
+                other.copy_(param)
+                for name, value in plain.state[param].items():
+                    fused.state[other][name] = value.clone() if isinstance(value, Tensor) else value
+        before = [param.detach().clone() for param in params]
+        for both in (params, others):
+            set_gradients(both, step)
+        monkeypatch.setenv("SPECOPT_BACKEND", backend)
+        monkeypatch.setattr(updates, "is_plain", lambda matrix: False)
+        plain.step()
+        monkeypatch.setattr(updates, "is_plain", is_plain)
+        monkeypatch.setenv("SPECOPT_BACKEND", "triton")
+        fused.step()
+        for old, param, other in zip(before, params, others, strict=True):
+            update = (param - old).norm()
+            if param.ndim > 1 and gap_of(exact(param)[1]) <= 0.01:
+                assert torch.allclose(exact(param)[1], exact(other)[1], rtol=1e-4)
+                continue
+            compared += 1
+            again = param.ndim > 1 and float(plain.state[param][STATS][Stat.PAIRS]) > 1
+            # after a conditional pair, the other directions of the basis count: the reference knows them better
+            assert (param - other).norm() <= (2e-3 if again and backend == "reference" else 1e-5) * update
+    assert compared >= steps
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("kind", RULES)
+def test_each_fused_step_is_that_of_the_base_and_the_rule(
+    kind: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare_step_by_step(kind, 2, monkeypatch, backend)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["snr", "set"])
+def test_each_of_100_fused_steps_is_that_of_the_base_and_the_rule(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare_step_by_step(kind, 100, monkeypatch, "triton")
+
+
+def test_a_kept_half_product_has_the_bits_of_one_made_anew() -> None:
+    results = []
+    for kept in (True, False):
+        optimizer, params = make("snr")
+        past_the_cold_phase(optimizer, params)
+        for step in range(1, 4):
+            set_gradients(params, step)
+            if not kept:
+                forget_products(optimizer)
+            optimizer.step()
+        results.append([param.detach().clone() for param in params])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def forget_products(optimizer: Any) -> None:
+    for key, value in optimizer._workspace.items():
+        if key[0] == "engine":
+            value.versions = None
+
+
+WRITES = {
+    "in place": lambda optimizer, param, new: param.copy_(new),
+    "other storage": lambda optimizer, param, new: setattr(param, "data", new.clone()),
+    "loaded state": lambda optimizer, param, new: (param.copy_(new), optimizer.load_state_dict(optimizer.state_dict())),
+    "swapped average": lambda optimizer, param, new: torch._foreach_copy_([param], [new]),
+}
+
+
+@pytest.mark.parametrize("how", WRITES)
+@pytest.mark.parametrize("kind", ["snr", "set"])
+def test_a_weight_written_by_somebody_else_is_noticed_at_once(kind: str, how: str) -> None:
+    optimizer, params = make(kind)
+    past_the_cold_phase(optimizer, params)
+    set_gradients(params, 1, scale=1e-4)
+    optimizer.step()
+    with torch.no_grad():
+        WRITES[how](optimizer, params[0], 0.5 * params[0].detach())
+    found = exact(params[0])[1][0]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # what the step measures is then the weight as it was written
+    optimizer.step()
+    sigma = optimizer.state[params[0]][STATS][Stat.SIGMA]
+    assert abs(sigma - found) <= 0.01 * found
+
+
+@pytest.mark.parametrize("kind", ["snr", "set"])
+def test_a_whole_weight_replaced_unseen_is_found_within_three_steps(kind: str) -> None:
+    optimizer, params = make(kind)
+    past_the_cold_phase(optimizer, params)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    generator = torch.Generator().manual_seed(5)
+    set_gradients(params, 1)
+    optimizer.step()
+    params[0].data.copy_(3 * with_spectrum(tuple(params[0].shape), torch.float32, 0.05, generator))
+    found = exact(params[0])[1][0]
+    for _ in range(4):  # the first still sees what was kept
+        optimizer.step()
+    assert abs(optimizer.state[params[0]][STATS][Stat.SIGMA] - found) <= 0.01 * found
+
+
+@pytest.mark.parametrize("kind", ["snr", "cap"])
+def test_writing_in_every_step_never_makes_the_tracker_cold(kind: str) -> None:
+    optimizer, params = make(kind)
+    past_the_cold_phase(optimizer, params)
+    for step in range(1, 4):
+        set_gradients(params, step, scale=0.01)
+        optimizer.step()
+        with torch.no_grad():
+            for param in params:
+                param.mul_(0.999)
+        assert optimizer.state[params[0]][STEP] == COLD_STEPS + step
+        assert float(optimizer.state[params[0]][STATS][Stat.PAIRS]) <= 2
+
+
+@pytest.mark.parametrize("kind", ["snr", "set", "cap"])
+def test_our_own_writes_move_the_version(kind: str) -> None:
+    optimizer, params = make(kind)
+    past_the_cold_phase(optimizer, params)
+    before = [param._version for param in params]
+    set_gradients(params, 1)
+    optimizer.step()
+    assert all(param._version > version for param, version in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["snr", "set"])
+def test_where_a_scaler_found_an_infinity_nothing_moves(kind: str) -> None:
+    optimizer, params = make(kind, fused=True)
+    past_the_cold_phase(optimizer, params)
+    key = RIGHT if kind == "snr" else BLOCK
+    before = [param.detach().clone() for param in params]
+    blocks = [optimizer.state[param][key].clone() for param in params if key in optimizer.state[param]]
+    stats = [optimizer.state[param][STATS].clone() for param in params[:3]]
+    set_gradients(params, 1)
+    optimizer.found_inf, optimizer.grad_scale = torch.ones((), device=DEVICE), torch.ones((), device=DEVICE)
+    optimizer.step()
+    after = [optimizer.state[param][key] for param in params if key in optimizer.state[param]]
+    assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
+    assert len(blocks) == 2 and all(torch.equal(a, b) for a, b in zip(blocks, after, strict=True))
+    assert all(torch.equal(a, optimizer.state[p][STATS]) for a, p in zip(stats, params, strict=False))
+
+
+@pytest.mark.parametrize("kind", ["snr", "set"])
+def test_gradients_still_scaled_give_the_step_of_plain_ones(kind: str) -> None:
+    results = []
+    for scale in (1.0, 1024.0):
+        optimizer, params = make(kind, fused=True)
+        past_the_cold_phase(optimizer, params)
+        set_gradients(params, 1, scale=0.1 * scale)
+        optimizer.found_inf = torch.zeros((), device=DEVICE)
+        optimizer.grad_scale = torch.full((), scale, device=DEVICE)
+        optimizer.step()
+        results.append([param.detach().clone() for param in params])
+    for plain, scaled in zip(*results, strict=True):
+        assert torch.allclose(plain, scaled, rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_state_is_in_the_bases_dtype_and_ours_in_float32() -> None:
+    params = [torch.randn(40, 30, dtype=torch.bfloat16, device=DEVICE).requires_grad_()]
+    optimizer = specopt.NormScaleAdamW(params, block=8, mode="rescale", stochastic_rounding=True)
+    past_the_cold_phase(optimizer, params)
+    set_gradients(params, 1)
+    optimizer.step()
+    state = optimizer.state[params[0]]
+    assert state["exp_avg"].dtype == torch.bfloat16
+    ours = [value for name, value in state.items() if name.startswith(PREFIX) and isinstance(value, Tensor)]
+    assert ours and {value.dtype for value in ours} == {torch.float32}
+    assert abs(exact(params[0])[1][0] / (40 / 30) ** 0.5 - 1) < 0.01
+
+
+# --- graphs ----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether a graph is being captured, as far as the package can tell."""
+    answer = [False]
+    monkeypatch.setattr(tables, "capturing", lambda device: answer[0])
+    return answer
+
+
+def test_a_warm_step_of_the_same_tensors_can_be_captured(capturing: list[bool]) -> None:
+    optimizer, params = make("snr")
+    past_the_cold_phase(optimizer, params)
+    set_gradients(params, 1)
+    optimizer.step()
+    optimizer.step()  # the step after the buffers were made
+    capturing[0] = True
+    before = [param.detach().clone() for param in params]
+    optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, params, strict=True))
+
+
+def test_a_cold_step_cannot_be_captured(capturing: list[bool]) -> None:
+    optimizer, params = make("snr", max_passes=1)
+    for _ in range(2):
+        set_gradients(params, 1)
+        optimizer.step()
+    capturing[0] = True
+    with pytest.raises(RuntimeError, match="first 20 steps"):
+        optimizer.step()
+
+
+def test_a_step_whose_gradients_have_moved_cannot_be_captured(capturing: list[bool]) -> None:
+    optimizer, params = make("snr")
+    past_the_cold_phase(optimizer, params)
+    for _ in range(2):
+        set_gradients(params, 1)
+        optimizer.step()
+    kept = [param.grad for param in params]
+    for param in params:
+        param.grad = None
+    set_gradients(params, 2)
+    capturing[0] = True
+    with pytest.raises(RuntimeError, match=r"a tensor has moved.*set_to_none=False"):
+        optimizer.step()
+    del kept
+
+
+def test_a_step_counted_on_the_host_cannot_be_captured(capturing: list[bool]) -> None:
+    optimizer, params = make("set")
+    past_the_cold_phase(optimizer, params)
+    for _ in range(2):
+        set_gradients(params, 1)
+        optimizer.step()
+    capturing[0] = True
+    with pytest.raises(RuntimeError, match=r"an option has changed.*capturable=True"):
+        optimizer.step()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a graph on a GPU")
+@pytest.mark.parametrize("kind", ["snr", "set"])
+def test_a_captured_step_replays_with_another_learning_rate(kind: str) -> None:
+    results = []
+    for captured in (False, True):
+        lr = torch.tensor(0.01, device=DEVICE)
+        optimizer, params = make(kind, **({"capturable": True} if kind == "set" else {}))
+        optimizer.param_groups[0]["lr"] = lr
+        for step in range(COLD_STEPS + 2):
+            set_gradients(params, step)
+            optimizer.step()
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            with torch.cuda.graph(graph):
+                optimizer.step()
+        for step in range(3):
+            set_gradients(params, 100 + step)
+            lr.fill_(0.01 / (step + 1))
+            graph.replay() if captured else optimizer.step()
+        torch.cuda.synchronize()
+        results.append([param.detach().clone() for param in params])
+    for eager, replayed in zip(*results, strict=True):
+        assert torch.allclose(eager, replayed, rtol=1e-5, atol=1e-6)
