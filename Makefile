@@ -23,7 +23,7 @@ demo: venv
 	$(BIN)/python examples/demo.py --out out/demo
 
 test: venv
-	$(BIN)/python -m pytest -q -m "not full"
+	$(BIN)/python -m pytest -q -m "not full" -n 2 --dist loadfile
 
 # -q leaves out the header, so that the kept output says nothing of the machine's folders.
 test-full: venv

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from . import host
-from .backend import allocate, live, on_host
+from .backend import allocate, live
+from .backend import on_host as _on_host
 from .blocks import column_dots, copy_blocks, first_column_residuals, grams, mixes
 from .products import MAX_COLUMNS
 from .small import orthonormalizers, rotations
@@ -77,7 +78,7 @@ def ritz_triplets(
             allocate([(v.shape[0], v.shape[1]) for v in blocks], blocks[0]),
         )
         active = None
-    if on_host(products[0]):
+    if _on_host(products[0]):
         host.ritz_triplets(products, blocks, out, active)
         return out
     gram, scale = grams(products)
@@ -102,7 +103,7 @@ def orthonormalize(
     Columns that are zero or depend on those before them are replaced by columns of ``starts`` between the passes. A
     block with a non-finite entry leaves its ``out`` as it is.
     """
-    if on_host(out[0]):
+    if _on_host(out[0]):
         host.orthonormalize(candidates, starts, out, live(active, len(out)))
     else:
         orthonormalize_all(candidates, starts, out, active)
@@ -182,7 +183,7 @@ def next_basis(
     top = torch.where(sigma[:, 0] > 0, sigma[:, 0], torch.ones_like(sigma[:, 0]))
     corrected = sigma / top[:, None]
     corrected[:, 0] = corrected[:, 0] + correction / top
-    if on_host(sigma):
+    if _on_host(sigma):
         return host.next_basis(triplets, returned, previous, starts, layout, top, corrected, out, active)
     plan = _plan(layout, width, sigma.device, sigma.dtype)
     square = corrected.square()
@@ -272,7 +273,7 @@ def turn(
         The triplets, with lefts at least one column wide; the residual (B,) that the product shows of the first
         columns of U and V, ``‖W v₁ − (u₁ · W v₁) u₁‖ / sigma₁``; and where bases were moved on (B,).
     """
-    if on_host(products[0]):
+    if _on_host(products[0]):
         return host.turn(products, bases, others, starts, layout, active)
     blocks = [[x[:, :k] for x, k in zip(xs, layout.columns, strict=True)] for xs in (products, bases, others)]
     triplets = ritz_triplets(blocks[0], blocks[1])

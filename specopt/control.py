@@ -19,7 +19,7 @@ from specopt.kernels import Penalty, Update, base_updates_
 
 from . import updates
 from .rules import Gate, OnDevice, OnHost, Rule
-from .tracker.common import BLOCK, LEFT, PREFIX, PROBE, RIGHT, STATS, STEP, HostCopy
+from .tracker.common import BLOCK, LEFT, PREFIX, PROBE, RIGHT, STATS, STEP, HostCopy, rounding_seeds
 from .tracker.device import runs_on
 from .updates import OnDeviceBase
 from .views import Matrix, as_matrix, is_controlled, matrix_view
@@ -96,16 +96,18 @@ class SpectralOptimizer(Optimizer):
         same = gate.workspace.get("signature") == self._signature()[0]
         batches: list[Batch] = gate.workspace["batches"] if same else self._batches()
         settled = same or all(self.rule.has_state(matrix) for batch in batches for matrix in batch.matrices)
+        seeds = [rounding_seeds(batch.matrices) for batch in batches]
         sessions = []
         for batch in batches:
             base = batch.base.refresh() if batch.base else None
             sessions.append(self.rule.begin(batch.matrices, replace(gate, base=base, settled=same)))
         with ExitStack() as stack:
-            for batch, session in zip(batches, sessions, strict=True):
+            for batch, session, chances in zip(batches, sessions, seeds, strict=True):
                 if batch.base:
                     cast(OnDevice, session).update()
                 elif batch.ours:
-                    updated = [self._update(matrix) for matrix in batch.matrices]
+                    pairs = zip(batch.matrices, chances, strict=True)
+                    updated = [self._update(matrix)._replace(seed=seed) for matrix, seed in pairs]
                     base_updates_(updated, session.penalty, gate.host_scale, cast(OnHost, session).products)
                 elif session.penalty is not None:
                     penalized = _penalized(batch.matrices, session.penalty, gate)

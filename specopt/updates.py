@@ -12,6 +12,7 @@ from torch.optim import SGD, AdamW
 
 from specopt.kernels import Update, passes
 
+from .tracker.common import rounding_seeds
 from .tracker.device import BaseUpdate, runs_on
 from .views import Matrix
 
@@ -90,9 +91,7 @@ class OnDeviceBase:
         else:
             numbers["BIAS1"] = np.array([self._make_buffer(matrix) for matrix in self.matrices])
         if any(group["stochastic_rounding"] for group in groups):
-            seeds = [1 + b + len(self.matrices) * m.state["spectral_step"] for b, m in enumerate(self.matrices)]
-            chosen = [m.group["stochastic_rounding"] for m in self.matrices]
-            numbers["SEED"] = np.where(chosen, seeds, 0)
+            numbers["SEED"] = np.array(rounding_seeds(self.matrices))
         grads = [matrix.gradient_storage for matrix in self.matrices]
         addresses = []
         for matrix, grad, step in zip(self.matrices, grads, steps, strict=True):

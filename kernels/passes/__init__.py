@@ -53,6 +53,8 @@ class Update(NamedTuple):
     numbers: SGD | AdamW
     fresh: bool = False
     """SGD's buffer holds nothing yet and takes the gradient as it is."""
+    seed: float = 0.0
+    """Of stochastic rounding of a half-precision weight; 0: to nearest."""
 
 
 class Penalty(NamedTuple):
@@ -104,6 +106,7 @@ def corrections_(
     *,
     factors: Tensor | None = None,
     products: Sequence[Product] | None = None,
+    seeds: Sequence[float] | None = None,
 ) -> None:
     """``W_b ← f_b W_b + c_b u_b v_bᵀ`` in place, then half products of the new weights.
 
@@ -117,7 +120,7 @@ def corrections_(
         products: one for each matrix; none if absent.
     """
     if on_host(coefficients):
-        reference.corrections_(matrices, coefficients, lefts, rights, factors, products)
+        reference.corrections_(matrices, coefficients, lefts, rights, factors, products, seeds)
         return
     if factors is not None:
         scale_(matrices, factors)

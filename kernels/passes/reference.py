@@ -11,6 +11,7 @@ from torch import Tensor
 from ..backend import accumulation_dtype
 from ..products.reference import HalfProduct, half_product, lies_across, slices, widened
 from ..updates.reference import rank_updates_, scale_, too_small_to_overflow
+from .rounding import rounded_like
 
 if TYPE_CHECKING:
     from . import SGD, AdamW, Penalty, Product, Update
@@ -44,6 +45,7 @@ def _update(update: Update, terms: tuple[Tensor, Tensor] | None, scale: float, p
     dtype = accumulation_dtype(weight.dtype)
     half = None if product is None else _half(product, across, weight)
     safe, buffered = False, None
+    salt = 1 if isinstance(numbers, SGD) else 2  # as the kernels': another for every kind of pass
     if terms is not None:
         safe = too_small_to_overflow(*terms)
         if safe and isinstance(numbers, SGD) and _buffers(numbers, update.fresh):
@@ -68,9 +70,11 @@ def _update(update: Update, terms: tuple[Tensor, Tensor] | None, scale: float, p
             _sgd(numbers, wide[0], grad, wide[2:], update.fresh)
         else:
             _adamw(numbers, wide[0], grad, wide[2:])
-        for i in (0, *range(2, len(parts))):
+        for i in range(2, len(parts)):
             if wide[i] is not parts[i]:
                 parts[i].copy_(wide[i])
+        if wide[0] is not parts[0]:
+            parts[0].copy_(rounded_like(weight, wide[0], update.seed, salt, rows=(first, last), across=across))
         if half is not None:
             half.add(widened(parts[0], dtype))
         first = last
@@ -144,9 +148,16 @@ def corrections_(
     rights: Sequence[Tensor],
     factors: Tensor | None,
     products: Sequence[Product] | None,
+    seeds: Sequence[float] | None,
 ) -> None:
     scales = [1.0] * len(matrices) if factors is None else factors.tolist()
     for b, (matrix, change) in enumerate(zip(matrices, coefficients.tolist(), strict=True)):
+        if seeds and seeds[b] and matrix.dtype != coefficients.dtype:
+            if change != 0 or scales[b] != 1:
+                _correct_by_chance(matrix, scales[b], _factors(change, lefts[b], rights[b]), seeds[b])
+            if products:
+                half_product(matrix.mT if products[b].transposed else matrix, products[b].block, products[b].out)
+            continue
         if factors is not None and scales[b] != 1:
             scale_([matrix], factors[b : b + 1])
         product = products[b] if products else None
@@ -175,3 +186,9 @@ def _correct(matrix: Tensor, left: Tensor, right: Tensor, product: Product | Non
         first = last
     if half is not None:
         half.finish()
+
+
+def _correct_by_chance(matrix: Tensor, factor: float, terms: tuple[Tensor, Tensor], seed: float) -> None:
+    new = torch.addcmul(matrix.to(terms[0].dtype) * factor, *terms)
+    written = rounded_like(matrix, new, seed, salt=3)
+    matrix.copy_(torch.where(new.to(matrix.dtype).isfinite(), written, matrix))

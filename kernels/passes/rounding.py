@@ -55,6 +55,29 @@ def element_index(matrix: Tensor) -> Tensor:
     return torch.arange(matrix.numel(), device=matrix.device).view(matrix.shape)
 
 
+def rounded_like(
+    matrix: Tensor,
+    new: Tensor,
+    seed: float,
+    salt: int,
+    *,
+    rows: tuple[int, int] | None = None,
+    across: bool = False,
+) -> Tensor:
+    """``new`` in the dtype of ``matrix``: by chance where there is a seed, to nearest at seed 0.
+
+    Args:
+        new: what some rows of ``matrix`` are to hold, or of its transpose.
+        rows: from which one on and up to which; all if absent.
+        across: they are rows of the transpose.
+    """
+    if seed == 0:
+        return new.to(matrix.dtype)
+    index = element_index(matrix)
+    index = (index.mT if across else index)[slice(*rows) if rows else slice(None)]
+    return stochastic(new, random_bits(torch.tensor(seed, dtype=torch.float32), salt, index), matrix.dtype)
+
+
 def _float(bits: Tensor) -> Tensor:
     """The float32 numbers of 32 bits held in int64."""
     return (bits - ((bits & 0x80000000) << 1)).to(torch.int32).view(torch.float32)

@@ -32,9 +32,9 @@ SLOTS = tl.constexpr(4)
 
 THREADS = 256
 """Of a program."""
-MOST_REGISTERS = {RITZ.value: 255, BASIS.value: 255}
-"""Of a thread on NVIDIA, said to the assembler: else it may stop at 128, for a second program beside the first, and
-spill. Where it takes more of itself it is better not told."""
+MOST_REGISTERS = 255
+"""Of a thread on NVIDIA. Said to the assembler where it would stop at 128, for a second program beside the first, and
+spill; where it takes more of itself it does better untold."""
 
 ROWS = tl.constexpr(128)
 """Rows of a block that are on chip at once; a quarter of them at 64 columns."""
@@ -797,8 +797,12 @@ def warps(hip: bool = torch.version.hip is not None) -> int:
     return THREADS // (64 if hip else 32)
 
 
-def options(device: torch.device, kind: int) -> dict[str, object]:
+def options(device: torch.device, kind: int, kp: int, kx: int) -> dict[str, object]:
     """What :func:`solve_kernel` is launched with."""
-    limited = device.type == "cuda" and torch.version.hip is None and kind in MOST_REGISTERS
-    limit = {"maxnreg": MOST_REGISTERS[kind]} if limited else {}
-    return {"num_warps": warps(), "enable_fp_fusion": True, **limit}
+    hip = torch.version.hip is not None
+    limit = most_registers(kind, kp, kx) if device.type == "cuda" and not hip else None
+    return {"num_warps": warps(hip), "enable_fp_fusion": True, **({"maxnreg": limit} if limit else {})}
+
+
+def most_registers(kind: int, kp: int, kx: int) -> int | None:
+    return MOST_REGISTERS if kind == BASIS.value or (kind == RITZ.value and max(kp, kx) <= 32) else None

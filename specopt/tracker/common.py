@@ -231,3 +231,10 @@ class Schedule:
 def all_idle(wanted: Tensor) -> bool:
     """True where the host may see it: a CPU step ends its rounds early; on a device they are enqueued regardless."""
     return wanted.device.type == "cpu" and not bool(wanted.any())
+
+
+def rounding_seeds(matrices: Sequence[Matrix]) -> list[float]:
+    """Of stochastic rounding in this step: another number for every matrix and step, 0 where it is off."""
+    count = len(matrices)
+    seeds = [1.0 + b + count * matrix.state.get(STEP, 0) for b, matrix in enumerate(matrices)]
+    return [s if m.group.get("stochastic_rounding") else 0.0 for s, m in zip(seeds, matrices, strict=True)]

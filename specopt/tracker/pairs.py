@@ -33,6 +33,7 @@ from .common import (
     probe_columns,
     put_omega,
     restart,
+    rounding_seeds,
     scatter_stats,
 )
 
@@ -132,7 +133,14 @@ def _exact(matrices: Sequence[Matrix], weights: Sequence[Tensor], stats: Tensor,
     valid = triplets.sigma[:, 0].isfinite()
     stats[:, Stat.SIGMA] = triplets.sigma[:, 0]
     change = correct(triplets.sigma[:, 0], valid, stats)
-    kernels.corrections_(weights, change.added, triplets.lefts, triplets.rights, factors=change.factor)
+    kernels.corrections_(
+        weights,
+        change.added,
+        triplets.lefts,
+        triplets.rights,
+        factors=change.factor,
+        seeds=rounding_seeds(matrices),
+    )
     if change.factor is not None:
         triplets.sigma.mul_(change.factor[:, None])
     _record(stats, triplets, change, valid)
@@ -187,7 +195,15 @@ def _tracked(
     stats[:, Stat.SIGMA] = sigma
     change = correct(sigma, valid, stats)
     then = [Product(left, out, True) for left, out in zip(lefts, returned, strict=True)]
-    kernels.corrections_(weights, change.added, triplets.lefts, triplets.rights, factors=change.factor, products=then)
+    kernels.corrections_(
+        weights,
+        change.added,
+        triplets.lefts,
+        triplets.rights,
+        factors=change.factor,
+        products=then,
+        seeds=rounding_seeds(matrices),
+    )
     if change.factor is not None:
         triplets.sigma.mul_(change.factor[:, None])
     starts = noise_like(bases, matrices)

@@ -180,7 +180,7 @@ class Records:
             KP=self.kp,
             KX=self.kx,
             DTYPE=DTYPES[self.matrices[0].weight.dtype],
-            **solves.options(self.table.device, kind.value),
+            **solves.options(self.table.device, kind.value, self.kp, self.kx),
         )
 
     def pairs_step(self, rounds: int) -> None:
@@ -612,7 +612,7 @@ def measure_named(target: str, names: Sequence[str]) -> None:
     compiled.SCALARS.update(round="i32", last="i32")
     known, compile_ = dict(variants(target)), triton.compile
     for name in names:
-        limit = solves.MOST_REGISTERS.get(known[name].constants["KIND"])
+        limit = solves.most_registers(*(known[name].constants[key] for key in ("KIND", "KP", "KX")))
         more = {"maxnreg": limit} if limit and compiled.TARGETS[target].backend == "cuda" else {}
         triton.compile = lambda source, target, options, more=more: compile_(
             source, target=target, options={**options, **more}

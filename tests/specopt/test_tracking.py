@@ -1,7 +1,7 @@
 """The tracked sigma over real training, at the defaults, against float64 SVD.
 
 Short runs on UCI digits here; the full-length runs on MNIST and CIFAR-10 are in ``benchmarks/results/sigma.json``,
-made by ``python -m benchmarks.sigma --data-dir DIR --out benchmarks/results/sigma.json``.
+made by ``python -m benchmarks.run sigma --data-dir DIR --out benchmarks/results``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,56 @@
+"""Half-precision weights rounded by chance: small steps count on average, and the chance is the same in every run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import specopt
+
+OURS: dict[str, Any] = {
+    "snr": lambda params, **kw: specopt.SNRSGD(params, lr=1.0, snr_lambda=1e-12, **kw),
+    "cap": lambda params, **kw: specopt.NormScaleAdamW(
+        params, lr=1e-4, weight_decay=0, mode="cap", target=1e6, eps=1e-12, **kw
+    ),
+}
+
+
+def drift(kind: str, dtype: torch.dtype, chance: bool, steps: int = 20) -> tuple[float, Tensor]:
+    """How far all weights have gone on average over how far they were asked to, by steps of a fiftieth of a place."""
+    torch.manual_seed(0)
+    weight = (1 + torch.rand(96, 80)).to(dtype).requires_grad_()  # in [1, 2] places are alike
+    before = weight.detach().float()
+    optimizer = OURS[kind]([weight], stochastic_rounding=chance)
+    place = torch.finfo(dtype).eps
+    for _ in range(steps):
+        weight.grad = torch.full_like(weight, place / 50 if kind == "snr" else 1.0)
+        if kind == "cap":
+            optimizer.param_groups[0]["lr"] = place / 50
+        optimizer.step()
+    asked = steps * place / 50
+    return float((before - weight.detach().float()).mean() / asked), weight.detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", OURS)
+def test_steps_below_the_last_place_count_on_average(kind: str, dtype: torch.dtype) -> None:
+    assert drift(kind, dtype, chance=False)[0] == 0
+    mean, first = drift(kind, dtype, chance=True)
+    assert abs(mean - 1) < 0.1
+    assert torch.equal(first, drift(kind, dtype, chance=True)[1])
+
+
+def test_a_small_correction_counts_on_average() -> None:
+    torch.manual_seed(0)
+    weight = (torch.ones(96, 80) + 0.01 * torch.randn(96, 80)).bfloat16().requires_grad_()
+    sigma = float(torch.linalg.matrix_norm(weight.detach().double(), 2))
+    optimizer = specopt.NormScaleAdamW(
+        [weight], lr=1e-12, weight_decay=0, target=sigma * (1 - 1e-3), stochastic_rounding=True
+    )
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    after = float(torch.linalg.matrix_norm(weight.detach().double(), 2))
+    assert abs(after / sigma - (1 - 1e-3)) < 2e-4
