@@ -73,9 +73,15 @@ def rounded_like(
     """
     if seed == 0:
         return new.to(matrix.dtype)
-    index = element_index(matrix)
-    index = (index.mT if across else index)[slice(*rows) if rows else slice(None)]
-    return stochastic(new, random_bits(torch.tensor(seed, dtype=torch.float32), salt, index), matrix.dtype)
+    height, width = matrix.shape
+    first, last = rows or (0, width if across else height)
+    index = torch.arange(first, last, device=matrix.device)[:, None]
+    if across:
+        index = index + width * torch.arange(height, device=matrix.device)
+    else:
+        index = index * width + torch.arange(width, device=matrix.device)
+    seeded = torch.tensor(seed, dtype=torch.float32, device=matrix.device)
+    return stochastic(new, random_bits(seeded, salt, index), matrix.dtype)
 
 
 def _float(bits: Tensor) -> Tensor:

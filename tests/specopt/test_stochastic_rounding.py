@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import specopt
+from specopt.kernels.passes.rounding import random_bits, rounded_like, stochastic
 
 OURS: dict[str, Any] = {
     "snr": lambda params, **kw: specopt.SNRSGD(params, lr=1.0, snr_lambda=1e-12, **kw),
@@ -54,3 +55,14 @@ def test_a_small_correction_counts_on_average() -> None:
     optimizer.step()
     after = float(torch.linalg.matrix_norm(weight.detach().double(), 2))
     assert abs(after / sigma - (1 - 1e-3)) < 2e-4
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_rows_of_a_matrix_are_rounded_as_the_whole_is(across: bool) -> None:
+    matrix = torch.zeros(7, 5, dtype=torch.bfloat16)
+    new = torch.randn(7, 5)
+    index = torch.arange(35).view(7, 5)
+    whole = stochastic(new, random_bits(torch.tensor(3.0), 2, index), torch.bfloat16)
+    turned = (lambda x: x.mT) if across else (lambda x: x)
+    part = rounded_like(matrix, turned(new)[1:4], 3.0, 2, rows=(1, 4), across=across)
+    assert torch.equal(part, turned(whole)[1:4])
