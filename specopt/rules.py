@@ -293,7 +293,8 @@ class _ScaledOnDevice:
             "RAISE_SMALL": [matrix.group["raise_small"] for matrix in self.matrices],
         }
         if self.gate.base is None:
-            numbers |= updates.rates(self.matrices)
+            numbers["RATE"], self.rates = updates.rates(self.matrices)
+            numbers["LR"] = [0 if rate is None else rate.data_ptr() for rate in self.rates]
         scaler = self.gate.scaler(self.matrices[0].param.device)
         return device.Pairs(self.matrices, numbers, self.gate.base, self.gate.workspace, scaler)
 

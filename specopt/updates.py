@@ -121,10 +121,15 @@ def _options(group: dict[str, Any]) -> dict[str, float]:
     return shared | more
 
 
-def rates(matrices: Sequence[Matrix]) -> dict[str, list[float]]:
-    """Learning rates that the host knows; 1 for those on the device, which a record points at."""
-    rates = (matrix.group["lr"] for matrix in matrices)
-    return {"RATE": [1.0 if _is_on_device(rate) else float(rate) for rate in rates]}
+def rates(matrices: Sequence[Matrix]) -> tuple[list[float], list[Tensor | None]]:
+    """Learning rates of a batch: numbers, and the float32 tensors on the device that stand for them where there are
+    such."""
+    given = [matrix.group["lr"] for matrix in matrices]
+    on_device = [
+        rate.to(matrix.param.device, torch.float32) if _is_on_device(rate) else None
+        for rate, matrix in zip(given, matrices, strict=True)
+    ]
+    return [1.0 if _is_on_device(rate) else float(rate) for rate in given], on_device
 
 
 def _is_on_device(value: object) -> bool:

@@ -55,9 +55,9 @@ TILES = {
 
 
 def tile_of(kp: int, size: int, side: int, stochastic: bool) -> Tile:
-    """What a launch runs with; the number of stages does not change a sum."""
+    """What a launch runs with. The number of stages changes no sum; these spill nowhere."""
     tile = TILES[32 if side == NOTHING.value else kp, size]
-    return tile._replace(stages=1) if stochastic else tile
+    return tile._replace(stages={16: 1, 32: 3, 64: 1}[kp]) if stochastic else tile
 
 
 @triton.jit

@@ -116,8 +116,9 @@ class Engine:
             "COLD": cold,
             "FIXED": limits > 0,
         }
-        targets = numbers.pop("TARGET_AT", [0] * len(matrices))
-        addresses = base.addresses if base else [[0] * 6] * len(matrices)
+        nowhere = [0] * len(matrices)
+        targets, rates = numbers.pop("TARGET_AT", nowhere), numbers.pop("LR", nowhere)
+        addresses = base.addresses if base else [[0, 0, 0, 0, rate, 0] for rate in rates]
         table = np.zeros((len(matrices), self.ops.r.NUMBERS.value), np.float32)
         for name, values in numbers.items():
             table[:, getattr(self.ops.r, name).value] = values

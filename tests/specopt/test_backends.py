@@ -10,6 +10,7 @@ from torch import Tensor
 
 import specopt
 from specopt.kernels import backend_for
+from specopt.tracker.common import COLD_STEPS, STATS, STEP, Stat
 from tests.specopt.helpers import with_spectrum
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
@@ -80,9 +81,15 @@ def test_step_on_a_gpu_never_waits_for_the_device(kind: str) -> None:
     _, optimizer = train(kind, torch.float32, steps=2)
     for group in optimizer.param_groups:
         group["foreach"] = True
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(3):
-            optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    for cold in (True, False):
+        if not cold:
+            for state in optimizer.state.values():
+                if STATS in state:
+                    state[STEP] = COLD_STEPS
+                    state[STATS][Stat.COUNT] = COLD_STEPS
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import specopt
+from specopt import updates
 from specopt.tracker.common import STATS, Stat
 from tests.specopt.helpers import DEVICE, exact
 from tests.specopt.test_device_step import make, past_the_cold_phase, set_gradients
@@ -166,3 +167,17 @@ def test_state_tensors_put_elsewhere_are_followed() -> None:
             optimizer.step()
         results.append([param.detach().clone() for param in params])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_learning_rate_on_the_device_decides_there(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, params = make("set")
+    past_the_cold_phase(optimizer, params)
+    monkeypatch.setattr(updates, "_is_on_device", lambda value: isinstance(value, Tensor) and value.ndim == 0)
+    monkeypatch.setattr(updates, "is_plain", lambda matrix: fused)
+    for rate, moves in ((0.0, False), (1e-2, True)):
+        optimizer.param_groups[0]["lr"] = torch.tensor(rate)
+        before = [param.detach().clone() for param in params[:3]]
+        set_gradients(params, 1)
+        optimizer.step()
+        assert all(torch.equal(a, b) != moves for a, b in zip(before, params, strict=False))
