@@ -54,10 +54,12 @@ TILES = {
 """For each KP and size of an entry, the same for every update: so the product of the same weights has the same bits."""
 
 
-def tile_of(kp: int, size: int, side: int, stochastic: bool) -> Tile:
+def tile_of(kp: int, size: int, update: int, side: int, stochastic: bool) -> Tile:
     """What a launch runs with. The number of stages changes no sum; these spill nowhere."""
     tile = TILES[32 if side == NOTHING.value else kp, size]
-    return tile._replace(stages={16: 1, 32: 3, 64: 1}[kp]) if stochastic else tile
+    if stochastic:
+        tile = tile._replace(stages=1 if kp != 32 else 2 if update == CORRECT.value else 3)
+    return tile
 
 
 @triton.jit
@@ -514,7 +516,7 @@ def launch(
     work = records.work[side]
     if not len(work):
         return
-    tile = tile_of(records.KP, records.dtype.itemsize, side, stochastic)
+    tile = tile_of(records.KP, records.dtype.itemsize, update, side, stochastic)
     with tables.on(work.device):
         pass_kernel[(len(work),)](
             records.table,

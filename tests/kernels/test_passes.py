@@ -679,7 +679,7 @@ def pass_variants() -> Iterator[tuple[str, compiled.Variant]]:
 
 
 def pass_variant(kp, dtype, update, side, constants, pointers=None) -> compiled.Variant:
-    tile = passes.tile_of(kp, dtype.primitive_bitwidth // 8, side, "STOCHASTIC" in constants)
+    tile = passes.tile_of(kp, dtype.primitive_bitwidth // 8, update, side, "STOCHASTIC" in constants)
     given = pointers or {}
     return compiled.Variant(
         passes.pass_kernel,
