@@ -192,6 +192,5 @@ class Bucket:
                 KP=self.KP,
                 KX=self.KX,
                 DTYPE=DTYPES[self.dtype],
-                num_warps=solves.warps(),
-                enable_fp_fusion=True,
+                **solves.options(self.device, kind, self.KP, self.KX),
             )

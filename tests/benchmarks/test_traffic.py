@@ -343,4 +343,4 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert row["memory"] * row["parameters"] == pytest.approx(step["traffic"]["memory"])
     assert row.keys() == report["columns"].keys()
     printed = capsys.readouterr().out
-    assert "memory / goal" in printed and "operations of torch" in printed
+    assert "memory / goal" in printed
