@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,8 +64,7 @@ def pass_cases(matrices: Sequence[Shape], block: int, device: torch.device) -> I
         bucket = NoiseBucket(matrices, block, device, halves=halves)
         for name, update, side in PASSES:
             if halves == (update == "SGD"):
-                work = lambda b=bucket, u=update, s=side: b.launch(u, s)  # noqa: E731
-                yield Case(name, work, bucket.bytes(update, side))
+                yield Case(name, partial(bucket.launch, update, side), bucket.bytes(update, side))
 
 
 def solve_cases(matrices: Sequence[Shape], block: int, device: torch.device) -> Iterator[Case]:

@@ -19,7 +19,6 @@ from . import tables
 from .passes import device as passes
 from .solves import device as solves
 from .subspace import noise_buffer
-from .tiles import DTYPES
 
 NOTHING, LEFT, RIGHT, TURNING = (side.value for side in (passes.NOTHING, passes.LEFT, passes.RIGHT, passes.TURNING))
 NONE, SGD, ADAMW, CORRECT = (update.value for update in (passes.NONE, passes.SGD, passes.ADAMW, passes.CORRECT))
@@ -177,20 +176,4 @@ class Bucket:
         passes.launch(self, update, side, **options)
 
     def launch_solve(self, kind: int, *, round: int, last: bool, found_inf: Tensor | None) -> None:
-        with tables.on(self.device):
-            solves.solve_kernel[(len(self.shapes),)](
-                self.table,
-                self.numbers,
-                self.scalars,
-                self.sigmas,
-                self.squares,
-                self.noise,
-                found_inf,
-                round,
-                int(last),
-                KIND=kind,
-                KP=self.KP,
-                KX=self.KX,
-                DTYPE=DTYPES[self.dtype],
-                **solves.options(self.device, kind, self.KP, self.KX),
-            )
+        solves.launch(self, kind, round, last, found_inf)

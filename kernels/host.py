@@ -97,7 +97,7 @@ def next_basis(
         k, r, a = layout.columns[i], layout.kept[i], layout.followers[i]
         p = k - r - a - subspace.scouts(k)
         d = values[i][:k]
-        order = sorted(range(k), key=lambda j, d=d: -abs(d[j]))[:p]  # type: ignore[misc]
+        order = sorted(range(k), key=[-abs(value) for value in d].__getitem__)[:p]
         zs, vs = z[:, :p], v[:, :p]
         if order != list(range(p)):
             index = torch.tensor(order, device=z.device)

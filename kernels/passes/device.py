@@ -339,7 +339,7 @@ def stream(
                 w = tl.trans(w)
             total = tl.dot(w, b, total, input_precision="ieee")  # [STRIP, KP]
 
-    if PRODUCT:  # noqa: SIM102
+    if PRODUCT:  # noqa: SIM102 -- compiled only with a product
         if tracked:
             out_at = tl.load(entry + tl.where(on_right, r.LEFT_PRODUCT, r.RIGHT_PRODUCT))
             out = pointer_to(out_at, tl.float32, True)
@@ -405,10 +405,10 @@ def pass_kernel(
     if found_inf is not None:  # noqa: SIM102 -- without it the load must not be compiled
         if tl.load(found_inf) != 0:
             return
-    if CONDITIONAL:  # noqa: SIM102
+    if CONDITIONAL:  # noqa: SIM102 -- compiled only where it is asked for
         if tl.load(scalar + r.WANTED) == 0:
             return
-    if UPDATE == SGD or UPDATE == ADAMW:  # noqa: SIM102, SIM109
+    if UPDATE == SGD or UPDATE == ADAMW:  # noqa: SIM102, SIM109 -- only there; Triton knows no `in` of constexprs
         if tl.load(entry + r.GRAD) == 0:
             return
 

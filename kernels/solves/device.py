@@ -9,16 +9,20 @@ bytes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .. import records as r
-from .. import subspace
+from .. import subspace, tables
 from ..products import MAX_COLUMNS
 from ..small import ROUNDS, SQUARINGS
 from ..small.device import diagonal_of, orthonormalizer, reflection, sorted_columns, square_product, top_direction
 from ..small.reference import TINY
+from ..tiles import DTYPES
 
 RITZ = tl.constexpr(1)
 """After ``W V``: triplets, and what the step does with them."""
@@ -806,3 +810,25 @@ def options(device: torch.device, kind: int, kp: int, kx: int) -> dict[str, obje
 
 def most_registers(kind: int, kp: int, kx: int) -> int | None:
     return MOST_REGISTERS if kind == BASIS.value or (kind == RITZ.value and max(kp, kx) <= 32) else None
+
+
+def launch(records: Any, kind: int, round: int, last: bool, found_inf: Tensor | None) -> None:
+    """The solves of a bucket's matrices: its table, numbers, scalars, sigmas, squares, noise, dtype, KP and KX."""
+    device = records.table.device
+    with tables.on(device):
+        solve_kernel[(len(records.table),)](
+            records.table,
+            records.numbers,
+            records.scalars,
+            records.sigmas,
+            records.squares,
+            records.noise,
+            found_inf,
+            round,
+            int(last),
+            KIND=kind,
+            KP=records.KP,
+            KX=records.KX,
+            DTYPE=DTYPES[records.dtype],
+            **options(device, kind, records.KP, records.KX),
+        )

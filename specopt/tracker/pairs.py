@@ -119,7 +119,7 @@ def step(matrices: Sequence[Matrix], correct: Correct, made: Sequence[Tensor] | 
     stats = gather_stats(matrices)
     weights = [matrix.weight for matrix in matrices]
     if matrices[0].complete:
-        _exact(matrices, weights, stats, correct)
+        _exact(matrices, stats, correct)
     else:
         _tracked(matrices, weights, stats, correct, made)
     stats[:, Stat.COUNT] += 1
@@ -128,21 +128,12 @@ def step(matrices: Sequence[Matrix], correct: Correct, made: Sequence[Tensor] | 
         matrix.state[STEP] += 1
 
 
-def _exact(matrices: Sequence[Matrix], weights: Sequence[Tensor], stats: Tensor, correct: Correct) -> None:
+def _exact(matrices: Sequence[Matrix], stats: Tensor, correct: Correct) -> None:
     triplets = exact_triplets(matrices, stats)
     valid = triplets.sigma[:, 0].isfinite()
     stats[:, Stat.SIGMA] = triplets.sigma[:, 0]
     change = correct(triplets.sigma[:, 0], valid, stats)
-    kernels.corrections_(
-        weights,
-        change.added,
-        triplets.lefts,
-        triplets.rights,
-        factors=change.factor,
-        seeds=rounding_seeds(matrices),
-    )
-    if change.factor is not None:
-        triplets.sigma.mul_(change.factor[:, None])
+    _apply(change, matrices, triplets)
     _record(stats, triplets, change, valid)
     stats[:, Stat.RESIDUAL] = torch.where(valid, 0.0, stats[:, Stat.RESIDUAL])
     stats[:, Stat.PAIRS] = 0.5
@@ -195,17 +186,7 @@ def _tracked(
     stats[:, Stat.SIGMA] = sigma
     change = correct(sigma, valid, stats)
     then = [Product(left, out, True) for left, out in zip(lefts, returned, strict=True)]
-    kernels.corrections_(
-        weights,
-        change.added,
-        triplets.lefts,
-        triplets.rights,
-        factors=change.factor,
-        products=then,
-        seeds=rounding_seeds(matrices),
-    )
-    if change.factor is not None:
-        triplets.sigma.mul_(change.factor[:, None])
+    _apply(change, matrices, triplets, then)
     starts = noise_like(bases, matrices)
     new = kernels.next_basis(triplets, returned, probes, starts, layout, change.added, bases, active=valid)
     if max(layout.followers):
@@ -214,6 +195,23 @@ def _tracked(
     _record(stats, triplets, change, valid)
     stats[:, Stat.RESIDUAL] = torch.where(valid, new, residual)
     stats[:, Stat.PAIRS] = pairs
+
+
+def _apply(
+    change: Change, matrices: Sequence[Matrix], triplets: Triplets, products: Sequence[Product] | None = None
+) -> None:
+    """The correction of the weights, and what it makes of their singular values but for the first one's change."""
+    kernels.corrections_(
+        [matrix.weight for matrix in matrices],
+        change.added,
+        triplets.lefts,
+        triplets.rights,
+        factors=change.factor,
+        products=products,
+        seeds=rounding_seeds(matrices),
+    )
+    if change.factor is not None:
+        triplets.sigma.mul_(change.factor[:, None])
 
 
 def _record(stats: Tensor, triplets: Triplets, change: Change, valid: Tensor) -> None:

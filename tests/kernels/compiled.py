@@ -1,6 +1,6 @@
 """Compiles the kernels for GPUs that need not be there. Run as a script, in a process without Triton's interpreter:
 
-    python compiled.py TARGET NAME...
+    python -m tests.kernels.compiled TARGET [NAME...]
 
 prints one JSON object a line: what the kernel named so takes on the target.
 """
@@ -13,9 +13,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import pytest
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -33,9 +35,10 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SCALARS = {"shift": "fp32", "threshold": "fp32", **dict.fromkeys(["width", "rank"], "i32")}
+SCALARS = {"shift": "fp32", "threshold": "fp32", **dict.fromkeys(["width", "rank", "flip", "round", "last"], "i32")}
 SCALARS.update({f"{name}{t}": "i32" for name in ("height", "width") for t in range(3)})
-POINTERS = {"table": "*i64", "spans": "*i64", "work": "*i32", "active": "*u8", "dropped": "*u8"}  # others: *fp32
+# others: *fp32
+POINTERS = {"table": "*i64", "spans": "*i64", "work": "*i32", "tickets": "*i32", "active": "*u8", "dropped": "*u8"}
 DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 LAYOUTS = {"rows": (1, True), "columns": (2, True), "unaligned rows": (1, False), "strided": (0, False)}
 
@@ -44,6 +47,12 @@ class Variant(NamedTuple):
     kernel: object
     constants: dict[str, object]
     warps: int
+    registers: int | None = None
+    """``maxnreg``, on NVIDIA."""
+
+
+Usage = dict[tuple[str, str], dict[str, Any]]
+"""Of a target and a name: what :func:`measure` tells, or the error."""
 
 
 def variants() -> Iterator[tuple[str, Variant]]:
@@ -100,10 +109,11 @@ def measure(variant: Variant, target: GPUTarget) -> dict[str, int]:
         variant.constants.update(dict.fromkeys(absent))
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    limits = {"maxnreg": variant.registers} if variant.registers else {}
     compiled = triton.compile(
         ASTSource(variant.kernel, signature, constants, aligned),
         target=target,
-        options={"num_warps": variant.warps, "enable_fp_fusion": True},
+        options={"num_warps": variant.warps, "enable_fp_fusion": True, **limits},
     )
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
@@ -119,7 +129,33 @@ def measure(variant: Variant, target: GPUTarget) -> dict[str, int]:
     return {"registers": registers, "spilled": stack + local, "wide": len(wide)}
 
 
+def usage_of(session: pytest.Session, test: Callable[..., None], module: str) -> Usage:
+    """What the kernels take that a parametrized test asks for in this session. ``module`` is run as a script in one
+    process a target, for importing Triton and starting it take longer than a small kernel."""
+    wanted: dict[str, list[str]] = {}
+    for item in session.items:
+        if getattr(item, "originalname", "") == test.__name__ and item.module.__name__ == test.__module__:
+            wanted.setdefault(item.callspec.params["target"], []).append(item.callspec.params["name"])
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
+    found: Usage = {}
+    for target, names in wanted.items():
+        command = [sys.executable, "-m", module, target, *names]
+        run = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+        for line in run.stdout.splitlines():
+            usage = json.loads(line)
+            found[target, usage.pop("name")] = usage
+        for name in names:
+            found.setdefault((target, name), {"error": run.stderr[-2000:]})
+    return found
+
+
+def main(known: Iterable[tuple[str, Variant]]) -> None:
+    target, *names = sys.argv[1:]
+    chosen = dict(known)
+    for name in names or chosen:
+        print(json.dumps({"name": name, **measure(chosen[name], TARGETS[target])}), flush=True)
+
+
 if __name__ == "__main__":
-    known = dict(variants())
-    for name in sys.argv[2:]:
-        print(json.dumps({"name": name, **measure(known[name], TARGETS[sys.argv[1]])}), flush=True)
+    main(variants())

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from . import compiled
@@ -31,25 +25,8 @@ COMBINATIONS = [
 
 
 @pytest.fixture(scope="session")
-def measured(request) -> dict[tuple[str, str], dict[str, int]]:
-    """One process a target, for importing Triton and starting it take longer than a small kernel."""
-    wanted: dict[str, list[str]] = {}
-    for item in request.session.items:
-        if getattr(item, "originalname", "") == test_it_compiles_without_spilling.__name__:
-            wanted.setdefault(item.callspec.params["target"], []).append(item.callspec.params["name"])
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
-    results = {}
-    for target, names in wanted.items():
-        command = [sys.executable, compiled.__file__, target, *names]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True)
-        for line in run.stdout.splitlines():
-            usage = json.loads(line)
-            results[target, usage.pop("name")] = usage
-        for name in names:
-            results.setdefault((target, name), {"error": run.stderr[-2000:]})
-    return results
+def measured(request) -> compiled.Usage:
+    return compiled.usage_of(request.session, test_it_compiles_without_spilling, "tests.kernels.compiled")
 
 
 @pytest.mark.parametrize(("target", "name"), COMBINATIONS)

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import copy as copying
 import itertools
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -711,25 +706,8 @@ COMPILED = [
 
 
 @pytest.fixture(scope="session")
-def pass_usage(request) -> dict[tuple[str, str], dict[str, int]]:
-    """One process a target."""
-    wanted: dict[str, list[str]] = {}
-    for item in request.session.items:
-        if getattr(item, "originalname", "") == test_passes_compile_without_spilling.__name__:
-            wanted.setdefault(item.callspec.params["target"], []).append(item.callspec.params["name"])
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
-    results = {}
-    for target, names in wanted.items():
-        command = [sys.executable, "-m", "tests.kernels.test_passes", target, *names]
-        root = Path(__file__).parents[2]
-        run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-        for line in run.stdout.splitlines():
-            usage = json.loads(line)
-            results[target, usage.pop("name")] = usage
-        for name in names:
-            results.setdefault((target, name), {"error": run.stderr[-2000:]})
-    return results
+def pass_usage(request) -> compiled.Usage:
+    return compiled.usage_of(request.session, test_passes_compile_without_spilling, "tests.kernels.test_passes")
 
 
 @pytest.mark.parametrize(("target", "name"), COMPILED)
@@ -746,8 +724,4 @@ def test_passes_compile_without_spilling(target, name, pass_usage):
 
 
 if __name__ == "__main__":
-    compiled.SCALARS.update(flip="i32", round="i32", last="i32")
-    compiled.POINTERS.update(tickets="*i32")
-    known = dict(pass_variants())
-    for name in sys.argv[2:] or known:
-        print(json.dumps({"name": name, **compiled.measure(known[name], compiled.TARGETS[sys.argv[1]])}), flush=True)
+    compiled.main(pass_variants())

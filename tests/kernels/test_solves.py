@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +15,6 @@ from torch import Tensor
 from specopt.kernels import records as r
 from specopt.kernels import start_block, subspace, tables
 from specopt.kernels.solves import device as solves
-from specopt.kernels.tiles import DTYPES
 from specopt.rules import Gate, _SpectralCorrection
 from specopt.tracker import common, halves, pairs
 from specopt.tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, Stat, probe_columns
@@ -52,12 +47,13 @@ class Records:
         self.matrices, self.tracker = matrices, tracker
         self.held: list[Tensor] = []
         blocks = [m.columns + self._probes(m) for m in matrices if not m.complete]
-        self.kp = tables.padded(max(blocks, default=1))
+        self.dtype = matrices[0].weight.dtype
+        self.KP = tables.padded(max(blocks, default=1))
         exact = [m.columns for m in matrices if m.complete]
-        self.kx = tables.padded(max(exact)) if exact else 0
-        width, device = max(self.kp, self.kx), matrices[0].weight.device
+        self.KX = tables.padded(max(exact)) if exact else 0
+        width, device = max(self.KP, self.KX), matrices[0].weight.device
         longest = max(max(m.weight.shape) for m in matrices)
-        start_block(longest + self.kp, 64, torch.float32, device)
+        start_block(longest + self.KP, 64, torch.float32, device)
         self.noise = start_block(longest + 37 * 63, 64, torch.float32, device)
         self.scalars = torch.full((len(matrices), r.SCALARS.value), math.nan, device=device)
         self.sigmas = torch.full((len(matrices), width), math.nan, device=device)
@@ -74,8 +70,8 @@ class Records:
         like = matrix.weight.new_empty((), dtype=torch.float32)
         shapes = {}
         for side, length, inner in (("LEFT", m, n), ("RIGHT", n, m)):
-            shapes[f"{side}_PRODUCT"] = (-(-inner // CHUNK), length, self.kp)
-            shapes.update({f"{side}_{name}": (length, self.kp) for name in ("SUM", "VECTORS", "SPARE")})
+            shapes[f"{side}_PRODUCT"] = (-(-inner // CHUNK), length, self.KP)
+            shapes.update({f"{side}_{name}": (length, self.KP) for name in ("SUM", "VECTORS", "SPARE")})
         return {name: like.new_full(shape, math.nan) for name, shape in shapes.items()}
 
     def _row(self, i: int) -> list[int]:
@@ -115,7 +111,7 @@ class Records:
                     row[f"{side}_PROBE"] = state[:, matrix.columns :].data_ptr()
                     row[f"{side}_PROBE_STEP"] = state.stride(0)
             if self.tracker == "pairs":
-                row["LEFT"], row["LEFT_STEP"] = scratch["LEFT_VECTORS"].data_ptr(), self.kp
+                row["LEFT"], row["LEFT_STEP"] = scratch["LEFT_VECTORS"].data_ptr(), self.KP
         values = [0] * r.FIELDS.value
         for name, value in row.items():
             values[getattr(r, name).value] = value
@@ -166,22 +162,7 @@ class Records:
         return self.scalars[i, getattr(r, name).value]
 
     def solve(self, kind: tl.constexpr, round: int, last: bool, found_inf: Tensor | None = None) -> None:
-        solves.solve_kernel[(len(self.matrices),)](
-            self.table,
-            self.numbers,
-            self.scalars,
-            self.sigmas,
-            self.squares,
-            self.noise,
-            found_inf,
-            round,
-            int(last),
-            KIND=kind,
-            KP=self.kp,
-            KX=self.kx,
-            DTYPE=DTYPES[self.matrices[0].weight.dtype],
-            **solves.options(self.table.device, kind.value, self.kp, self.kx),
-        )
+        solves.launch(self, kind.value, round, last, found_inf)
 
     def pairs_step(self, rounds: int) -> None:
         """One step of the tracker by pairs, with the passes made by torch."""
@@ -591,7 +572,8 @@ def test_the_schedule_is_the_trackers():
 # --- compiled ------------------------------------------------------------------------------------------------------
 def variants(target: str = "sm_90") -> Iterator[tuple[str, compiled.Variant]]:
     """What a launch of the solve kernel may be, by name: kind, KP, KX, dtype. NVIDIA's also take ``maxnreg``."""
-    warps = solves.warps(hip=compiled.TARGETS[target].backend == "hip")
+    hip = compiled.TARGETS[target].backend == "hip"
+    warps = solves.warps(hip)
     for kind in ("ritz", "basis", "turn"):
         for kp in (16, 32, 64):
             for kx in (0, 16, 32, 64):
@@ -602,22 +584,9 @@ def variants(target: str = "sm_90") -> Iterator[tuple[str, compiled.Variant]]:
                         "KX": kx,
                         "DTYPE": compiled.DTYPES[dtype],
                     }
-                    yield f"solve {kind} {kp} {kx} {dtype}", compiled.Variant(solves.solve_kernel, constants, warps)
-
-
-def measure_named(target: str, names: Sequence[str]) -> None:
-    """One JSON object a line, as of ``compiled.py``; needs a process without Triton's interpreter."""
-    import triton
-
-    compiled.SCALARS.update(round="i32", last="i32")
-    known, compile_ = dict(variants(target)), triton.compile
-    for name in names:
-        limit = solves.most_registers(*(known[name].constants[key] for key in ("KIND", "KP", "KX")))
-        more = {"maxnreg": limit} if limit and compiled.TARGETS[target].backend == "cuda" else {}
-        triton.compile = lambda source, target, options, more=more: compile_(
-            source, target=target, options={**options, **more}
-        )
-        print(json.dumps({"name": name, **compiled.measure(known[name], compiled.TARGETS[target])}), flush=True)
+                    limit = None if hip else solves.most_registers(constants["KIND"], kp, kx)
+                    variant = compiled.Variant(solves.solve_kernel, constants, warps, limit)
+                    yield f"solve {kind} {kp} {kx} {dtype}", variant
 
 
 # --- what the compiler makes of it ---------------------------------------------------------------------------------
@@ -640,17 +609,18 @@ def combinations() -> list[Any]:
     return found
 
 
+@pytest.fixture(scope="session")
+def solve_usage(request) -> compiled.Usage:
+    return compiled.usage_of(request.session, test_it_compiles_without_spilling, "tests.kernels.test_solves")
+
+
 @pytest.mark.parametrize(("target", "name"), combinations())
-def test_it_compiles_without_spilling(target, name):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment.update(PYTHONPATH=str(Path(__file__).parents[2]), TRITON_DEFAULT_FP_FUSION="1")
-    command = [sys.executable, "-m", "tests.kernels.test_solves", target, name]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    usage = json.loads(run.stdout)
+def test_it_compiles_without_spilling(target, name, solve_usage):
+    usage = solve_usage[target, name]
+    assert "error" not in usage, usage["error"]
     assert usage["spilled"] == 0, usage
     assert usage.get("wide", 1) > 0, usage
 
 
 if __name__ == "__main__":
-    measure_named(sys.argv[1], sys.argv[2:])
+    compiled.main(variants(sys.argv[1]))
