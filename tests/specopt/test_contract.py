@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.optim import Optimizer
 
 import specopt
-from specopt.rules import Gate
+from specopt.session import Gate
 from specopt.tracker.common import STATS, STEP
 from tests.specopt.helpers import clones, parameters, set_gradients
 

@@ -1,0 +1,113 @@
+"""What an optimizer and a rule say to one another in a step: the protocol of rules, their sessions, and the gate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from specopt.kernels import Penalty, Product
+
+from .tracker.common import HostCopy, constant
+from .tracker.device import BaseUpdate
+from .views import Matrix
+
+
+class Rule(Protocol):
+    """What an optimizer asks of a rule."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The group options it reads."""
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        """Raises ValueError for an option that makes no sense."""
+
+    def is_on(self, group: Mapping[str, Any]) -> bool:
+        """False where the options ask for nothing, so that nothing needs to be tracked."""
+
+    def columns(self, group: Mapping[str, Any]) -> int:
+        """The most columns that a matrix' block takes."""
+
+    def begin(self, matrices: Sequence[Matrix], gate: Gate) -> Session:
+        """What comes before the base update of a list of matrices; they share device, accumulation dtype and kind
+        (complete or tracked)."""
+
+    def has_state(self, matrix: Matrix) -> bool:
+        """Whether the matrix' tracker can go on from its state."""
+
+
+class Session(Protocol):
+    """The control of some matrices in one step, from before the base update to after it."""
+
+    @property
+    def penalty(self) -> Penalty | None:
+        """What their gradients gain for the base update."""
+
+    def finish(self) -> None:
+        """What comes after the base update."""
+
+
+class OnHost(Session, Protocol):
+    """A session that has a use for half products made with the base update."""
+
+    @property
+    def products(self) -> Sequence[Product | None]:
+        """What to make of the new weights in passing, one for each matrix or none at all. :meth:`finish` relies on it,
+        once it was asked for."""
+
+
+class OnDevice(Session, Protocol):
+    """A session whose passes can make the base update as well."""
+
+    def update(self) -> None:
+        """The base update given in :attr:`Gate.base`."""
+
+
+@dataclass
+class Gate:
+    """Whether and how a step counts, and what it has to tell the host once the device has got that far."""
+
+    found_inf: Tensor | None = None
+    """Left by a gradient scaler with ``fused=True``: non-zero where the base update skips."""
+    grad_scale: Tensor | None = None
+    """Likewise: what the gradients are still multiplied by."""
+    ratios: list[tuple[list[Tensor], HostCopy]] = field(default_factory=list)
+    """Parameters in their first step, and the norm found over its target (1 where it was not pulled there)."""
+    workspace: dict[Any, Any] = field(default_factory=dict)
+    """The optimizer's, for what is kept between steps and is no state."""
+    settled: bool = False
+    """The matrices are those of the step before, and all have state."""
+    base: BaseUpdate | None = None
+    """The base update, where a pass on the device is to make it."""
+
+    def open(self, matrices: Sequence[Matrix], like: Tensor) -> Tensor:
+        """1 (B,) where weights may be changed, else 0; decided on the device where lr lives there."""
+        rates = [matrix.group["lr"] for matrix in matrices]
+        on_device = [rate for rate in rates if isinstance(rate, Tensor) and rate.device.type != "cpu"]
+        if on_device:
+            rates = [r.reshape(()).to(like) if isinstance(r, Tensor) else like.new_full((), r) for r in rates]
+            gate = (torch.stack(rates) != 0).to(like.dtype)
+        else:
+            gate = constant([float(float(rate) != 0) for rate in rates], like)
+        return gate if self.found_inf is None else gate * (self.found_inf.to(like.device, like.dtype) == 0)
+
+    @property
+    def is_shut(self) -> bool:
+        """True where the host may see that the step is to be skipped."""
+        return self.found_inf is not None and self.found_inf.device.type == "cpu" and bool(self.found_inf)
+
+    @property
+    def host_scale(self) -> float:
+        return 1.0 if self.grad_scale is None else float(self.grad_scale)
+
+    def scaler(self, device: torch.device) -> dict[str, Tensor | None]:
+        """What a gradient scaler has left, as a pass takes it."""
+        given = {"found_inf": self.found_inf, "grad_scale": self.grad_scale}
+        return {name: None if t is None else t.to(device, torch.float32) for name, t in given.items()}
+
+    def gradient_scale(self, like: Tensor) -> Tensor | float:
+        return 1.0 if self.grad_scale is None else self.grad_scale.to(like.device, like.dtype)
