@@ -6,7 +6,7 @@ device (:func:`backend_for`).
 
 from .backend import Backend, accumulation_dtype, allocate, backend_for, has_triton, on_host
 from .blocks import column_dots, copy_blocks, first_column_residuals, grams, mixes
-from .passes import Penalty, Product, Update, base_updates_, corrections_
+from .passes import Penalty, Update, base_updates_, corrections_
 from .products import MAX_COLUMNS, skinny_products
 from .small import orthonormalizers, rotations
 from .subspace import BasisLayout, Triplets, TurnLayout, next_basis, orthonormalize, ritz_triplets, start_block, turn
@@ -19,7 +19,6 @@ __all__ = [
     "Backend",
     "BasisLayout",
     "Penalty",
-    "Product",
     "Triplets",
     "TurnLayout",
     "Update",

@@ -18,7 +18,7 @@ from specopt import kernels
 from specopt.kernels import Penalty, Update, base_updates_
 
 from . import updates
-from .session import Gate, OnDevice, OnHost, Rule
+from .session import Gate, OnDevice, Rule
 from .tracker.common import BLOCK, LEFT, PREFIX, PROBE, RIGHT, STATS, STEP, HostCopy, rounding_seeds
 from .tracker.device import runs_on
 from .updates import OnDeviceBase
@@ -108,7 +108,7 @@ class SpectralOptimizer(Optimizer):
                 elif batch.ours:
                     pairs = zip(batch.matrices, chances, strict=True)
                     updated = [self._update(matrix)._replace(seed=seed) for matrix, seed in pairs]
-                    base_updates_(updated, session.penalty, gate.host_scale, cast(OnHost, session).products)
+                    base_updates_(updated, session.penalty, gate.host_scale)
                 elif session.penalty is not None:
                     penalized = _penalized(batch.matrices, session.penalty, gate)
                     stack.enter_context(_gradients(batch.matrices, penalized))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specopt import kernels
-from specopt.kernels import Penalty, Product, accumulation_dtype
+from specopt.kernels import Penalty, accumulation_dtype
 
 from . import options, updates
 from .session import Gate, Session
@@ -70,34 +70,21 @@ class SpectralPenalty:
             strengths = [(-1 if m.group.get("maximize") else 1) * float(m.group["snr_lambda"]) for m in matrices]
             scaler = gate.scaler(matrices[0].param.device)
             return device.Turns(matrices, strengths, gate.base, gate.workspace, scaler)
-        return _Penalized(matrices, gate)
+        return _Penalized(matrices)
 
 
 class _Penalized:
-    """A step of :class:`SpectralPenalty`: the half product of the next step is made with this one's update, and kept
-    beside the state: it can be lost at any time, and is not used where anything of it has moved on."""
+    """A step of :class:`SpectralPenalty`: all of it comes before the base update."""
 
-    def __init__(self, matrices: Sequence[Matrix], gate: Gate) -> None:
-        self.matrices = matrices
-        self.cache: dict[int, halves.Ahead] = gate.workspace.setdefault("ahead", {})
-        self.wanted: list[Product] | None = None
-        ahead = [self.cache.pop(id(matrix.param), None) for matrix in matrices]
-        made = [None if a is None else a.product_of(matrix) for a, matrix in zip(ahead, matrices, strict=True)]
-        first = halves.step(matrices, made)
+    def __init__(self, matrices: Sequence[Matrix]) -> None:
+        first = halves.step(matrices)
         strength = constant([float(matrix.group["snr_lambda"]) for matrix in matrices], first.sigma)
         sign = constant([-1.0 if matrix.group.get("maximize") else 1.0 for matrix in matrices], first.sigma)
         coefficients = sign * strength * torch.where(first.valid, first.sigma, 0.0)
         self.penalty = Penalty(coefficients, first.lefts, first.rights)
 
-    @property
-    def products(self) -> Sequence[Product]:
-        if self.wanted is None:
-            self.wanted = [] if self.matrices[0].complete else halves.next_products(self.matrices)
-        return self.wanted
-
     def finish(self) -> None:
-        for matrix, product in zip(self.matrices, self.wanted or (), strict=bool(self.wanted)):
-            self.cache[id(matrix.param)] = halves.Ahead(matrix, product.out)
+        pass
 
 
 class NormScale:
@@ -140,7 +127,6 @@ class _Scaled:
 
     def __init__(self, matrices: Sequence[Matrix], gate: Gate) -> None:
         self.matrices, self.gate = matrices, gate
-        self.made: list[Product] | None = None
         self.spectral = [matrix for matrix in matrices if matrix.group["norm"] == "spectral"]
         self.frobenius = [matrix for matrix in matrices if matrix.group["norm"] == "frobenius"]
         self.initial = _initial_norms(self.spectral, self.frobenius)
@@ -148,15 +134,6 @@ class _Scaled:
         self.start = pairs.Start(new) if new else None
         self.fresh = [matrix for matrix in self.frobenius if not has_stats(matrix)]
         self.norms = kernels.frobenius_norms([matrix.weight for matrix in self.fresh]) if self.fresh else ()
-
-    @property
-    def products(self) -> Sequence[Product | None]:
-        if self.start is not None or not self.spectral or self.spectral[0].complete:
-            return ()
-        if self.made is None:
-            self.made = pairs.next_products(self.spectral)
-        products = iter(self.made)
-        return [next(products) if matrix.group["norm"] == "spectral" else None for matrix in self.matrices]
 
     def finish(self) -> None:
         # state not before: AdamW takes one that is not empty for its own
@@ -167,8 +144,7 @@ class _Scaled:
         for matrix, norm in zip(self.fresh, self.norms, strict=True):
             restart(matrix, norm)
         if self.spectral:
-            made = None if self.made is None else [product.out for product in self.made]
-            pairs.step(self.spectral, _SpectralCorrection(self.spectral, self.gate), made)
+            pairs.step(self.spectral, _SpectralCorrection(self.spectral, self.gate))
         if self.frobenius:
             _scale_frobenius(self.frobenius, self.gate)
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from specopt.kernels import Penalty, Product
+from specopt.kernels import Penalty
 
 from .tracker.common import HostCopy, constant
 from .tracker.device import BaseUpdate
@@ -49,15 +49,6 @@ class Session(Protocol):
 
     def finish(self) -> None:
         """What comes after the base update."""
-
-
-class OnHost(Session, Protocol):
-    """A session that has a use for half products made with the base update."""
-
-    @property
-    def products(self) -> Sequence[Product | None]:
-        """What to make of the new weights in passing, one for each matrix or none at all. :meth:`finish` relies on it,
-        once it was asked for."""
 
 
 class OnDevice(Session, Protocol):

@@ -1,7 +1,7 @@
-"""Passes over the weights: the base optimizer's update with the penalty's gradient, or a correction, and in the same
-touch of memory a half product of the new weight.
+"""Passes over the weights: the base optimizer's update with the penalty's gradient, or a correction.
 
-On a GPU :mod:`specopt.kernels.passes.device` makes them; on the CPU they run on slices of rows that stay in the cache.
+On a GPU :mod:`specopt.kernels.passes.device` makes them, and in the same touch of memory a half product of the new
+weight. On the CPU, where products are bound by arithmetic and not by memory, those are made by themselves.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..backend import on_host
-from ..products import skinny_products
 from ..updates import rank_updates_, scale_
 from . import reference
 
@@ -68,22 +67,7 @@ class Penalty(NamedTuple):
     """(n_b, ·), likewise."""
 
 
-class Product(NamedTuple):
-    """A half product of a matrix (m, n): ``out = W B``, or ``Wᵀ B`` where ``transposed``."""
-
-    block: Tensor
-    """(n, k), or (m, k); unit column stride."""
-    out: Tensor
-    """(m, k), or (n, k), likewise."""
-    transposed: bool
-
-
-def base_updates_(
-    updates: Sequence[Update],
-    penalty: Penalty | None = None,
-    scale: float = 1.0,
-    products: Sequence[Product | None] | None = None,
-) -> None:
+def base_updates_(updates: Sequence[Update], penalty: Penalty | None = None, scale: float = 1.0) -> None:
     """The step of SGD or AdamW on CPU matrices: torch's, to rounding.
 
     Half-precision weights are updated in float32 and rounded once.
@@ -93,9 +77,8 @@ def base_updates_(
         penalty: added to the gradients, which are not written to; an entry that would stop being finite keeps its plain
             gradient.
         scale: what the gradients (not the penalty) are still multiplied by.
-        products: of the new weights, the same bits as :func:`~specopt.kernels.products.skinny_products` makes.
     """
-    reference.base_updates_(updates, penalty, scale, products)
+    reference.base_updates_(updates, penalty, scale)
 
 
 def corrections_(
@@ -105,10 +88,9 @@ def corrections_(
     rights: Sequence[Tensor],
     *,
     factors: Tensor | None = None,
-    products: Sequence[Product] | None = None,
     seeds: Sequence[float] | None = None,
 ) -> None:
-    """``W_b ← f_b W_b + c_b u_b v_bᵀ`` in place, then half products of the new weights.
+    """``W_b ← f_b W_b + c_b u_b v_bᵀ`` in place.
 
     An entry whose new value would not be finite keeps its old one; where ``c_b`` is 0 and ``f_b`` 1 nothing is written.
 
@@ -117,17 +99,14 @@ def corrections_(
         coefficients: ``c`` (B,).
         lefts, rights: (m_b, ·) and (n_b, ·), of which the first columns are ``u_b`` and ``v_b``; unit column stride.
         factors: ``f`` (B,); 1 if absent.
-        products: one for each matrix; none if absent.
+        seeds: of stochastic rounding of half-precision matrices on the CPU; 0: to nearest, as all are if absent.
     """
     if on_host(coefficients):
-        reference.corrections_(matrices, coefficients, lefts, rights, factors, products, seeds)
+        reference.corrections_(matrices, coefficients, lefts, rights, factors, seeds or [0.0] * len(matrices))
         return
     if factors is not None:
         scale_(matrices, factors)
     rank_updates_(matrices, coefficients[:, None], lefts, rights)
-    if products:
-        turned = [w.mT if product.transposed else w for w, product in zip(matrices, products, strict=True)]
-        skinny_products(turned, [product.block for product in products], out=[product.out for product in products])
 
 
-__all__ = ["SGD", "AdamW", "Penalty", "Product", "Update", "base_updates_", "corrections_"]
+__all__ = ["SGD", "AdamW", "Penalty", "Update", "base_updates_", "corrections_"]

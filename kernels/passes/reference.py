@@ -9,20 +9,18 @@ import torch
 from torch import Tensor
 
 from ..backend import accumulation_dtype
-from ..products.reference import HalfProduct, half_product, lies_across, slices, widened
+from ..products.reference import lies_across, slices, widened
 from ..updates.reference import rank_updates_, scale_, too_small_to_overflow
 from .rounding import rounded_like
 
 if TYPE_CHECKING:
-    from . import SGD, AdamW, Penalty, Product, Update
+    from . import SGD, AdamW, Penalty, Update
 
 LEAST_MOMENTUM = 0.1
 """From here up the penalty may go into the momentum buffer, divided by the momentum: one array less to write."""
 
 
-def base_updates_(
-    updates: Sequence[Update], penalty: Penalty | None, scale: float, products: Sequence[Product | None] | None
-) -> None:
+def base_updates_(updates: Sequence[Update], penalty: Penalty | None, scale: float) -> None:
     coefficients = [0.0] * len(updates) if penalty is None else penalty.coefficients.tolist()
     for b, update in enumerate(updates):
         if update.weight.numel() == 0:
@@ -30,11 +28,11 @@ def base_updates_(
         terms = None
         if penalty is not None and coefficients[b] != 0:
             terms = _factors(coefficients[b], penalty.lefts[b], penalty.rights[b])
-        _update(update, terms, scale, products[b] if products else None)
+        _update(update, terms, scale)
     torch.autograd.graph.increment_version([t for update in updates for t in (update.weight, *update.state)])
 
 
-def _update(update: Update, terms: tuple[Tensor, Tensor] | None, scale: float, product: Product | None) -> None:
+def _update(update: Update, terms: tuple[Tensor, Tensor] | None, scale: float) -> None:
     from . import SGD
 
     numbers, weight = update.numbers, update.weight
@@ -43,7 +41,6 @@ def _update(update: Update, terms: tuple[Tensor, Tensor] | None, scale: float, p
     if terms is not None and across:
         terms = terms[1].mT, terms[0].mT
     dtype = accumulation_dtype(weight.dtype)
-    half = None if product is None else _half(product, across, weight)
     safe, buffered = False, None
     salt = 1 if isinstance(numbers, SGD) else 2  # as the kernels': another for every kind of pass
     if terms is not None:
@@ -75,20 +72,12 @@ def _update(update: Update, terms: tuple[Tensor, Tensor] | None, scale: float, p
                 parts[i].copy_(wide[i])
         if wide[0] is not parts[0]:
             parts[0].copy_(rounded_like(weight, wide[0], update.seed, salt, rows=(first, last), across=across))
-        if half is not None:
-            half.add(widened(parts[0], dtype))
         first = last
-    if half is not None:
-        half.finish()
 
 
 def _factors(coefficient: float, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """``c u`` (m, 1) and ``vᵀ`` (1, n) of first columns, without gaps."""
     return left[:, :1] * coefficient, right[:, :1].contiguous().mT
-
-
-def _half(product: Product, across: bool, weight: Tensor) -> HalfProduct:
-    return HalfProduct(product.block, product.out, product.transposed != across, weight.numel())
 
 
 def _buffers(numbers: SGD, fresh: bool) -> bool:
@@ -147,45 +136,17 @@ def corrections_(
     lefts: Sequence[Tensor],
     rights: Sequence[Tensor],
     factors: Tensor | None,
-    products: Sequence[Product] | None,
-    seeds: Sequence[float] | None,
+    seeds: Sequence[float],
 ) -> None:
     scales = [1.0] * len(matrices) if factors is None else factors.tolist()
-    for b, (matrix, change) in enumerate(zip(matrices, coefficients.tolist(), strict=True)):
-        if seeds and seeds[b] and matrix.dtype != coefficients.dtype:
-            if change != 0 or scales[b] != 1:
-                _correct_by_chance(matrix, scales[b], _factors(change, lefts[b], rights[b]), seeds[b])
-            if products:
-                half_product(matrix.mT if products[b].transposed else matrix, products[b].block, products[b].out)
+    for b, (matrix, change, scale) in enumerate(zip(matrices, coefficients.tolist(), scales, strict=True)):
+        if seeds[b] and matrix.dtype != coefficients.dtype and (change != 0 or scale != 1):
+            _correct_by_chance(matrix, scale, _factors(change, lefts[b], rights[b]), seeds[b])
             continue
-        if factors is not None and scales[b] != 1:
+        if factors is not None and scale != 1:
             scale_([matrix], factors[b : b + 1])
-        product = products[b] if products else None
-        left, right = _factors(change, lefts[b], rights[b])
-        if matrix.numel() == 0:
-            change = 0.0
-        if change != 0 and matrix.dtype == left.dtype and too_small_to_overflow(left, right):
-            _correct(matrix, left, right, product)
-            continue
         if change != 0:
             rank_updates_([matrix], coefficients[b : b + 1, None], [lefts[b]], [rights[b]])
-        if product is not None:
-            half_product(matrix.mT if product.transposed else matrix, product.block, product.out)
-
-
-def _correct(matrix: Tensor, left: Tensor, right: Tensor, product: Product | None) -> None:
-    across = lies_across(matrix)
-    if across:
-        left, right = right.mT, left.mT
-    half, first = None if product is None else _half(product, across, matrix), 0
-    for (part,) in slices([matrix.mT if across else matrix]):
-        last = first + len(part)
-        part.addcmul_(left[first:last], right)
-        if half is not None:
-            half.add(widened(part, matrix.dtype))
-        first = last
-    if half is not None:
-        half.finish()
 
 
 def _correct_by_chance(matrix: Tensor, factor: float, terms: tuple[Tensor, Tensor], seed: float) -> None:

@@ -1,12 +1,9 @@
-"""Torch reference of the skinny products.
-
-On the CPU a product is made in slices of the matrix' rows in memory, as the passes make it while a slice is in the
-cache: the same bits either way.
-"""
+"""Torch reference of the skinny products."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +12,11 @@ from ..backend import keep, live
 
 SLICE = 1 << 19
 """Entries of a slice: 2 MiB of float32, and enough for a few threads."""
-LANES = 16
-"""MKL makes a product of 28 columns slower than one of 32, and one of 8 slower than one of 16."""
-ALIASED = 512
-"""Rows whose length is a multiple of so many entries fall into few sets of a cache: read by columns, a copy with gaps
-between them is faster."""
 LARGE = 1 << 16
-"""Entries of a matrix for which either pays."""
+"""Entries of a matrix from which oneDNN's product is the quicker one: up to 1.6 times as quick as ``torch.mm`` where
+one factor has few columns."""
+LANES = 16
+"""oneDNN makes ``M B`` of 28 columns no quicker than of 32, and much slower where rows are 1024 entries long."""
 
 
 def lies_across(matrix: Tensor) -> bool:
@@ -43,45 +38,50 @@ def widened(part: Tensor, dtype: torch.dtype) -> Tensor:
     return part if part.dtype == dtype and part.is_contiguous() else part.to(dtype).contiguous()
 
 
-class HalfProduct:
-    """``out = M B``, or ``Mᵀ B`` where ``summed``, of a matrix M whose slices of rows come one after the other."""
-
-    def __init__(self, block: Tensor, out: Tensor, summed: bool, size: int) -> None:
-        large = size >= LARGE and out.device.type == "cpu"
-        extra = -block.shape[1] % LANES if large else 0
-        self.out, self.summed, self.rows = out, summed, 0
-        self.aliased = large and summed and out.shape[0] % ALIASED == 0
-        self.room: Tensor | None = None
-        self.block = torch.nn.functional.pad(block, (0, extra)) if extra else block
-        self.wide = out.new_empty(out.shape[0], block.shape[1] + extra) if extra else out
-
-    def add(self, part: Tensor) -> None:
-        first, last = self.rows, self.rows + part.shape[0]
-        whole = part.shape[0] == (self.block if self.summed else self.wide).shape[0]
-        if self.aliased:
-            if self.room is None:
-                self.room = part.new_empty(part.shape[0], part.shape[1] + LANES)
-            part = self.room[: part.shape[0], : part.shape[1]].copy_(part)
-        if not self.summed:
-            torch.mm(part, self.block, out=self.wide if whole else self.wide[first:last])
-        elif first == 0:
-            torch.mm(part.mT, self.block if whole else self.block[:last], out=self.wide)
-        else:
-            self.wide.addmm_(part.mT, self.block[first:last])
-        self.rows = last
-
-    def finish(self) -> None:
-        if self.wide is not self.out:
-            self.out.copy_(self.wide[:, : self.out.shape[1]])
-
-
 def half_product(matrix: Tensor, block: Tensor, out: Tensor) -> None:
     """``out = W B``."""
     across = lies_across(matrix)
-    half = HalfProduct(block, out, across, matrix.numel())
-    for (part,) in slices([matrix.mT if across else matrix]):
-        half.add(widened(part, block.dtype))
-    half.finish()
+    stored = matrix.mT if across else matrix
+    if stored.dtype == block.dtype and (stored.is_contiguous() or stored.device.type != "cpu"):
+        out.copy_(_summed(stored, block) if across else _product(stored, block))
+        return
+    first = 0
+    for (part,) in slices([stored]):
+        last, wide = first + len(part), widened(part, block.dtype)
+        if not across:
+            out[first:last] = _product(wide, block)
+        elif first == 0:
+            out.copy_(_summed(wide, block[:last]))
+        else:
+            out += _summed(wide, block[first:last])
+        first = last
+
+
+def _product(matrix: Tensor, block: Tensor) -> Tensor:
+    """``M B`` of a matrix without gaps."""
+    linear = _onednn(matrix)
+    if linear is None:
+        return matrix @ block
+    width = block.shape[1]
+    padded = torch.nn.functional.pad(block, (0, -width % LANES)) if width % LANES else block
+    product: Tensor = linear(matrix, padded.mT, None, "none", [], "")
+    return product[:, :width]
+
+
+def _summed(matrix: Tensor, block: Tensor) -> Tensor:
+    """``Mᵀ B`` of a matrix without gaps."""
+    linear = _onednn(matrix)
+    if linear is None:
+        return matrix.mT @ block
+    product: Tensor = linear(block.mT.contiguous(), matrix.mT, None, "none", [], "")
+    return product.mT
+
+
+def _onednn(matrix: Tensor) -> Callable[..., Any] | None:
+    """oneDNN's ``x wᵀ``, where it is there and worth its start."""
+    if matrix.dtype != torch.float32 or matrix.device.type != "cpu" or matrix.numel() < LARGE:
+        return None
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch._C._get_mkldnn_enabled() else None
 
 
 def skinny_products(

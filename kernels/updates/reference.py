@@ -23,9 +23,10 @@ def rank_updates_(
     for i, matrix in enumerate(matrices):
         if matrix.numel() == 0 or (on_host and not coefficients[i].any()):
             continue
-        left, right = lefts[i][:, :rank] * coefficients[i], rights[i][:, :rank].mT
+        left, right = lefts[i][:, :rank] * coefficients[i], rights[i][:, :rank].mT.contiguous()
         if on_host and matrix.dtype == left.dtype and too_small_to_overflow(left, right):
-            matrix.addmm_(left, right)
+            # of rank 1 a sum of an outer product is quicker than a matrix product
+            matrix.addcmul_(left, right) if rank == 1 else matrix.addmm_(left, right)
         else:
             _store_finite(matrix, torch.addmm(matrix.to(left.dtype), left, right).to(matrix.dtype))
 

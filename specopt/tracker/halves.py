@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from specopt import kernels
-from specopt.kernels import Product, Triplets, TurnLayout
+from specopt.kernels import Triplets, TurnLayout
 
 from ..views import Matrix
 from .common import (
@@ -86,14 +86,10 @@ class First:
     valid: Tensor
 
 
-def step(matrices: Sequence[Matrix], made: Sequence[Tensor | None] | None = None) -> First:
-    """One step of matrices of one device, accumulation dtype and kind (complete or tracked), all with state.
-
-    Args:
-        made: the half products of this step's turn (:func:`next_products`), as far as they are there.
-    """
+def step(matrices: Sequence[Matrix]) -> First:
+    """One step of matrices of one device, accumulation dtype and kind (complete or tracked), all with state."""
     stats = gather_stats(matrices)
-    first = _exact(matrices, stats) if matrices[0].complete else _tracked(matrices, stats, made)
+    first = _exact(matrices, stats) if matrices[0].complete else _tracked(matrices, stats)
     stats[:, Stat.SIGMA] = first.sigma
     stats[:, Stat.TOP] = torch.where(first.valid, first.sigma, stats[:, Stat.TOP])
     stats[:, Stat.VALID] = first.valid
@@ -102,48 +98,6 @@ def step(matrices: Sequence[Matrix], made: Sequence[Tensor | None] | None = None
     for matrix in matrices:
         matrix.state[STEP] += 1
     return first
-
-
-def next_products(matrices: Sequence[Matrix]) -> list[Product]:
-    """The half products that the next step begins with, of tracked matrices; to be made of the weights as they are
-    then."""
-    products = []
-    for matrix in matrices:
-        right = on_right(matrix)
-        mine, other = (matrix.state[key] for key in ((RIGHT, LEFT) if right else (LEFT, RIGHT)))
-        products.append(Product(_operands([mine], [matrix])[0], torch.empty_like(other), not right))
-    return products
-
-
-class Ahead:
-    """A half product for the next step, and of what it was made."""
-
-    def __init__(self, matrix: Matrix, product: Tensor) -> None:
-        self.product, self.made_of, self.sample = product, self._now(matrix), self._sampled(matrix).clone()
-        self.block = self._block(matrix)
-
-    def product_of(self, matrix: Matrix) -> Tensor | None:
-        """The product, if the matrix and its block are what they were. A write through ``.data`` cannot be seen but in
-        a sample of the weight; what it hides heals in the next steps."""
-        same = self._block(matrix) is self.block and self._now(matrix) == self.made_of
-        return self.product if same and torch.equal(self._sampled(matrix), self.sample) else None
-
-    @staticmethod
-    def _block(matrix: Matrix) -> Tensor:
-        block: Tensor = matrix.state[RIGHT if on_right(matrix) else LEFT]
-        return block
-
-    @classmethod
-    def _now(cls, matrix: Matrix) -> tuple[int, ...]:
-        param, block = matrix.param, cls._block(matrix)
-        return matrix.state[STEP], param._version, param.data_ptr(), *param.stride(), block._version, block.data_ptr()
-
-    @staticmethod
-    def _sampled(matrix: Matrix) -> Tensor:
-        rows, columns = (1 + (length - 1) // 8 for length in matrix.weight.shape)
-        return matrix.weight[
-            (matrix.weight.shape[0] - 1) % rows :: rows, (matrix.weight.shape[1] - 1) % columns :: columns
-        ]
 
 
 def on_right(matrix: Matrix) -> bool:
@@ -186,25 +140,16 @@ class _Sides:
         self.seen: list[tuple[list[Tensor], list[Tensor], Tensor]] = []
         self.halves = 0
 
-    def half(
-        self, active: Tensor | None = None, made: Sequence[Tensor | None] | None = None
-    ) -> tuple[Triplets, Tensor]:
+    def half(self, active: Tensor | None = None) -> tuple[Triplets, Tensor]:
         """One half product: the Ritz triplets, as (images' side, basis' side), and the residual that the product shows
         of the triplet before it. Moves both blocks on where active and finite."""
         right = [on != (self.halves % 2 == 1) for on in self.on_right]
         mine = [m.state[RIGHT if r else LEFT] for m, r in zip(self.matrices, right, strict=True)]
         others = [m.state[LEFT if r else RIGHT] for m, r in zip(self.matrices, right, strict=True)]
-        moved: list[Tensor | None] = [None] * len(mine) if made is None else list(made)
-        missing = [i for i, product in enumerate(moved) if product is None]
-        if missing:
-            weights = [self.matrices[i].weight if right[i] else self.matrices[i].weight.mT for i in missing]
-            operands = _operands([mine[i] for i in missing], [self.matrices[i] for i in missing])
-            sizes = [(others[i].shape[0], others[i].shape[1]) for i in missing]
-            new = kernels.allocate(sizes, others[0], zero=active is not None)
-            kernels.skinny_products(weights, operands, out=new, active=active)
-            for i, product in zip(missing, new, strict=True):
-                moved[i] = product
-        products = [product for product in moved if product is not None]
+        weights = [m.weight if r else m.weight.mT for m, r in zip(self.matrices, right, strict=True)]
+        sizes = [(other.shape[0], other.shape[1]) for other in others]
+        products = kernels.allocate(sizes, others[0], zero=active is not None)
+        kernels.skinny_products(weights, _operands(mine, self.matrices), out=products, active=active)
         starts = noise_like(others, self.matrices, self.halves)
         triplets, residual, valid = kernels.turn(products, mine, others, starts, self.layout, active=active)
         if self.halves < 2:
@@ -227,10 +172,10 @@ class _Sides:
         return [left for left, _ in swapped], [right for _, right in swapped]
 
 
-def _tracked(matrices: Sequence[Matrix], stats: Tensor, made: Sequence[Tensor | None] | None) -> First:
+def _tracked(matrices: Sequence[Matrix], stats: Tensor) -> First:
     sides = _Sides(matrices)
     schedule = Schedule.of(matrices, stats)
-    triplets, residual = sides.half(made=made)
+    triplets, residual = sides.half()
     sigma = triplets.sigma[:, 0]
     lefts, rights = sides.oriented(triplets)
     pairs = torch.full_like(sigma, 0.5)
@@ -238,13 +183,17 @@ def _tracked(matrices: Sequence[Matrix], stats: Tensor, made: Sequence[Tensor | 
     for _ in range(1, schedule.rounds):
         if all_idle(wanted):
             break
-        sides.half(wanted)
-        triplets, new = sides.half(wanted)
-        residual = torch.where(wanted, new, residual)
+        _, shown = sides.half(wanted)  # of the triplet that is there: it may do after all
+        residual = torch.where(wanted, shown, residual)
+        pairs = pairs + 0.5 * wanted
+        wanted = wanted & schedule.first(sigma, stats[:, Stat.TOP], residual)
+        if all_idle(wanted):
+            break
+        triplets, _ = sides.half(wanted)
         before, sigma = sigma, torch.where(wanted, triplets.sigma[:, 0], sigma)
         new_lefts, new_rights = sides.oriented(triplets)
         kernels.copy_blocks([*new_lefts, *new_rights], [*lefts, *rights], active=torch.cat([wanted, wanted]))
-        pairs = pairs + wanted
+        pairs = pairs + 0.5 * wanted
         wanted = wanted & schedule.again(pairs + 0.5, sigma, before, residual)
     sides.keep_probes()
     valid = sigma.isfinite()

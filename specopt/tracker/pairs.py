@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specopt import kernels
-from specopt.kernels import BasisLayout, Product, Triplets
+from specopt.kernels import BasisLayout, Triplets
 
 from ..views import Matrix
 from .common import (
@@ -100,28 +100,13 @@ class Start:
             matrix.state[PROBE] = torch.nan_to_num(before[:, :a], 0.0, 0.0, 0.0)
 
 
-def next_products(matrices: Sequence[Matrix]) -> list[Product]:
-    """The half products that :func:`step` begins with, of tracked matrices; to be made of the weights as they are
-    then."""
-    bases = [matrix.state[BLOCK] for matrix in matrices]
-    return [
-        Product(base, base.new_empty(matrix.weight.shape[0], matrix.columns), False)
-        for base, matrix in zip(bases, matrices, strict=True)
-    ]
-
-
-def step(matrices: Sequence[Matrix], correct: Correct, made: Sequence[Tensor] | None = None) -> None:
-    """One step of matrices of one device, accumulation dtype and kind (complete or tracked), all with state.
-
-    Args:
-        made: the products with their blocks, if they are there.
-    """
+def step(matrices: Sequence[Matrix], correct: Correct) -> None:
+    """One step of matrices of one device, accumulation dtype and kind (complete or tracked), all with state."""
     stats = gather_stats(matrices)
-    weights = [matrix.weight for matrix in matrices]
     if matrices[0].complete:
         _exact(matrices, stats, correct)
     else:
-        _tracked(matrices, weights, stats, correct, made)
+        _tracked(matrices, stats, correct)
     stats[:, Stat.COUNT] += 1
     scatter_stats(matrices, stats)
     for matrix in matrices:
@@ -139,67 +124,86 @@ def _exact(matrices: Sequence[Matrix], stats: Tensor, correct: Correct) -> None:
     stats[:, Stat.PAIRS] = 0.5
 
 
-def _tracked(
-    matrices: Sequence[Matrix],
-    weights: Sequence[Tensor],
-    stats: Tensor,
-    correct: Correct,
-    made: Sequence[Tensor] | None,
-) -> None:
-    transposed = [weight.mT for weight in weights]
-    bases = [matrix.state[BLOCK] for matrix in matrices]
-    probes = [matrix.state[PROBE] for matrix in matrices]
-    layout = _layout(matrices)
+def _tracked(matrices: Sequence[Matrix], stats: Tensor, correct: Correct) -> None:
+    work = _Pair(matrices)
     schedule = Schedule.of(matrices, stats)
-    residual = stats[:, Stat.RESIDUAL].clone()
-
-    widths = [k + a for k, a in zip(layout.columns, layout.followers, strict=True)]
-    lefts = kernels.allocate([(w.shape[0], width) for w, width in zip(weights, widths, strict=True)], bases[0])
-    returned = kernels.allocate([(w.shape[1], width) for w, width in zip(weights, widths, strict=True)], bases[0])
-    put_omega(lefts, matrices)
-    triplets = Triplets(
-        stats.new_zeros(len(matrices), max(layout.columns)),
-        [left[:, : m.columns] for left, m in zip(lefts, matrices, strict=True)],
-        kernels.allocate([(base.shape[0], base.shape[1]) for base in bases], bases[0]),
-    )
-    products = kernels.skinny_products(weights, bases) if made is None else list(made)
-    kernels.ritz_triplets(products, bases, out=triplets)
-
-    sigma = triplets.sigma[:, 0].clone()
+    sigma, residual = work.make(None)
     pairs = torch.ones_like(sigma)
     wanted = schedule.first(sigma, stats[:, Stat.TOP], residual)
     nothing = torch.zeros_like(sigma)
     for done in range(1, schedule.rounds):
         if all_idle(wanted):
             break
-        starts = noise_like(bases, matrices, shift=done)
-        kernels.skinny_products(transposed, lefts, out=returned, active=wanted)
-        new = kernels.next_basis(triplets, returned, probes, starts, layout, nothing, bases, active=wanted)
-        residual = torch.where(wanted, new, residual)
-        kernels.skinny_products(weights, bases, out=products, active=wanted)
-        kernels.ritz_triplets(products, bases, out=triplets, active=wanted)
+        work.next_basis(nothing, wanted, shift=done)
+        before, sigma_before = residual, sigma
+        sigma, residual = work.make(wanted)
+        residual = torch.where(wanted, residual, before)
         pairs = pairs + wanted
-        before, sigma = sigma, triplets.sigma[:, 0].clone()
-        wanted = wanted & schedule.again(pairs, sigma, before, residual)
+        wanted = wanted & schedule.again(pairs, sigma, sigma_before, residual)
 
     valid = sigma.isfinite()
     stats[:, Stat.SIGMA] = sigma
     change = correct(sigma, valid, stats)
-    then = [Product(left, out, True) for left, out in zip(lefts, returned, strict=True)]
-    _apply(change, matrices, triplets, then)
-    starts = noise_like(bases, matrices)
-    new = kernels.next_basis(triplets, returned, probes, starts, layout, change.added, bases, active=valid)
-    if max(layout.followers):
-        seen = [block[:, m.columns :] for block, m in zip(returned, matrices, strict=True)]
-        kernels.copy_blocks(seen, probes, active=valid)
-    _record(stats, triplets, change, valid)
-    stats[:, Stat.RESIDUAL] = torch.where(valid, new, residual)
+    _apply(change, matrices, work.triplets)
+    work.follow(change)
+    work.next_basis(change.added, valid)
+    work.keep_probes(valid)
+    _record(stats, work.triplets, change, valid)
+    stats[:, Stat.RESIDUAL] = torch.where(valid, residual, stats[:, Stat.RESIDUAL])
     stats[:, Stat.PAIRS] = pairs
 
 
-def _apply(
-    change: Change, matrices: Sequence[Matrix], triplets: Triplets, products: Sequence[Product] | None = None
-) -> None:
+class _Pair:
+    """``Y = W V`` with its Ritz triplets and ``Z = Wᵀ [U | Ω]``, made as often as a step asks for."""
+
+    def __init__(self, matrices: Sequence[Matrix]) -> None:
+        self.matrices, self.layout = matrices, _layout(matrices)
+        self.weights = [matrix.weight for matrix in matrices]
+        self.bases = [matrix.state[BLOCK] for matrix in matrices]
+        self.probes = [matrix.state[PROBE] for matrix in matrices]
+        widths = [k + a for k, a in zip(self.layout.columns, self.layout.followers, strict=True)]
+        like = self.bases[0]
+        shapes = [weight.shape for weight in self.weights]
+        self.lefts = kernels.allocate([(m, width) for (m, _), width in zip(shapes, widths, strict=True)], like)
+        self.returned = kernels.allocate([(n, width) for (_, n), width in zip(shapes, widths, strict=True)], like)
+        self.products = kernels.allocate([(m, x.columns) for (m, _), x in zip(shapes, matrices, strict=True)], like)
+        put_omega(self.lefts, matrices)
+        self.triplets = Triplets(
+            like.new_zeros(len(matrices), max(self.layout.columns)),
+            [left[:, : m.columns] for left, m in zip(self.lefts, matrices, strict=True)],
+            kernels.allocate([(base.shape[0], base.shape[1]) for base in self.bases], like),
+        )
+
+    def make(self, active: Tensor | None) -> tuple[Tensor, Tensor]:
+        """sigma₁ and the residual of its triplet (B,)."""
+        kernels.skinny_products(self.weights, self.bases, out=self.products, active=active)
+        kernels.ritz_triplets(self.products, self.bases, out=self.triplets, active=active)
+        transposed = [weight.mT for weight in self.weights]
+        kernels.skinny_products(transposed, self.lefts, out=self.returned, active=active)
+        sigma = self.triplets.sigma[:, 0].clone()
+        scale = torch.where(sigma > 0, sigma, 1.0)
+        return sigma, kernels.first_column_residuals(self.returned, self.triplets.rights, scale)
+
+    def follow(self, change: Change) -> None:
+        """``(f W + c u₁v₁ᵀ)ᵀ [U | Ω] = f Z + c v₁ (u₁ᵀ [U | Ω])``: the product of corrected weights without another."""
+        first = [left[:, :1] for left in self.lefts]
+        turned = kernels.skinny_products([left.mT for left in self.lefts], first)
+        kernels.corrections_(self.returned, change.added, self.triplets.rights, turned, factors=change.factor)
+
+    def next_basis(self, change: Tensor, active: Tensor, shift: int = 0) -> None:
+        starts = noise_like(self.bases, self.matrices, shift=shift)
+        kernels.next_basis(
+            self.triplets, self.returned, self.probes, starts, self.layout, change, self.bases, active=active
+        )
+
+    def keep_probes(self, active: Tensor) -> None:
+        """What the next step's are compared with."""
+        if max(self.layout.followers):
+            seen = [block[:, m.columns :] for block, m in zip(self.returned, self.matrices, strict=True)]
+            kernels.copy_blocks(seen, self.probes, active=active)
+
+
+def _apply(change: Change, matrices: Sequence[Matrix], triplets: Triplets) -> None:
     """The correction of the weights, and what it makes of their singular values but for the first one's change."""
     kernels.corrections_(
         [matrix.weight for matrix in matrices],
@@ -207,7 +211,6 @@ def _apply(
         triplets.lefts,
         triplets.rights,
         factors=change.factor,
-        products=products,
         seeds=rounding_seeds(matrices),
     )
     if change.factor is not None:

@@ -1,4 +1,4 @@
-"""Base updates in slices, with a penalty and half products in passing, against torch's SGD and AdamW."""
+"""Base updates in slices, with a penalty, against torch's SGD and AdamW; and corrections."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specopt.kernels import Penalty, Product, Update, base_updates_, corrections_, passes, skinny_products
+from specopt.kernels import Penalty, Update, base_updates_, corrections_, passes
 from specopt.kernels.products import reference as products
 
 from .samples import copy, generator, matrix
@@ -36,7 +36,6 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2, to
 @pytest.fixture(autouse=True, params=[500, products.SLICE], ids=["slices", "whole"])
 def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "SLICE", request.param)
-    monkeypatch.setattr(products, "LARGE", 1)
 
 
 def samples(dtype: torch.dtype, layout: str, seed: int, count: int = 1) -> list[Tensor]:
@@ -115,26 +114,6 @@ def test_steps_are_torchs_with_the_penalty_in_the_gradient(
         assert (weight.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_products_in_passing_have_the_bits_of_products_made_alone(
-    dtype: torch.dtype, transposed: bool, layout: str
-) -> None:
-    weight, gradient = (laid_out(x, layout, dtype) for x in samples(dtype, layout, 2, 2))
-    state = state_of(weight, "sgd", layout, {"momentum": 0.9})
-    sums = torch.float64 if dtype == torch.float64 else torch.float32
-    turned = weight.mT if transposed else weight
-    for width in (3, 28, 32):
-        block = torch.randn(turned.shape[1], width, generator=generator(3), dtype=sums)
-        product = Product(block, torch.full((turned.shape[0], width), torch.nan, dtype=sums), transposed)
-        update = Update(weight, gradient, state, numbers("sgd", 0.1, 1, {"momentum": 0.9}), width == 3)
-        base_updates_([update], penalty_of(weight.shape, sums, 0.3)[0], products=[product])
-        (alone,) = skinny_products([turned], [block])
-        assert torch.equal(product.out, alone)
-        torch.testing.assert_close(alone.double(), turned.double() @ block.double(), rtol=1e-5, atol=1e-4)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scaled_gradients_are_divided_and_the_penalty_is_not(dtype: torch.dtype) -> None:
     results = []
@@ -176,7 +155,7 @@ def test_non_finite_gradient_shows_where_it_is_and_matrices_without_entries_may_
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_corrections_and_the_products_of_what_they_leave(dtype: torch.dtype, layout: str) -> None:
+def test_corrections_are_scalings_and_outer_products(dtype: torch.dtype, layout: str) -> None:
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     starts = samples(dtype, layout, 5, 4)
     weights = [laid_out(x, layout, dtype) for x in starts]
@@ -184,22 +163,12 @@ def test_corrections_and_the_products_of_what_they_leave(dtype: torch.dtype, lay
     random = generator(6)
     lefts = [torch.randn(37, 2, generator=random, dtype=sums) for _ in weights]
     rights = [torch.randn(61, 2, generator=random, dtype=sums) for _ in weights]
-    made = [Product(left, torch.full((61, 2), torch.nan, dtype=sums), True) for left in lefts]
     versions = [weight._version for weight in weights]
     expected = [
         f * w.double() + c * torch.outer(u[:, 0], v[:, 0]).double()
         for w, f, c, u, v in zip(weights, factors, changes, lefts, rights, strict=True)
     ]
-    corrections_(weights, changes, lefts, rights, factors=factors, products=made)
-    for weight, wanted, product in zip(weights, expected, made, strict=True):
+    corrections_(weights, changes, lefts, rights, factors=factors)
+    for weight, wanted in zip(weights, expected, strict=True):
         assert (weight.double() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
-        assert torch.equal(product.out, skinny_products([weight.mT], [product.block])[0])
     assert weights[1]._version == versions[1]  # nothing was to be done
-
-
-@pytest.mark.parametrize("length", [512, 1024])
-def test_rows_of_aliasing_length_are_summed_as_exactly(length: int) -> None:
-    weight = torch.randn(50, length, generator=generator(7))
-    block = torch.randn(50, 5, generator=generator(8))
-    (out,) = skinny_products([weight.mT], [block])
-    torch.testing.assert_close(out.double(), weight.mT.double() @ block.double(), rtol=1e-5, atol=1e-4)

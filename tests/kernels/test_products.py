@@ -47,6 +47,31 @@ def _both(w, b):
     return results
 
 
+@pytest.mark.parametrize("shape", [(300, 280), (70, 1024), (2100, 40)])
+@pytest.mark.parametrize("width", [1, 5, 28, 32])
+@pytest.mark.parametrize("layout", ["rows", "columns", "gaps"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_large_matrices_of_the_cpu_are_multiplied_as_exactly(shape, width, layout, dtype, monkeypatch):
+    monkeypatch.setattr(reference, "SLICE", 9000)
+    random = generator(3)
+    m, n = shape[::-1] if layout == "columns" else shape
+    w = torch.randn(m, n + 3 * (layout == "gaps"), generator=random).to(dtype)[:, :n]
+    w = w.mT if layout == "columns" else w
+    b = torch.randn(shape[1], width + 2, generator=random).to(
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
+    b = b[:, :width]
+    out = b.new_full((shape[0], width + 1), torch.nan)
+    reference.skinny_products([w], [b], [out[:, :width]], None)
+    with torch.backends.mkldnn.flags(enabled=False):
+        other = skinny_products([w], [b])[0] if dtype == torch.float64 else torch.empty(shape[0], width)
+        reference.skinny_products([w], [b], [other], None)
+    exact = w.double() @ b.double()
+    for result in (out[:, :width], other):
+        assert (result.double() - exact).norm() <= (1e-14 if dtype == torch.float64 else 1e-6) * exact.norm()
+    assert out[:, width].isnan().all()
+
+
 @given(cases=case_lists, width=widths, seed=seeds)
 def test_two_runs_give_the_same_bits(cases, width, seed, device):
     random = generator(seed)

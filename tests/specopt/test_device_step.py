@@ -89,9 +89,19 @@ def compare_step_by_step(kind: str, steps: int, monkeypatch: pytest.MonkeyPatch,
                 assert torch.allclose(exact(param)[1], exact(other)[1], rtol=1e-4)
                 continue
             compared += 1
-            again = param.ndim > 1 and float(plain.state[param][STATS][Stat.PAIRS]) > 1
-            # after a conditional pair, the other directions of the basis count: the reference knows them better
-            assert (param - other).norm() <= (2e-3 if again and backend == "reference" else 1e-5) * update
+            if param.ndim > 1:
+                pairs = [float(o.state[p][STATS][Stat.PAIRS]) for o, p in ((plain, param), (fused, other))]
+                if pairs[0] != pairs[1]:  # the reference looks at the triplet it has before it asks for another pair
+                    assert backend == "reference"
+                    assert torch.allclose(exact(param)[1], exact(other)[1], rtol=1e-2)
+                    continue
+                # after a conditional pair, the rotation of close Ritz values counts: the reference has an eigensolver
+                tolerance = 1e-2 if pairs[0] > 1 and backend == "reference" else 1e-5
+                sigmas = [o.state[p][STATS][Stat.SIGMA] for o, p in ((plain, param), (fused, other))]
+                assert torch.allclose(*sigmas, rtol=1e-5)
+            else:
+                tolerance = 1e-5
+            assert (param - other).norm() <= tolerance * update
     assert compared >= steps
 
 
