@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, ClassVar, cast
@@ -18,11 +18,20 @@ from specopt import kernels
 from specopt.kernels import Penalty, Update, base_updates_
 
 from . import updates
+from .groups import outside, resolve
 from .session import Gate, OnDevice, OnHost, Rule
 from .tracker.common import BLOCK, LEFT, PREFIX, PROBE, RIGHT, STATS, STEP, HostCopy, rounding_seeds
 from .tracker.device import runs_on
 from .updates import OnDeviceBase
-from .views import Matrix, as_matrix, is_controlled, matrix_view
+from .views import (
+    Matrix,
+    check_readable,
+    could_be_controlled,
+    is_controlled,
+    matrices_of,
+    refresh_copies,
+    written_back,
+)
 
 UNSIGNED = ("params", "lr", "param_names", "initial_lr")
 """What a group holds that is no option, or may change from step to step."""
@@ -53,8 +62,14 @@ class SpectralOptimizer(Optimizer):
         base_init()
         self.defaults.update(options)
         del self._options
+        self._name_unclear(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the base's. A Module as ``params`` adds its groups: see :func:`specopt.param_groups`."""
+        for group in resolve([param_group]):
+            self._add_group(group)
+
+    def _add_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
             merged = {**getattr(self, "defaults", {}), **self._own_options(), **param_group}
             self.rule.check(merged)
@@ -64,11 +79,12 @@ class SpectralOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             for param in group["params"]:
-                if is_controlled(param, group):
-                    matrix_view(param)
+                check_readable(param, group)
         except ValueError:
             self.param_groups.pop()
             raise
+        if "_options" not in self.__dict__:
+            self._name_unclear([group])
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of the base optimizer, under control.
@@ -99,6 +115,7 @@ class SpectralOptimizer(Optimizer):
         seeds = [rounding_seeds(batch.matrices) for batch in batches]
         sessions = []
         for batch in batches:
+            refresh_copies(batch.matrices)
             base = batch.base.refresh() if batch.base else None
             sessions.append(self.rule.begin(batch.matrices, replace(gate, base=base, settled=same)))
         with ExitStack() as stack:
@@ -110,13 +127,13 @@ class SpectralOptimizer(Optimizer):
                     updated = [self._update(matrix)._replace(seed=seed) for matrix, seed in pairs]
                     base_updates_(updated, session.penalty, gate.host_scale, cast(OnHost, session).products)
                 elif session.penalty is not None:
-                    penalized = _penalized(batch.matrices, session.penalty, gate)
-                    stack.enter_context(_gradients(batch.matrices, penalized))
+                    stack.enter_context(_gradients(_penalized(batch.matrices, session.penalty, gate)))
                 if batch.ours:
-                    stack.enter_context(_gradients(batch.matrices, [None] * len(batch.matrices)))
+                    stack.enter_context(_gradients({matrix.param: None for matrix in batch.matrices}))
             self._base_step()
-        for session in sessions:
-            session.finish()
+        for batch, session in zip(batches, sessions, strict=True):
+            with written_back(batch.matrices) if session.penalty is None else nullcontext():
+                session.finish()
         if not same:
             self._complete_state()
             signature, tensors = self._signature()
@@ -174,7 +191,7 @@ class SpectralOptimizer(Optimizer):
                         "with spectral=False"
                     )
                 state = self.state[param] if with_grad else self.state.get(param, {})
-                yield as_matrix(param, group, state, self.rule.columns(group))
+                yield from matrices_of(param, group, state, self.rule.columns(group))
 
     def _batches(self) -> list[Batch]:
         batches: dict[Any, Batch] = {}
@@ -245,31 +262,49 @@ class SpectralOptimizer(Optimizer):
     # --- telling the user ----------------------------------------------------------------------------------------
 
     def _tell(self, gate: Gate) -> None:
-        waiting: list[tuple[list[Tensor], HostCopy]] = self.__dict__.setdefault("_waiting", [])
+        waiting: list[tuple[list[Matrix], HostCopy]] = self.__dict__.setdefault("_waiting", [])
         waiting.extend(gate.ratios)
-        arrived: list[tuple[Tensor, float]] = []
+        arrived: list[tuple[Matrix, float]] = []
         still = []
-        for params, copy in waiting:
+        for matrices, copy in waiting:
             ratios = copy.peek()
             if ratios is None:
-                still.append((params, copy))
+                still.append((matrices, copy))
             else:
-                arrived.extend(zip(params, ratios.tolist(), strict=True))
+                arrived.extend(zip(matrices, ratios.tolist(), strict=True))
         self._waiting = still
-        self._warn([(param, ratio) for param, ratio in arrived if not 0.5 <= ratio <= 2])
+        self._warn([(matrix, ratio) for matrix, ratio in arrived if not 0.5 <= ratio <= 2])
 
-    def _warn(self, far: list[tuple[Tensor, float]]) -> None:
+    def _warn(self, far: list[tuple[Matrix, float]]) -> None:
         if not far or self.__dict__.get("_warned"):
             return
         self._warned = True
         names = self.names()
-        listed = ", ".join(f"{names[p]} {tuple(p.shape)}: {r:.3g}" for p, r in far[:4])
+        listed = ", ".join(f"{names[m.param]}{m.suffix} {tuple(m.piece.shape)}: {r:.3g}" for m, r in far[:4])
         warnings.warn(
             f"the first step moves {len(far)} weight(s) whose norm is not within [0.5, 2] of its target "
             f"(norm / target: {listed}{', ...' if len(far) > 4 else ''}). Start from specopt.init.scaled_orthogonal_, "
             'keep the norm there is with target="initial", or only lower it, with mode="cap".',
             stacklevel=5,  # this, _tell, step, torch's hook around it, the caller
         )
+
+    def _name_unclear(self, groups: Iterable[dict[str, Any]]) -> None:
+        """One warning of bare tensors that are not controlled because their shape does not tell how to read them."""
+        names = self.names()
+        unclear = [
+            f"{names[param]} {tuple(param.shape)}"
+            for group in groups
+            for param in group["params"]
+            if group["spectral"] and could_be_controlled(param) and not is_controlled(param, group)
+        ]
+        if unclear:
+            warnings.warn(
+                f"{len(unclear)} parameter(s) of a shape that does not tell how to read them are not controlled: "
+                f"{', '.join(unclear[:8])}{', ...' if len(unclear) > 8 else ''}. Give the model in place of its "
+                "parameters, or specopt.param_groups(model); or vouch for them with view= in a group, or put them into "
+                "one with spectral=False.",
+                stacklevel=outside(),
+            )
 
     def names(self) -> Mapping[Tensor, str]:
         """A name for every parameter: its own where the optimizer was built from named ones, else its place."""
@@ -281,24 +316,25 @@ class SpectralOptimizer(Optimizer):
 
 
 @contextmanager
-def _gradients(matrices: Sequence[Matrix], replaced: Sequence[Tensor | None]) -> Iterator[None]:
+def _gradients(replaced: Mapping[Tensor, Tensor | None]) -> Iterator[None]:
     """Other gradients, or none, for the base update; the same tensors as before afterwards."""
-    grads = [matrix.param.grad for matrix in matrices]
+    grads = {param: param.grad for param in replaced}
     try:
-        for matrix, grad in zip(matrices, replaced, strict=True):
-            matrix.param.grad = grad
+        for param, grad in replaced.items():
+            param.grad = grad
         yield
     finally:
-        for matrix, grad in zip(matrices, grads, strict=True):
-            matrix.param.grad = grad
+        for param, grad in grads.items():
+            param.grad = grad
 
 
-def _penalized(matrices: Sequence[Matrix], penalty: Penalty, gate: Gate) -> list[Tensor]:
-    """Copies of the gradients with the penalty's added, at the scale that they have."""
-    grads = [grad for matrix in matrices if (grad := matrix.param.grad) is not None]
-    penalized = [torch.empty_like(matrix.param) for matrix in matrices]
-    torch._foreach_copy_(penalized, grads)
-    views = [matrix.view_of(grad) for matrix, grad in zip(matrices, penalized, strict=True)]
+def _penalized(matrices: Sequence[Matrix], penalty: Penalty, gate: Gate) -> dict[Tensor, Tensor]:
+    """By parameter a copy of its gradient with the penalty of its matrices added, at the scale that it has."""
+    penalized = {matrix.param: torch.empty_like(matrix.param) for matrix in matrices}
+    torch._foreach_copy_(list(penalized.values()), [cast(Tensor, param.grad) for param in penalized])
+    views = [matrix.view_of(penalized[matrix.param]) for matrix in matrices]
     coefficients = penalty.coefficients * gate.gradient_scale(penalty.coefficients)
     kernels.rank_updates_(views, coefficients[:, None], penalty.lefts, penalty.rights)
+    for matrix, view in zip(matrices, views, strict=True):
+        matrix.store(view, penalized[matrix.param])
     return penalized
