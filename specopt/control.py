@@ -18,15 +18,15 @@ from specopt import kernels
 from specopt.kernels import Penalty, Update, base_updates_
 
 from . import updates
-from .groups import outside, resolve
+from .groups import resolve
 from .session import Gate, OnDevice, OnHost, Rule
+from .telling import warn_of_unclear
 from .tracker.common import BLOCK, LEFT, PREFIX, PROBE, RIGHT, STATS, STEP, HostCopy, rounding_seeds
 from .tracker.device import runs_on
 from .updates import OnDeviceBase
 from .views import (
     Matrix,
     check_readable,
-    could_be_controlled,
     is_controlled,
     matrices_of,
     refresh_copies,
@@ -62,7 +62,7 @@ class SpectralOptimizer(Optimizer):
         base_init()
         self.defaults.update(options)
         del self._options
-        self._name_unclear(self.param_groups)
+        warn_of_unclear(self.param_groups, self.names())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the base's. A Module as ``params`` adds its groups: see :func:`specopt.param_groups`."""
@@ -84,7 +84,7 @@ class SpectralOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         if "_options" not in self.__dict__:
-            self._name_unclear([group])
+            warn_of_unclear([group], self.names())
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of the base optimizer, under control.
@@ -287,24 +287,6 @@ class SpectralOptimizer(Optimizer):
             'keep the norm there is with target="initial", or only lower it, with mode="cap".',
             stacklevel=5,  # this, _tell, step, torch's hook around it, the caller
         )
-
-    def _name_unclear(self, groups: Iterable[dict[str, Any]]) -> None:
-        """One warning of bare tensors that are not controlled because their shape does not tell how to read them."""
-        names = self.names()
-        unclear = [
-            f"{names[param]} {tuple(param.shape)}"
-            for group in groups
-            for param in group["params"]
-            if group["spectral"] and could_be_controlled(param) and not is_controlled(param, group)
-        ]
-        if unclear:
-            warnings.warn(
-                f"{len(unclear)} parameter(s) of a shape that does not tell how to read them are not controlled: "
-                f"{', '.join(unclear[:8])}{', ...' if len(unclear) > 8 else ''}. Give the model in place of its "
-                "parameters, or specopt.param_groups(model); or vouch for them with view= in a group, or put them into "
-                "one with spectral=False.",
-                stacklevel=outside(),
-            )
 
     def names(self) -> Mapping[Tensor, str]:
         """A name for every parameter: its own where the optimizer was built from named ones, else its place."""

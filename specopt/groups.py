@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from .parts import parse, pieces
-from .reading import Kind, Owned, Reading, owned_parameters, reading_of
+from .reading import Kind, Owned, Reading, readings_of
 from .targets import target_sigma
+from .telling import listing, outside
 from .views import could_be_controlled, is_controlled
 
 Predicate = Callable[[str, nn.Module, nn.Parameter], bool]
@@ -118,10 +117,9 @@ def param_groups(
     groups: list[dict[str, Any]] = []
     decisions: list[Decision] = []
     doubtful: list[Decision] = []
-    parameters = _by_parameter(model)
-    _check_patterns(overrides, parameters)
-    for places in parameters:
-        reading = _together(places)
+    readings = readings_of(model)
+    _check_patterns(overrides, [owned for places, _ in readings for owned in places])
+    for places, reading in readings:
         given = _given(overrides, places)
         own = _own_options(places[0], reading, given, embeddings)
         _put(groups, places[0], {**group_options, **own})
@@ -139,17 +137,11 @@ def resolve(params: Any) -> Any:
     as it is."""
     if isinstance(params, nn.Module):
         return param_groups(params)
+    if isinstance(params, ParamGroups):  # an optimizer writes into its groups: these may be given to another as well
+        return [{**group, "params": list(group["params"])} for group in params]
     if isinstance(params, list | tuple) and any(_holds_module(entry) for entry in params):
         return [group for entry in params for group in _expanded(entry)]
     return params
-
-
-def outside() -> int:
-    """The ``stacklevel`` of the first caller that is not of this package, for a warning of the function that asks."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("specopt."):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _holds_module(entry: Any) -> bool:
@@ -161,34 +153,6 @@ def _expanded(entry: Any) -> list[Any]:
         return [entry]
     options = {name: value for name, value in entry.items() if name != "params"}
     return param_groups(entry["params"], **options)
-
-
-# --- what a model has -----------------------------------------------------------------------------------------------
-
-
-def _by_parameter(model: nn.Module) -> list[list[Owned]]:
-    """The places of each parameter."""
-    places: dict[nn.Parameter, list[Owned]] = {}
-    for owned in owned_parameters(model):
-        if is_lazy(owned.param):
-            raise ValueError(
-                f"{owned.name} is not initialized yet: run the model once, so that its lazy modules take their shapes, "
-                "before its groups or an optimizer are made"
-            )
-        places.setdefault(owned.param, []).append(owned)
-    return list(places.values())
-
-
-def _together(places: Sequence[Owned]) -> Reading:
-    """One reading of a parameter that may be tied: that of the module that knows most of it."""
-    readings = [reading_of(owned) for owned in places]
-    for kind in (Kind.COMPUTED_FROM, Kind.EMBEDDING, Kind.MATRIX, Kind.UNKNOWN):
-        found = [reading for reading in readings if reading.kind is kind]
-        if len({reading.view for reading in found}) > 1:
-            return Reading(Kind.UNKNOWN, "tied, and read as " + " and as ".join(sorted({str(r.view) for r in found})))
-        if found:
-            return found[0]
-    return readings[0]
 
 
 # --- overrides ------------------------------------------------------------------------------------------------------
@@ -208,8 +172,7 @@ def _is_type(key: Any) -> bool:
     return bool(types) and all(isinstance(kind, type) for kind in types)
 
 
-def _check_patterns(overrides: Overrides, parameters: Sequence[Sequence[Owned]]) -> None:
-    everywhere = [owned for places in parameters for owned in places]
+def _check_patterns(overrides: Overrides, everywhere: Sequence[Owned]) -> None:
     for key in overrides:
         if isinstance(key, str) and not any(_matches(key, owned) for owned in everywhere):
             raise ValueError(f"the pattern {key!r} of overrides matches no parameter and no module of the model")
@@ -236,13 +199,13 @@ def _given(overrides: Overrides, places: Sequence[Owned]) -> dict[str, Any]:
 
 def _own_options(owned: Owned, reading: Reading, given: Mapping[str, Any], embeddings: bool) -> dict[str, Any]:
     """The options that a parameter's group has beside those of all groups."""
-    asked = given.get("spectral", "view" in given)
     decay = {"weight_decay": 0.0} if reading.kind is Kind.VECTOR else {}
     rest = {name: value for name, value in given.items() if name not in ("spectral", "view")}
-    wanted = reading.kind is Kind.MATRIX or (reading.kind is Kind.EMBEDDING and embeddings)
-    if not could_be_controlled(owned.param) or not given.get("spectral", wanted or asked):
-        return {"spectral": False, **decay, **rest}
     view = given.get("view", reading.view)
+    wanted = reading.kind is Kind.MATRIX or (reading.kind is Kind.EMBEDDING and embeddings) or "view" in given
+    never = not could_be_controlled(owned.param) or (reading.kind is Kind.VECTOR and view is None)
+    if never or not given.get("spectral", wanted):
+        return {"spectral": False, **decay, **rest}
     if reading.kind is Kind.COMPUTED_FROM:
         raise ValueError(f"{owned.name} cannot be controlled: {reading.why}; leave it out of overrides that ask for it")
     if view is None:
@@ -297,10 +260,10 @@ def _row(decision: Decision) -> tuple[str, ...]:
 def _warn(doubtful: Sequence[Decision]) -> None:
     if not doubtful:
         return
-    listed = "; ".join(f"{d.name} {d.shape}: {d.why}" for d in doubtful[:8])
+    listed = listing([f"{d.name} {d.shape}: {d.why}" for d in doubtful], "; ")
     warnings.warn(
-        f"{len(doubtful)} parameter(s) of two dimensions or more are not controlled ({listed}"
-        f"{'; ...' if len(doubtful) > 8 else ''}). Give overrides={{name: {{'view': ...}}}} to control what is a "
-        "matrix, or {'spectral': False} to leave it without this warning.",
+        f"{len(doubtful)} parameter(s) of two dimensions or more are not controlled ({listed}). Give "
+        "overrides={name: {'view': ...}} to control what is a matrix, or {'spectral': False} to leave it without this "
+        "warning.",
         stacklevel=outside(),
     )

@@ -69,16 +69,33 @@ def pieces(tensor: Tensor, view: View) -> list[Tensor]:
     """
     kind, groups = view
     least = 3 if kind in ("stack", "stack-transposed", "bilinear") else 2
-    cut = 1 if kind == "columns" else 0
+    cut = _cut(view)
     if tensor.ndim < least or tensor.shape[cut] % groups:
         length = f"dimension {cut} to be a multiple of {groups}"
         needs = f"{least} dimensions or more" if tensor.ndim < least else length
         named = f"{kind}:{groups}" if groups > 1 else kind
         raise ValueError(f"view={named!r} needs {needs}, got a weight of shape {tuple(tensor.shape)}")
-    if kind == "bilinear":
-        return [_joined(tensor)]
-    parts = tensor.unbind(0) if kind.startswith("stack") else tensor.chunk(groups, cut)
-    return [part.transpose(0, 1) if view.moves_dimensions else part for part in parts]
+    return [piece(tensor, view, index) for index in range(len(tensor) if kind.startswith("stack") else groups)]
+
+
+def piece(tensor: Tensor, view: View, index: int) -> Tensor:
+    """One of the :func:`pieces` of a tensor that the view fits."""
+    if view.kind == "bilinear":
+        return _joined(tensor)
+    if view.kind.startswith("stack"):
+        part = tensor[index]
+    elif view.groups == 1:
+        part = tensor
+    else:
+        cut = _cut(view)
+        length = tensor.shape[cut] // view.groups
+        part = tensor.narrow(cut, index * length, length)
+    return part.transpose(0, 1) if view.moves_dimensions else part
+
+
+def _cut(view: View) -> int:
+    """The dimension along which the matrices lie one after the other."""
+    return 1 if view.kind == "columns" else 0
 
 
 def _joined(tensor: Tensor) -> Tensor:

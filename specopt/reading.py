@@ -10,6 +10,7 @@ from enum import Enum
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 
@@ -53,7 +54,36 @@ GATES = {"LSTM": 4, "GRU": 3}  # RNNBase.mode
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
 
 
-def owned_parameters(model: nn.Module) -> Iterator[Owned]:
+def readings_of(model: nn.Module) -> list[tuple[list[Owned], Reading]]:
+    """Every parameter once, in all of its places, with one reading of them.
+
+    Raises:
+        ValueError: a parameter not yet initialized.
+    """
+    places: dict[nn.Parameter, list[Owned]] = {}
+    for owned in _owned_parameters(model):
+        if is_lazy(owned.param):
+            raise ValueError(
+                f"{owned.name} is not initialized yet: run the model once before, so that its lazy modules take their "
+                "shapes"
+            )
+        places.setdefault(owned.param, []).append(owned)
+    return [(found, _together([_reading_of(owned) for owned in found])) for found in places.values()]
+
+
+def _together(readings: list[Reading]) -> Reading:
+    """One reading of a parameter that may be tied: that of the module that knows most of it."""
+    for kind in (Kind.COMPUTED_FROM, Kind.EMBEDDING, Kind.MATRIX, Kind.UNKNOWN):
+        found = [reading for reading in readings if reading.kind is kind]
+        views = sorted({str(reading.view) for reading in found})
+        if len(views) > 1:
+            return Reading(Kind.UNKNOWN, f"tied, and read as {' and as '.join(views)}")
+        if found:
+            return found[0]
+    return readings[0]
+
+
+def _owned_parameters(model: nn.Module) -> Iterator[Owned]:
     """Every parameter in every place where a module has it: a tied one comes several times. A module that is shared
     comes once."""
     seen: set[nn.Module] = set()
@@ -74,7 +104,7 @@ def owned_parameters(model: nn.Module) -> Iterator[Owned]:
     return walk((("", model),))
 
 
-def reading_of(owned: Owned) -> Reading:
+def _reading_of(owned: Owned) -> Reading:
     """What the module that owns a parameter does with it."""
     module, name = owned.module, owned.name.rpartition(".")[2]
     if isinstance(module, NORMS):

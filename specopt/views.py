@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from specopt.kernels import MAX_COLUMNS
 
 from .part_state import PartState
-from .parts import parse, pieces
+from .parts import parse, piece, pieces
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -49,8 +49,7 @@ def check_readable(param: Tensor, group: Mapping[str, Any]) -> None:
         )
     if is_controlled(param, group):
         view = parse(group["view"])
-        for piece in pieces(param.detach(), view)[:1]:
-            _readable(piece, copies=view.moves_dimensions)
+        _readable(pieces(param.detach(), view)[0], copies=view.moves_dimensions)
 
 
 def matrix_view(tensor: Tensor, like: Tensor | None = None) -> Tensor:
@@ -75,11 +74,11 @@ def matrix_view(tensor: Tensor, like: Tensor | None = None) -> Tensor:
         ) from None
 
 
-def _readable(piece: Tensor, *, copies: bool) -> bool:
-    """Whether the piece is a matrix where it lies. A transposed conv's is one in channels-last memory alone, so with
+def _readable(part: Tensor, *, copies: bool) -> bool:
+    """Whether a piece is a matrix where it lies. A transposed conv's is one in channels-last memory alone, so with
     ``copies`` another has to be read through a copy."""
     try:
-        matrix_view(piece)
+        matrix_view(part)
     except ValueError:
         if copies:
             return False
@@ -152,11 +151,11 @@ class Matrix:
 
     def view_of(self, tensor: Tensor) -> Tensor:
         """A tensor shaped and laid out like the parameter, read the same way as the weight: through a copy if it is."""
-        piece = self._piece_of(tensor)
+        part = self._piece_of(tensor)
         if self.copy is None:
-            view = matrix_view(piece, like=self.piece)
+            view = matrix_view(part, like=self.piece)
         else:
-            view = torch.empty_like(self.copy).copy_(piece).flatten(1)
+            view = torch.empty_like(self.copy).copy_(part).flatten(1)
         return view.mT if self.flipped else view
 
     def store(self, view: Tensor, tensor: Tensor) -> None:
@@ -166,7 +165,7 @@ class Matrix:
             self._piece_of(tensor).copy_(matrix.view(self.piece.shape))
 
     def _piece_of(self, tensor: Tensor) -> Tensor:
-        return pieces(tensor, parse(self.group["view"]))[self.part or 0]
+        return piece(tensor, parse(self.group["view"]), self.part or 0)
 
 
 def matrices_of(param: Tensor, group: dict[str, Any], state: MutableMapping[str, Any], columns: int) -> list[Matrix]:
@@ -181,8 +180,8 @@ def matrices_of(param: Tensor, group: dict[str, Any], state: MutableMapping[str,
         return [_matrix(param, group, state, parts[0], None, columns, view.moves_dimensions)]
     states = PartState.of(state, len(parts))
     return [
-        _matrix(param, group, state, piece, part, columns, view.moves_dimensions)
-        for part, (piece, state) in enumerate(zip(parts, states, strict=True))
+        _matrix(param, group, state, found, part, columns, view.moves_dimensions)
+        for part, (found, state) in enumerate(zip(parts, states, strict=True))
     ]
 
 
@@ -190,18 +189,18 @@ def _matrix(
     param: Tensor,
     group: dict[str, Any],
     state: MutableMapping[str, Any],
-    piece: Tensor,
+    found: Tensor,
     part: int | None,
     columns: int,
     copies: bool,
 ) -> Matrix:
-    copy = None if _readable(piece, copies=copies) else piece.clone(memory_format=torch.contiguous_format)
-    view = matrix_view(piece if copy is None else copy)
+    copy = None if _readable(found, copies=copies) else found.clone(memory_format=torch.contiguous_format)
+    view = matrix_view(found if copy is None else copy)
     limit = min(2 * group["block"], MAX_COLUMNS)
     flipped = view.shape[0] < view.shape[1] and view.shape[0] <= limit
     weight = view.mT if flipped else view
     width = weight.shape[1]
-    return Matrix(param, group, state, piece, weight, width if width <= limit else columns, flipped, part, copy)
+    return Matrix(param, group, state, found, weight, width if width <= limit else columns, flipped, part, copy)
 
 
 def with_options(matrix: Matrix, options: dict[str, Any], columns: int) -> Matrix:
