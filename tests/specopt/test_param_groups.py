@@ -12,6 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
@@ -261,6 +266,22 @@ def test_state_of_a_model_of_all_types_is_resumed_bit_for_bit(kind: str) -> None
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flattened"])
+def test_distributed_checkpoint_of_named_groups_is_resumed_bit_for_bit(kind: str, flat: bool) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    first, second = everything(), everything()
+    optimizers = [OPTIMIZERS[kind](first), OPTIMIZERS[kind](second)]
+    train(first, optimizers[0], steps=3)
+    second.load_state_dict(first.state_dict())
+    saved = copy.deepcopy(get_optimizer_state_dict(first, optimizers[0], options=options))
+    set_optimizer_state_dict(second, optimizers[1], saved, options=options)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    for model, optimizer in zip((first, second), optimizers, strict=True):
+        model.eval()
+        train(model, optimizer, steps=2)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
 def test_scaled_orthogonal_starts_every_controlled_matrix_at_its_target() -> None:
     model = specopt.init.scaled_orthogonal_(everything())
     rows = specopt.spectral_report(specopt.NormScaleAdamW(model))
@@ -314,6 +335,23 @@ def test_embeddings_are_controlled_on_request_alone_also_where_they_are_tied_to_
         assert f"tied to {other}.weight" in found[f"{name}.weight"].why
         for decision in found.values():
             assert decision.view == ("flatten" if requested else None)
+
+
+def test_requested_embeddings_are_set_and_sparse_gradients_refused_by_name_of_the_option() -> None:
+    torch.manual_seed(0)
+    for sparse in (False, True):
+        model = nn.Embedding(20, 8, sparse=sparse)
+        optimizer = specopt.SNRSGD(specopt.param_groups(model, embeddings=True), lr=0.1, snr_lambda=0.5)
+        before = torch.linalg.svdvals(model.weight.detach())
+        model(torch.arange(20)).sum().mul(0).backward()
+        if sparse:
+            with pytest.raises(RuntimeError, match="spectral=False"):
+                optimizer.step()
+        else:
+            optimizer.step()
+            after = torch.linalg.svdvals(model.weight.detach())
+            expected = torch.cat([0.95 * before[:1], before[1:]]).sort(descending=True)[0]
+            assert torch.allclose(after, expected, rtol=1e-5)
 
 
 def test_shared_modules_and_tied_linears_come_once_and_ties_read_in_two_ways_are_named() -> None:

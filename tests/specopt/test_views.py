@@ -242,11 +242,11 @@ def test_report_and_warning_name_the_matrix() -> None:
 # --- state ---------------------------------------------------------------------------------------------------------
 
 
-def optimizer_of(kind: str, params: list[Tensor], views: list[str]) -> Any:
+def optimizer_of(kind: str, params: list[Tensor], views: list[str], **options: Any) -> Any:
     groups = [{"params": [param], "view": view} for param, view in zip(params, views, strict=True)]
     if kind == "snr":
-        return specopt.SNRSGD(groups, lr=0.1, momentum=0.9, snr_lambda=0.3, block=8)
-    return specopt.NormScaleAdamW(groups, lr=1e-2, block=8, norm=kind)
+        return specopt.SNRSGD(groups, lr=0.1, momentum=0.9, snr_lambda=0.3, block=8, **options)
+    return specopt.NormScaleAdamW(groups, lr=1e-2, block=8, norm=kind, **options)
 
 
 def train(optimizer: Any, params: list[Tensor], steps: range) -> None:
@@ -360,6 +360,63 @@ def test_cold_phase_of_parts_ends_as_that_of_one(backend: str) -> None:
     assert sigmas("rows:3", param) == pytest.approx([targets("rows:3")] * 3, rel=0.02)
 
 
+def test_state_of_other_shapes_starts_control_anew() -> None:
+    params = [weight("rows:3"), weight("stack")]
+    optimizer = optimizer_of("spectral", params, ["rows:3", "stack"])
+    train(optimizer, params, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0][STATS] = torch.zeros(2, 7)
+    saved["state"][1][BLOCK] = torch.zeros(3, 5, 5)
+    optimizer.load_state_dict(saved)
+    train(optimizer, params, range(2, 3))
+    assert [optimizer.state[param][STEP] for param in params] == [1, 1]
+    assert [optimizer.state[param][STATS].shape[0] for param in params] == [3, 3]
+
+
+# --- scalers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_scaler_that_found_inf_changes_nothing(kind: str, fused: bool) -> None:
+    params = [weight(view) for view in CASES]
+    optimizer = optimizer_of(kind, params, list(CASES), fused=fused)
+    train(optimizer, params, range(2))
+    weights, state = [param.detach().clone() for param in params], copy.deepcopy(optimizer.state_dict()["state"])
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=4.0)
+    scaler.scale(torch.ones((), device=DEVICE))  # a scaler is set up by its first loss
+    gradients(params, seed=2)
+    assert params[0].grad is not None
+    params[0].grad[0, 0] = torch.inf
+    scaler.step(optimizer)
+    assert all(torch.equal(a, b.detach()) for a, b in zip(weights, params, strict=True))
+    after = optimizer.state_dict()["state"]
+    for index, kept in state.items():
+        for key, value in kept.items():
+            now = torch.as_tensor(after[index][key])
+            assert torch.allclose(torch.as_tensor(value), now, rtol=0, atol=0, equal_nan=True), key
+
+
+@pytest.mark.parametrize("kind", ["snr", "spectral"])
+def test_fused_step_under_a_scaler_equals_the_unscaled_step(kind: str) -> None:
+    runs = []
+    for scale in (None, 64.0):
+        params = [weight(view) for view in CASES]
+        optimizer = optimizer_of(kind, params, list(CASES), fused=True)
+        gradients(params, seed=0)
+        if scale is None:
+            optimizer.step()
+        else:
+            scaler = torch.amp.GradScaler(DEVICE.type, init_scale=scale)
+            scaler.scale(torch.ones((), device=DEVICE))
+            for param in params:
+                assert param.grad is not None
+                param.grad.mul_(scale)
+            scaler.step(optimizer)
+        runs.append([param.detach() for param in params])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*runs, strict=True))
+
+
 # --- errors --------------------------------------------------------------------------------------------------------
 
 
@@ -376,6 +433,18 @@ def test_what_is_no_view_is_refused_naming_those_there_are(view: Any) -> None:
 def test_a_view_that_does_not_fit_is_refused_in_the_constructor(view: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=f"view='{view}'.*{shape[0]}, {shape[1]}"):
         specopt.NormScaleAdamW([nn.Parameter(torch.zeros(shape))], view=view)
+
+
+def test_a_view_that_no_longer_fits_is_refused_before_anything_changes(backend: str) -> None:
+    params = [weight("flatten"), weight("rows:3")]
+    optimizer = optimizer_of("spectral", params, ["flatten", "rows:3"])
+    before = [param.detach().clone() for param in params]
+    gradients(params, seed=0)
+    optimizer.param_groups[1]["view"] = "rows:7"
+    with pytest.raises(ValueError, match="view='rows:7'"):
+        optimizer.step()
+    assert all(torch.equal(a, b.detach()) for a, b in zip(before, params, strict=True))
+    assert all(not optimizer.state[param] for param in params)
 
 
 def test_vectors_in_a_group_with_a_view_are_left_alone() -> None:
