@@ -86,7 +86,10 @@ def param_groups(
     the default targets the norm of their product is at most ``sqrt(out/in)``, and B, zero at the start, is only capped
     until it has grown by itself.
 
-    A tied weight comes once, under its first name; one that an Embedding shares is an Embedding's.
+    A tied weight comes once, under its first name; one that an Embedding shares is an Embedding's. A projection that is
+    packed in a Linear, or in transformers' Conv1D, is one matrix unless an override says ``"rows:3"`` or
+    ``"columns:3"``. A transposed conv in contiguous memory is read through a copy of its weight, in channels-last
+    memory without one.
 
     Args:
         model: with its parameters in place; a lazy module has to have seen an input.
@@ -95,7 +98,7 @@ def param_groups(
             that owns the parameter. Later ones win. ``{"spectral": False}`` turns control off, ``{"view": ...}`` on,
             also for what is not known by itself; ``lr``, ``target`` and all other options of a group go as well.
         embeddings: control embeddings too.
-        **group_options: for every group, such as ``lr``, ``weight_decay``, ``target`` or ``snr_lambda``.
+        **group_options: of every group, such as ``lr``, ``weight_decay``, ``target`` or ``snr_lambda``.
 
     Returns:
         A list of groups with named parameters, in torch's form. ``print`` shows what was decided, and why.
@@ -107,7 +110,8 @@ def param_groups(
 
     Example::
 
-        groups = specopt.param_groups(model, lr=1e-3, overrides={"head.*": {"spectral": False}})
+        overrides = {"*.qkv.weight": {"view": "rows:3"}, nn.Conv2d: {"target": "fan"}, "head": {"spectral": False}}
+        groups = specopt.param_groups(model, lr=1e-3, overrides=overrides)
         print(groups)
         optimizer = specopt.NormScaleAdamW(groups)
     """

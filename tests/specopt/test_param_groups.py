@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -84,7 +86,8 @@ class Everything(nn.Module):
         z = self.rnn(self.gru(self.lstm(self.layer(z))[0])[0])[0][:, -1]
         cell = self.rnn_cell(self.gru_cell(self.lstm_cell(z)[0]))
         last = self.conv1d(self.bilinear(cell, z) + volume.mean((1, 2, 3, 4))[:, None])
-        return self.head(self.norm(last.view(-1, 2, 5)).flatten(1))
+        scores: Tensor = self.head(self.norm(last.view(-1, 2, 5)).flatten(1))
+        return scores
 
 
 def everything() -> Everything:
@@ -103,7 +106,7 @@ def train(model: nn.Module, optimizer: Any, steps: int) -> list[float]:
     for _ in range(steps):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(tokens), labels)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses
@@ -326,7 +329,7 @@ def test_embeddings_are_controlled_on_request_alone_also_where_they_are_tied_to_
             parts: dict[str, nn.Module] = {"embed": nn.Embedding(9, 5), "head": nn.Linear(5, 9, bias=False)}
             for name in parts if embedding_first else reversed(parts):
                 self.add_module(name, parts[name])
-            self.head.weight = self.embed.weight
+            parts["head"].weight = parts["embed"].weight
             self.bag = nn.EmbeddingBag(7, 5)
 
     for embedding_first, name, other in ((True, "embed", "head"), (False, "head", "embed")):
@@ -369,7 +372,7 @@ def test_renamed_classes_and_subclasses_are_what_they_are() -> None:
 
     renamed = type("FSDPConv2d", (nn.Conv2d,), {})(2, 4, 3, groups=2)
     impostor = type("Linear", (nn.Module,), {})()
-    impostor.weight = nn.Parameter(torch.zeros(3, 3))
+    impostor.register_parameter("weight", nn.Parameter(torch.zeros(3, 3)))
     with pytest.warns(UserWarning, match=r"2\.weight"):
         found = decisions(nn.Sequential(Attention(3, 3), renamed, impostor))
     assert {name: decision.view for name, decision in found.items() if name.endswith("weight")} == {
@@ -377,6 +380,24 @@ def test_renamed_classes_and_subclasses_are_what_they_are() -> None:
         "1.weight": "rows:2",
         "2.weight": None,
     }
+
+
+def test_conv1d_of_transformers_is_known_by_its_type_or_by_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Older(nn.Module):
+        """Without the attribute nx."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.nf, self.weight = 6, nn.Parameter(torch.zeros(4, 6))
+
+    assert decisions(Conv1D(6, 4))["weight"].matrices == (1, (6, 4))
+    with pytest.warns(UserWarning, match="nothing is known of weight in Older"):
+        assert controlled(Older()) == set()
+    library = types.ModuleType("transformers.pytorch_utils")
+    monkeypatch.setattr(library, "Conv1D", Older, raising=False)
+    monkeypatch.setitem(sys.modules, library.__name__, library)
+    assert decisions(Older())["weight"].matrices == (1, (6, 4))
+    assert decisions(Older(), overrides={"*": {"view": "columns:3"}})["weight"].matrices == (3, (2, 4))
 
 
 def test_frozen_weights_and_layers_without_gradient_do_not_disturb(kind: str) -> None:
@@ -411,7 +432,7 @@ def parametrized(how: str) -> nn.Module:
         parametrize.register_parametrization(linear, "weight", LowRank(5, 6))
         return linear
     if how == "prune":
-        return prune.l1_unstructured(linear, "weight", amount=0.5)
+        return prune.l1_unstructured(linear, "weight", amount=0.5)  # type: ignore[no-any-return, no-untyped-call]
     if how == "old spectral_norm":
         return hooked_spectral_norm(linear)
     if how == "old weight_norm":
@@ -457,7 +478,7 @@ def test_an_adapter_of_two_linears_is_two_matrices_whose_second_is_only_capped()
             self.base_layer = nn.Linear(12, 10).requires_grad_(False)
             self.lora_A = nn.ModuleDict({"default": nn.Linear(12, 4, bias=False)})
             self.lora_B = nn.ModuleDict({"default": nn.Linear(4, 10, bias=False)})
-            nn.init.zeros_(self.lora_B["default"].weight)
+            nn.init.zeros_(self.lora_B.get_parameter("default.weight"))
 
         def forward(self, x: Tensor) -> Tensor:
             return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))  # type: ignore[no-any-return]
@@ -533,9 +554,15 @@ def test_a_bare_lazy_parameter_is_refused(kind: str) -> None:
         OPTIMIZERS[kind](nn.LazyLinear(4).parameters())
 
 
-def test_weights_of_other_dtypes_are_left_to_the_base() -> None:
-    model = nn.Sequential(nn.Linear(3, 3, dtype=torch.complex64), nn.Linear(3, 3))
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_empty_weights_and_those_of_other_dtypes_are_left_to_the_base(kind: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 3, dtype=torch.complex64), nn.Linear(3, 3), nn.Linear(0, 3))
     assert controlled(model) == {"1.weight"}
+    optimizer = OPTIMIZERS[kind](model)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert all(bool(param.isfinite().all()) for param in model.parameters())
 
 
 # --- overrides -----------------------------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ def test_gradient_in_another_order_of_memory_is_read_right() -> None:
         param.grad = param.grad.contiguous(memory_format=memory_format)
         specopt.SNRSGD([param], lr=0.1, view=view, snr_lambda=0.5, block=4, **TIGHT).step()
         runs.append(param.detach())
-    assert torch.allclose(*runs, atol=1e-6)
+    assert torch.allclose(runs[0], runs[1], atol=1e-6)
 
 
 @pytest.mark.parametrize("view", [*SEVERAL, "transposed:1"])
@@ -349,15 +349,16 @@ def test_control_switched_off_leaves_no_stale_state() -> None:
     assert {key for key in optimizer.state[param] if key.startswith("spectral")} == {STEP}
 
 
-def test_cold_phase_of_parts_ends_as_that_of_one(backend: str) -> None:
-    param = weight("rows:3")
-    optimizer = specopt.NormScaleAdamW([param], lr=1e-3, view="rows:3", block=8)
-    train(optimizer, [param], range(3))
+def test_parts_go_on_after_the_cold_phase(backend: str) -> None:
+    param = weight("rows:2")
+    optimizer = specopt.NormScaleAdamW([param], lr=1e-4, view="rows:2", block=8, max_passes=2)
+    train(optimizer, [param], range(1))
     optimizer.state[param][STEP] = COLD_STEPS
     optimizer.state[param][STATS][:, Stat.COUNT] = COLD_STEPS
-    train(optimizer, [param], range(3, 5))
+    train(optimizer, [param], range(1, 3))
     assert optimizer.state[param][STEP] == COLD_STEPS + 2
-    assert sigmas("rows:3", param) == pytest.approx([targets("rows:3")] * 3, rel=0.02)
+    assert optimizer.state[param][STATS][:, Stat.COUNT].tolist() == [COLD_STEPS + 2.0] * 2
+    assert sigmas("rows:2", param) == pytest.approx([targets("rows:2")] * 2, rel=1e-3)
 
 
 def test_state_of_other_shapes_starts_control_anew() -> None:
