@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, ClassVar, cast
 
@@ -46,6 +46,8 @@ class Batch:
     """Their base update is made by our passes, not by torch."""
     base: OnDeviceBase | None = None
     """That update, where a pass on the device makes it."""
+    copied: list[Matrix] = field(default_factory=list)
+    """Those of the matrices that are read through a copy."""
 
 
 class SpectralOptimizer(Optimizer):
@@ -115,7 +117,7 @@ class SpectralOptimizer(Optimizer):
         seeds = [rounding_seeds(batch.matrices) for batch in batches]
         sessions = []
         for batch in batches:
-            refresh_copies(batch.matrices)
+            refresh_copies(batch.copied)
             base = batch.base.refresh() if batch.base else None
             sessions.append(self.rule.begin(batch.matrices, replace(gate, base=base, settled=same)))
         with ExitStack() as stack:
@@ -132,7 +134,7 @@ class SpectralOptimizer(Optimizer):
                     stack.enter_context(_gradients({matrix.param: None for matrix in batch.matrices}))
             self._base_step()
         for batch, session in zip(batches, sessions, strict=True):
-            with written_back(batch.matrices) if session.penalty is None else nullcontext():
+            with written_back(batch.copied) if batch.copied and session.penalty is None else nullcontext():
                 session.finish()
         if not same:
             self._complete_state()
@@ -204,6 +206,8 @@ class SpectralOptimizer(Optimizer):
                 kind = (matrix.param.dtype, matrix.group.get("norm"))
             batch = batches.setdefault((matrix.param.device, ours, *kind), Batch([], ours))
             batch.matrices.append(matrix)
+            if matrix.copy is not None:
+                batch.copied.append(matrix)
             if here and ours:
                 batch.base = OnDeviceBase(batch.matrices)
         return list(batches.values())

@@ -84,21 +84,17 @@ def _together(readings: list[Reading]) -> Reading:
 
 
 def _owned_parameters(model: nn.Module) -> Iterator[Owned]:
-    """Every parameter in every place where a module has it: a tied one comes several times. A module that is shared
-    comes once."""
-    seen: set[nn.Module] = set()
+    """Every parameter in every place where a module has it: one that is tied, or in a shared module, comes several
+    times."""
 
     def walk(path: tuple[tuple[str, nn.Module], ...]) -> Iterator[Owned]:
         prefix, module = path[-1]
-        if module in seen:
-            return
-        seen.add(module)
         dotted = f"{prefix}." if prefix else ""
         for name, param in module._parameters.items():
             if param is not None:
                 yield Owned(dotted + name, param, path)
         for name, child in module._modules.items():
-            if child is not None:
+            if child is not None and all(child is not above for _, above in path):
                 yield from walk((*path, (dotted + name, child)))
 
     return walk((("", model),))

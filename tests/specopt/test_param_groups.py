@@ -360,8 +360,12 @@ def test_requested_embeddings_are_set_and_sparse_gradients_refused_by_name_of_th
 def test_shared_modules_and_tied_linears_come_once_and_ties_read_in_two_ways_are_named() -> None:
     linear, twin, conv1d = nn.Linear(4, 4), nn.Linear(4, 4), Conv1D(4, 4)
     twin.weight = linear.weight
-    assert controlled(nn.Sequential(linear, twin, linear)) == {"0.weight"}
-    conv1d.weight = linear.weight
+    model = nn.Sequential(linear, twin, linear)
+    assert controlled(model) == {"0.weight"}
+    assert decisions(model)["0.weight"].why == "Linear, tied to 1.weight, 2.weight"
+    for name in ("0", "1.*", "2.weight"):
+        assert controlled(model, overrides={name: {"spectral": False}}) == set()
+    linear.register_parameter("weight", conv1d.weight)
     with pytest.warns(UserWarning, match=r"0\.weight \(4, 4\): tied, and read as flatten and as transposed"):
         assert controlled(nn.Sequential(linear, conv1d)) == set()
 

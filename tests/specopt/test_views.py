@@ -174,6 +174,24 @@ def test_other_modes_act_on_each_matrix(view: str, options: dict[str, Any]) -> N
         assert (mine - expected).norm() <= 2e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("norm", ["spectral", "frobenius"])
+@pytest.mark.parametrize("view", CASES)
+def test_initial_norm_of_each_matrix_is_kept(view: str, norm: str) -> None:
+    def norms() -> list[float]:
+        matrices = build(view, param.detach().double())
+        return [float(torch.linalg.matrix_norm(m, 2 if norm == "spectral" else "fro")) for m in matrices]
+
+    param = weight(view)
+    with torch.no_grad():
+        for scale, piece in enumerate(pieces(param, parse(view)), start=1):
+            piece.mul_(scale)
+    before = norms()
+    mode = "rescale" if norm == "spectral" else "set"
+    optimizer = specopt.NormScaleAdamW([param], view=view, norm=norm, mode=mode, target="initial", block=4, **TIGHT)
+    train(optimizer, [param], range(3))
+    assert norms() == pytest.approx(before, rel=1e-4)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_transposed_conv_is_read_in_any_order_of_memory(memory_format: torch.memory_format) -> None:
     view = "transposed:1"
