@@ -155,6 +155,54 @@ def test_snr_adds_the_penalty_of_each_matrix_to_one_gradient(view: str, block: i
         assert_close(param, expected)
 
 
+SGD: list[dict[str, Any]] = [
+    {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    {"momentum": 0.9, "dampening": 0.1, "maximize": True},
+    {"foreach": True},
+    {"fused": True, "maximize": True},
+]
+ADAMW: list[dict[str, Any]] = [
+    {"amsgrad": True, "maximize": True},
+    {"weight_decay": 0.3, "betas": (0.8, 0.9)},
+    {"foreach": True},
+    {"fused": True},
+]
+
+
+@pytest.mark.parametrize("base", SGD, ids=str)
+@pytest.mark.parametrize("view", ["rows:3", "transposed:1", "transposed:2"])
+def test_snr_under_any_option_is_sgd_on_the_penalized_gradient(view: str, base: dict[str, Any]) -> None:
+    param = weight(view)
+    other = param.detach().clone().requires_grad_()
+    optimizer = specopt.SNRSGD([param], lr=0.1, snr_lambda=0.5, view=view, **base)
+    plain = torch.optim.SGD([other], lr=0.1, **base)
+    strength = -0.5 if base.get("maximize") else 0.5
+    for step in range(3):
+        gradients([param, other], seed=step)
+        assert other.grad is not None
+        penalized = changed(view, param, lambda u, s, v: strength * s * torch.outer(u, v))
+        other.grad += (penalized - param.detach().cpu().double()).to(other)
+        optimizer.step()
+        plain.step()
+        assert_close(param, other.detach().cpu().double())
+
+
+@pytest.mark.parametrize("base", ADAMW, ids=str)
+@pytest.mark.parametrize("view", ["rows:3", "transposed:1", "transposed:2"])
+def test_set_under_any_option_is_adamw_then_the_correction(view: str, base: dict[str, Any]) -> None:
+    param = weight(view)
+    other = param.detach().clone().requires_grad_()
+    optimizer = specopt.NormScaleAdamW([param], lr=1e-2, view=view, **base)
+    plain = torch.optim.AdamW([other], lr=1e-2, **base)
+    for step in range(3):
+        with torch.no_grad():
+            other.copy_(param)
+        gradients([param, other], seed=step)
+        optimizer.step()
+        plain.step()
+        assert_close(param, changed(view, other, lambda u, s, v: (targets(view) - s) * torch.outer(u, v)))
+
+
 @pytest.mark.parametrize("view", CASES)
 @pytest.mark.parametrize("options", [{"mode": "rescale"}, {"mode": "cap"}, {"norm": "frobenius"}], ids=str)
 def test_other_modes_act_on_each_matrix(view: str, options: dict[str, Any]) -> None:
