@@ -24,14 +24,7 @@ from .telling import warn_of_unclear
 from .tracker.common import BLOCK, LEFT, PREFIX, PROBE, RIGHT, STATS, STEP, HostCopy, rounding_seeds
 from .tracker.device import runs_on
 from .updates import OnDeviceBase
-from .views import (
-    Matrix,
-    check_readable,
-    is_controlled,
-    matrices_of,
-    refresh_copies,
-    written_back,
-)
+from .views import Matrix, check_readable, is_controlled, matrices_of, refresh_copies, written_back
 
 UNSIGNED = ("params", "lr", "param_names", "initial_lr")
 """What a group holds that is no option, or may change from step to step."""
@@ -68,8 +61,15 @@ class SpectralOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the base's. A Module as ``params`` adds its groups: see :func:`specopt.param_groups`."""
-        for group in resolve([param_group]):
-            self._add_group(group)
+        before = len(self.param_groups)
+        try:
+            for group in resolve([param_group]):
+                self._add_group(group)
+        except (TypeError, ValueError):
+            del self.param_groups[before:]
+            raise
+        if "_options" not in self.__dict__:
+            warn_of_unclear(self.param_groups[before:], self.names())
 
     def _add_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
@@ -79,14 +79,8 @@ class SpectralOptimizer(Optimizer):
                 param_group.setdefault(name, merged[name])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        try:
-            for param in group["params"]:
-                check_readable(param, group)
-        except ValueError:
-            self.param_groups.pop()
-            raise
-        if "_options" not in self.__dict__:
-            warn_of_unclear([group], self.names())
+        for param in group["params"]:
+            check_readable(param, group)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of the base optimizer, under control.

@@ -240,6 +240,15 @@ def test_module_inside_a_group_and_in_add_param_group(kind: str) -> None:
     assert "weight" in {row.name for row in specopt.spectral_report(optimizer)}
 
 
+def test_a_module_that_cannot_be_added_leaves_no_group_behind(kind: str) -> None:
+    late = nn.LSTM(4, 5)
+    optimizer = OPTIMIZERS[kind](nn.Sequential(nn.Linear(4, 4), late))
+    groups = len(optimizer.param_groups)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": nn.Sequential(nn.Conv2d(2, 2, 3), late)})
+    assert len(optimizer.param_groups) == groups
+
+
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_lstm_and_transformer_train_on_both_backends(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECOPT_BACKEND", backend)
