@@ -8,6 +8,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
@@ -393,6 +396,20 @@ def test_renamed_classes_and_subclasses_are_what_they_are() -> None:
         "1.weight": "rows:2",
         "2.weight": None,
     }
+
+
+def test_sharded_modules_are_read_as_they_were(tmp_path: Path) -> None:
+    model = everything()
+    before = specopt.param_groups(model).table()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for child in model.children():
+            fully_shard(child, mesh=mesh)
+        assert type(model.head) is not nn.Linear
+        assert specopt.param_groups(model).table() == before
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_conv1d_of_transformers_is_known_by_its_type_or_by_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
