@@ -6,9 +6,10 @@ Swap the optimizer class, and every weight matrix' largest singular value is reg
 
 from . import init
 from .adamw import NormScaleAdamW
+from .groups import param_groups
 from .report import SpectralRow, spectral_report
 from .sgd import SNRSGD
 
 __version__ = "0.1.0"
 
-__all__ = ["SNRSGD", "NormScaleAdamW", "SpectralRow", "init", "spectral_report"]
+__all__ = ["SNRSGD", "NormScaleAdamW", "SpectralRow", "init", "param_groups", "spectral_report"]

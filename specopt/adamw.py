@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
@@ -12,6 +12,7 @@ from specopt.kernels import Update
 
 from . import updates
 from .control import SpectralOptimizer
+from .groups import resolve
 from .rules import NormScale
 from .targets import Target
 from .views import Matrix
@@ -30,6 +31,7 @@ class NormScaleAdamW(SpectralOptimizer, AdamW):
     Every argument of :class:`torch.optim.AdamW`, then, by keyword and per group:
 
     Args:
+        params: what torch takes, or a Module, which means ``specopt.param_groups(module)``: matrices by module type.
         norm: ``"spectral"`` or ``"frobenius"``.
         mode: ``"set"``, ``"cap"`` or (spectral) ``"rescale"``.
         target: σ*: ``"channels"`` is ``sqrt(out/in)``, ``"fan"`` ``sqrt(out/(in·k·k))``, ``"initial"`` the norm of the
@@ -38,14 +40,17 @@ class NormScaleAdamW(SpectralOptimizer, AdamW):
         raise_small: raise also a matrix that is all zero when control starts. By default it is only capped until it has
             reached σ* by itself.
         spectral: ``False`` turns control off for a group.
-        view: ``"auto"`` controls 2-D tensors, and 4-D and 5-D ones with more than one input and output channel, read as
-            ``(out, in·k·k)``; ``"flatten"`` any tensor of two or more dimensions.
+        view: how a group's tensors are read. ``"auto"`` controls 2-D tensors, and 4-D and 5-D ones with more than one
+            input and output channel, read as ``(out, in·k·k)``, and names those that it leaves alone in a warning;
+            ``"flatten"`` any tensor of two or more dimensions; for ``"transposed"``, ``"rows:G"`` and others see
+            ``specopt/parts.py``.
         block: columns of a product, 1 to 64: the tracked block, and an eighth of them a probe of where the last
             update went.
         tolerance: residual ``‖Wᵀu₁ − σ₁v₁‖ / σ₁`` above which the next step makes a further pair of products.
         max_passes: the most pairs of products in a step; by default 16 in the first 20 steps, 2 later.
         stochastic_rounding: round bfloat16 and float16 weights up or down by chance, so that updates and corrections
             smaller than their last place count on average. The chance is seeded by the step: the same in every run.
+            (torch itself makes, and rounds, the update of a parameter that holds several matrices.)
 
     Raises:
         ValueError: an option that makes no sense, naming it, its value and what it may be.
@@ -62,7 +67,7 @@ class NormScaleAdamW(SpectralOptimizer, AdamW):
 
     def __init__(
         self,
-        params: ParamsT,
+        params: ParamsT | nn.Module,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -103,7 +108,7 @@ class NormScaleAdamW(SpectralOptimizer, AdamW):
             options,
             lambda: AdamW.__init__(
                 self,
-                params,
+                resolve(params),
                 lr,
                 betas,
                 eps,

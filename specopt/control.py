@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, ClassVar, cast
 
@@ -18,11 +18,13 @@ from specopt import kernels
 from specopt.kernels import Penalty, Update, base_updates_
 
 from . import updates
+from .groups import resolve
 from .session import Gate, OnDevice, Rule
+from .telling import warn_of_unclear
 from .tracker.common import BLOCK, LEFT, PREFIX, PROBE, RIGHT, STATS, STEP, HostCopy, rounding_seeds
 from .tracker.device import runs_on
 from .updates import OnDeviceBase
-from .views import Matrix, as_matrix, is_controlled, matrix_view
+from .views import Matrix, check_readable, is_controlled, matrices_of, refresh_copies, written_back
 
 UNSIGNED = ("params", "lr", "param_names", "initial_lr")
 """What a group holds that is no option, or may change from step to step."""
@@ -37,6 +39,8 @@ class Batch:
     """Their base update is made by our passes, not by torch."""
     base: OnDeviceBase | None = None
     """That update, where a pass on the device makes it."""
+    copied: list[Matrix] = field(default_factory=list)
+    """Those of the matrices that are read through a copy."""
 
 
 class SpectralOptimizer(Optimizer):
@@ -53,8 +57,21 @@ class SpectralOptimizer(Optimizer):
         base_init()
         self.defaults.update(options)
         del self._options
+        warn_of_unclear(self.param_groups, self.names())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the base's. A Module as ``params`` adds its groups: see :func:`specopt.param_groups`."""
+        before = len(self.param_groups)
+        try:
+            for group in resolve([param_group]):
+                self._add_group(group)
+        except (TypeError, ValueError):
+            del self.param_groups[before:]
+            raise
+        if "_options" not in self.__dict__:
+            warn_of_unclear(self.param_groups[before:], self.names())
+
+    def _add_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
             merged = {**getattr(self, "defaults", {}), **self._own_options(), **param_group}
             self.rule.check(merged)
@@ -62,13 +79,8 @@ class SpectralOptimizer(Optimizer):
                 param_group.setdefault(name, merged[name])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        try:
-            for param in group["params"]:
-                if is_controlled(param, group):
-                    matrix_view(param)
-        except ValueError:
-            self.param_groups.pop()
-            raise
+        for param in group["params"]:
+            check_readable(param, group)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of the base optimizer, under control.
@@ -99,6 +111,7 @@ class SpectralOptimizer(Optimizer):
         seeds = [rounding_seeds(batch.matrices) for batch in batches]
         sessions = []
         for batch in batches:
+            refresh_copies(batch.copied)
             base = batch.base.refresh() if batch.base else None
             sessions.append(self.rule.begin(batch.matrices, replace(gate, base=base, settled=same)))
         with ExitStack() as stack:
@@ -110,13 +123,13 @@ class SpectralOptimizer(Optimizer):
                     updated = [self._update(matrix)._replace(seed=seed) for matrix, seed in pairs]
                     base_updates_(updated, session.penalty, gate.host_scale)
                 elif session.penalty is not None:
-                    penalized = _penalized(batch.matrices, session.penalty, gate)
-                    stack.enter_context(_gradients(batch.matrices, penalized))
+                    stack.enter_context(_gradients(_penalized(batch.matrices, session.penalty, gate)))
                 if batch.ours:
-                    stack.enter_context(_gradients(batch.matrices, [None] * len(batch.matrices)))
+                    stack.enter_context(_gradients({matrix.param: None for matrix in batch.matrices}))
             self._base_step()
-        for session in sessions:
-            session.finish()
+        for batch, session in zip(batches, sessions, strict=True):
+            with written_back(batch.copied) if batch.copied and session.penalty is None else nullcontext():
+                session.finish()
         if not same:
             self._complete_state()
             signature, tensors = self._signature()
@@ -174,7 +187,7 @@ class SpectralOptimizer(Optimizer):
                         "with spectral=False"
                     )
                 state = self.state[param] if with_grad else self.state.get(param, {})
-                yield as_matrix(param, group, state, self.rule.columns(group))
+                yield from matrices_of(param, group, state, self.rule.columns(group))
 
     def _batches(self) -> list[Batch]:
         batches: dict[Any, Batch] = {}
@@ -187,6 +200,8 @@ class SpectralOptimizer(Optimizer):
                 kind = (matrix.param.dtype, matrix.group.get("norm"))
             batch = batches.setdefault((matrix.param.device, ours, *kind), Batch([], ours))
             batch.matrices.append(matrix)
+            if matrix.copy is not None:
+                batch.copied.append(matrix)
             if here and ours:
                 batch.base = OnDeviceBase(batch.matrices)
         return list(batches.values())
@@ -245,25 +260,25 @@ class SpectralOptimizer(Optimizer):
     # --- telling the user ----------------------------------------------------------------------------------------
 
     def _tell(self, gate: Gate) -> None:
-        waiting: list[tuple[list[Tensor], HostCopy]] = self.__dict__.setdefault("_waiting", [])
+        waiting: list[tuple[list[Matrix], HostCopy]] = self.__dict__.setdefault("_waiting", [])
         waiting.extend(gate.ratios)
-        arrived: list[tuple[Tensor, float]] = []
+        arrived: list[tuple[Matrix, float]] = []
         still = []
-        for params, copy in waiting:
+        for matrices, copy in waiting:
             ratios = copy.peek()
             if ratios is None:
-                still.append((params, copy))
+                still.append((matrices, copy))
             else:
-                arrived.extend(zip(params, ratios.tolist(), strict=True))
+                arrived.extend(zip(matrices, ratios.tolist(), strict=True))
         self._waiting = still
-        self._warn([(param, ratio) for param, ratio in arrived if not 0.5 <= ratio <= 2])
+        self._warn([(matrix, ratio) for matrix, ratio in arrived if not 0.5 <= ratio <= 2])
 
-    def _warn(self, far: list[tuple[Tensor, float]]) -> None:
+    def _warn(self, far: list[tuple[Matrix, float]]) -> None:
         if not far or self.__dict__.get("_warned"):
             return
         self._warned = True
         names = self.names()
-        listed = ", ".join(f"{names[p]} {tuple(p.shape)}: {r:.3g}" for p, r in far[:4])
+        listed = ", ".join(f"{names[m.param]}{m.suffix} {tuple(m.piece.shape)}: {r:.3g}" for m, r in far[:4])
         warnings.warn(
             f"the first step moves {len(far)} weight(s) whose norm is not within [0.5, 2] of its target "
             f"(norm / target: {listed}{', ...' if len(far) > 4 else ''}). Start from specopt.init.scaled_orthogonal_, "
@@ -281,24 +296,25 @@ class SpectralOptimizer(Optimizer):
 
 
 @contextmanager
-def _gradients(matrices: Sequence[Matrix], replaced: Sequence[Tensor | None]) -> Iterator[None]:
+def _gradients(replaced: Mapping[Tensor, Tensor | None]) -> Iterator[None]:
     """Other gradients, or none, for the base update; the same tensors as before afterwards."""
-    grads = [matrix.param.grad for matrix in matrices]
+    grads = {param: param.grad for param in replaced}
     try:
-        for matrix, grad in zip(matrices, replaced, strict=True):
-            matrix.param.grad = grad
+        for param, grad in replaced.items():
+            param.grad = grad
         yield
     finally:
-        for matrix, grad in zip(matrices, grads, strict=True):
-            matrix.param.grad = grad
+        for param, grad in grads.items():
+            param.grad = grad
 
 
-def _penalized(matrices: Sequence[Matrix], penalty: Penalty, gate: Gate) -> list[Tensor]:
-    """Copies of the gradients with the penalty's added, at the scale that they have."""
-    grads = [grad for matrix in matrices if (grad := matrix.param.grad) is not None]
-    penalized = [torch.empty_like(matrix.param) for matrix in matrices]
-    torch._foreach_copy_(penalized, grads)
-    views = [matrix.view_of(grad) for matrix, grad in zip(matrices, penalized, strict=True)]
+def _penalized(matrices: Sequence[Matrix], penalty: Penalty, gate: Gate) -> dict[Tensor, Tensor]:
+    """By parameter a copy of its gradient with the penalty of its matrices added, at the scale that it has."""
+    penalized = {matrix.param: torch.empty_like(matrix.param) for matrix in matrices}
+    torch._foreach_copy_(list(penalized.values()), [cast(Tensor, param.grad) for param in penalized])
+    views = [matrix.view_of(penalized[matrix.param]) for matrix in matrices]
     coefficients = penalty.coefficients * gate.gradient_scale(penalty.coefficients)
     kernels.rank_updates_(views, coefficients[:, None], penalty.lefts, penalty.rights)
+    for matrix, view in zip(matrices, views, strict=True):
+        matrix.store(view, penalized[matrix.param])
     return penalized

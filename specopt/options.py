@@ -9,8 +9,8 @@ from typing import Any
 
 from specopt.kernels import MAX_COLUMNS
 
+from .parts import parse
 from .targets import NAMED_TARGETS
-from .views import VIEWS
 
 SHARED = ("spectral", "view", "block", "tolerance", "max_passes", "stochastic_rounding")
 NORMS = ("spectral", "frobenius")
@@ -20,7 +20,7 @@ MODES = {"spectral": ("set", "cap", "rescale"), "frobenius": ("set", "cap")}
 def check_shared(group: Mapping[str, Any]) -> None:
     if not isinstance(group["spectral"], bool):
         raise ValueError(f"spectral must be True or False, got {group['spectral']!r}")
-    check_choice("view", group["view"], VIEWS)
+    parse(group["view"])
     check_count("block", group["block"], MAX_COLUMNS)
     if not _positive(group["tolerance"]):
         raise ValueError(f"tolerance must be a positive finite number, got {group['tolerance']!r}")

@@ -19,10 +19,12 @@ from .views import Matrix
 
 @dataclass(frozen=True)
 class SpectralRow:
-    """One controlled weight. Norms are those of the matrix view."""
+    """One matrix. Norms are those of the matrix view."""
 
     name: str
+    """The parameter's, and which of its matrices where it holds several: ``in_proj_weight[0]``."""
     shape: tuple[int, ...]
+    """``(out, in, *kernel)``, whatever order the parameter has."""
     sigma: float
     """Its largest singular value now, measured afresh."""
     target: float | None
@@ -40,7 +42,7 @@ class SpectralRow:
 
 @torch.no_grad()
 def spectral_report(optimizer: Optimizer) -> list[SpectralRow]:
-    """A row for each weight that ``optimizer`` controls, in the order of its groups. One host sync; changes nothing.
+    """A row for each matrix that ``optimizer`` controls, in the order of its groups. One host sync; changes nothing.
 
     Raises:
         TypeError: an optimizer that controls nothing by design, such as a plain ``torch.optim`` one.
@@ -50,8 +52,7 @@ def spectral_report(optimizer: Optimizer) -> list[SpectralRow]:
     matrices = list(optimizer.matrices(with_grad=False))
     if not matrices:
         return []
-    params = [matrix.param for matrix in matrices]
-    stats = measure(params)
+    stats = measure(matrices)
     columns = [
         stats[:, Stat.SIGMA],
         stats[:, Stat.RESIDUAL],
@@ -61,12 +62,12 @@ def spectral_report(optimizer: Optimizer) -> list[SpectralRow]:
     ]
     names = optimizer.names()
     rows = []
-    for param, values in zip(params, torch.stack(columns, 1).tolist(), strict=True):
+    for matrix, values in zip(matrices, torch.stack(columns, 1).tolist(), strict=True):
         sigma, residual, frobenius, target, capped = values
         rows.append(
             SpectralRow(
-                name=names[param],
-                shape=tuple(param.shape),
+                name=names[matrix.param] + matrix.suffix,
+                shape=tuple(matrix.piece.shape),
                 sigma=sigma,
                 target=None if target != target else target,
                 residual=residual,

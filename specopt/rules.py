@@ -193,7 +193,7 @@ class _ScaledOnDevice:
             pulled = changed & (constant([float(m.group["mode"] != "cap") for m in self.matrices], sigma) > 0)
             ratio = torch.where(pulled, sigma / targets_of(self.matrices, sigma), 1.0)
             ratio = torch.stack([ratio[i] for i in first])
-            self.gate.ratios.append(([self.matrices[i].param for i in first], HostCopy.of(ratio)))
+            self.gate.ratios.append(([self.matrices[i] for i in first], HostCopy.of(ratio)))
 
 
 class _SpectralCorrection:
@@ -218,7 +218,7 @@ def _initial_norms(spectral: Sequence[Matrix], frobenius: Sequence[Matrix]) -> l
         key = INITIAL[norm]
         unknown = [m for m in matrices if m.group["target"] == "initial" and key not in m.state]
         if unknown and norm == "spectral":
-            values = measure([m.param for m in unknown])[:, Stat.SIGMA]
+            values = measure(unknown)[:, Stat.SIGMA]
         elif unknown:
             values = kernels.frobenius_norms([m.weight for m in unknown])
         else:
@@ -261,7 +261,7 @@ def _allowed(
         pulled = (change != 0) & (constant([float(m.group["mode"] != "cap") for m in matrices], norm) > 0)
         ratio = torch.where(pulled, norm / target, 1.0)
         ratio = torch.stack([ratio[i] for i in first])
-        gate.ratios.append(([matrices[i].param for i in first], HostCopy.of(ratio)))
+        gate.ratios.append(([matrices[i] for i in first], HostCopy.of(ratio)))
     return torch.where(gate.open(matrices, norm) > 0, change, 0.0), capped.to(stats.dtype)
 
 
@@ -278,4 +278,4 @@ def targets_of(matrices: Sequence[Matrix], like: Tensor) -> Tensor:
 def shape_target(matrix: Matrix) -> float:
     """The target as far as the shape and the options tell it; nan for ``"initial"``."""
     shape_rule = target_frobenius if matrix.group["norm"] == "frobenius" else target_sigma
-    return shape_rule(matrix.param, matrix.group["target"])
+    return shape_rule(matrix.piece, matrix.group["target"])

@@ -66,8 +66,8 @@ class Gate:
     """Left by a gradient scaler with ``fused=True``: non-zero where the base update skips."""
     grad_scale: Tensor | None = None
     """Likewise: what the gradients are still multiplied by."""
-    ratios: list[tuple[list[Tensor], HostCopy]] = field(default_factory=list)
-    """Parameters in their first step, and the norm found over its target (1 where it was not pulled there)."""
+    ratios: list[tuple[list[Matrix], HostCopy]] = field(default_factory=list)
+    """Matrices in their first step, and the norm found over its target (1 where it was not pulled there)."""
     workspace: dict[Any, Any] = field(default_factory=dict)
     """The optimizer's, for what is kept between steps and is no state."""
     settled: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.optimizer import ParamsT
 
@@ -12,6 +12,7 @@ from specopt.kernels import Update
 
 from . import updates
 from .control import SpectralOptimizer
+from .groups import resolve
 from .rules import SpectralPenalty
 from .views import Matrix
 
@@ -26,15 +27,19 @@ class SNRSGD(SpectralOptimizer, SGD):
     Every argument of :class:`torch.optim.SGD`, then, by keyword and per group:
 
     Args:
+        params: what torch takes, or a Module, which means ``specopt.param_groups(module)``: matrices by module type.
         snr_lambda: λ >= 0. (Where a text writes the penalty ``λ ‖W‖₂²`` without the half, its λ is half of this.)
         spectral: ``False`` turns control off for a group.
-        view: ``"auto"`` controls 2-D tensors, and 4-D and 5-D ones with more than one input and output channel, read as
-            ``(out, in·k·k)``; ``"flatten"`` any tensor of two or more dimensions.
+        view: how a group's tensors are read. ``"auto"`` controls 2-D tensors, and 4-D and 5-D ones with more than one
+            input and output channel, read as ``(out, in·k·k)``, and names those that it leaves alone in a warning;
+            ``"flatten"`` any tensor of two or more dimensions; for ``"transposed"``, ``"rows:G"`` and others see
+            ``specopt/parts.py``.
         block: columns of a product, 1 to 64: the tracked block, and an eighth of them a probe of where the weight went.
         tolerance: residual ``‖Wᵀu₁ − σ₁v₁‖ / σ₁`` above which a step makes a further pair of products.
         max_passes: the most pairs of products in a step; by default 16 in the first 20 steps, 2 later.
         stochastic_rounding: round bfloat16 and float16 weights up or down by chance, so that updates and corrections
             smaller than their last place count on average. The chance is seeded by the step: the same in every run.
+            (torch itself makes, and rounds, the update of a parameter that holds several matrices.)
 
     Raises:
         ValueError: an option that makes no sense, naming it, its value and what it may be.
@@ -51,7 +56,7 @@ class SNRSGD(SpectralOptimizer, SGD):
 
     def __init__(
         self,
-        params: ParamsT,
+        params: ParamsT | nn.Module,
         lr: float | Tensor = 1e-3,
         momentum: float = 0,
         dampening: float = 0,
@@ -83,7 +88,7 @@ class SNRSGD(SpectralOptimizer, SGD):
             options,
             lambda: SGD.__init__(
                 self,
-                params,
+                resolve(params),
                 lr,
                 momentum,
                 dampening,

@@ -10,8 +10,8 @@ Target = str | float
 NAMED_TARGETS = ("channels", "fan", "initial")
 
 
-def target_sigma(param: Tensor, target: Target) -> float:
-    """``sigma*`` of a weight of shape (out, in, *kernel).
+def target_sigma(weight: Tensor, target: Target) -> float:
+    """``sigma*`` of a matrix that is ``(out, in, *kernel)``; of a grouped conv, one group's.
 
     ``"channels"``: ``sqrt(out / in)``; ``"fan"``: ``sqrt(out / (in·k·k))``; a float: itself. ``"initial"`` is known
     only from the weight, and nan here. Source of the first: Norm Scaling's initialization, with channels in place of
@@ -21,13 +21,13 @@ def target_sigma(param: Tensor, target: Target) -> float:
         return float(target)
     if target == "initial":
         return math.nan
-    rows, columns = param.shape[0], param.shape[1]
+    rows, columns = weight.shape[0], weight.shape[1]
     if target == "fan":
-        columns = math.prod(param.shape[1:])
+        columns = math.prod(weight.shape[1:])
     return math.sqrt(rows / columns)
 
 
-def target_frobenius(param: Tensor, target: Target) -> float:
+def target_frobenius(weight: Tensor, target: Target) -> float:
     """``F* = sqrt(min(rows, cols)) · sigma*``: the Frobenius norm where all singular values are ``sigma*``."""
-    smaller = min(param.shape[0], math.prod(param.shape[1:]))
-    return math.sqrt(smaller) * target_sigma(param, target)
+    smaller = min(weight.shape[0], math.prod(weight.shape[1:]))
+    return math.sqrt(smaller) * target_sigma(weight, target)

@@ -19,6 +19,8 @@ from .views import Matrix
 
 def is_plain(matrix: Matrix) -> bool:
     """Whether options and layout are such that the update can be ours; else it is left to torch."""
+    if not matrix.fills_parameter:
+        return False
     group = matrix.group
     options = (group["weight_decay"], *group.get("betas", ()))
     if group["differentiable"] or any(isinstance(value, Tensor) for value in options):

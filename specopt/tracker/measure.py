@@ -10,24 +10,24 @@ from torch import Tensor
 
 from specopt import kernels
 
-from ..views import Matrix, as_matrix
+from ..views import Matrix, with_options
 from . import pairs
 from .common import BLOCK, PROBE, STATS, noise_like, probe_columns, restart
 
 OPTIONS: dict[str, Any] = {"block": 32, "tolerance": 1e-3, "max_passes": 64}
 
 
-def measure(params: Sequence[Tensor]) -> Tensor:
+def measure(weights: Sequence[Matrix]) -> Tensor:
     """The stats (B, len(Stat)) of a cold step that changes nothing: residual at most 1e-3, or 64 pairs."""
-    rows: list[Tensor | None] = [None] * len(params)
-    matrices = [as_matrix(param, OPTIONS, {}, pairs.basis_columns(OPTIONS["block"])) for param in params]
+    rows: list[Tensor | None] = [None] * len(weights)
+    matrices = [with_options(matrix, OPTIONS, pairs.basis_columns(OPTIONS["block"])) for matrix in weights]
     for key in {_key(matrix) for matrix in matrices}:
         chosen = [i for i, matrix in enumerate(matrices) if _key(matrix) == key]
         bucket = [matrices[i] for i in chosen]
         _start(bucket)
         pairs.step(bucket, lambda sigma, valid, stats: pairs.Change(torch.zeros_like(sigma)))
         for i in chosen:
-            rows[i] = matrices[i].state[STATS].to(params[0].device, torch.float64)
+            rows[i] = matrices[i].state[STATS].to(weights[0].param.device, torch.float64)
     return torch.stack([row for row in rows if row is not None])
 
 

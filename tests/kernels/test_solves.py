@@ -19,7 +19,7 @@ from specopt.rules import _SpectralCorrection
 from specopt.session import Gate
 from specopt.tracker import common, halves, pairs
 from specopt.tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, Stat, probe_columns
-from specopt.views import Matrix, as_matrix
+from specopt.views import Matrix, matrices_of
 
 from . import compiled
 from .samples import generator
@@ -28,6 +28,7 @@ CHUNK = 48
 """So that small matrices have several partial sums."""
 
 GROUP = {
+    "view": "flatten",
     "block": 8,
     "tolerance": 0.01,
     "max_passes": None,
@@ -218,7 +219,7 @@ def decaying(rows: int, columns: int, seed: int = 0, scale: float = 1.0) -> Tens
 def matrix_of(weight: Tensor, tracker: str, **options: Any) -> Matrix:
     group = {**GROUP, **options}
     columns = (pairs if tracker == "pairs" else halves).basis_columns(group["block"])
-    return as_matrix(torch.nn.Parameter(weight), group, {}, columns)
+    return matrices_of(torch.nn.Parameter(weight), group, {}, columns)[0]
 
 
 def twin(matrix: Matrix) -> Matrix:
@@ -227,7 +228,7 @@ def twin(matrix: Matrix) -> Matrix:
     fresh = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device=param.device).copy_(param)
     state = {key: value.clone() if isinstance(value, Tensor) else value for key, value in matrix.state.items()}
     columns = matrix.columns
-    again = as_matrix(torch.nn.Parameter(fresh), dict(matrix.group), state, columns)
+    again = matrices_of(torch.nn.Parameter(fresh), dict(matrix.group), state, columns)[0]
     assert again.columns == columns and again.flipped == matrix.flipped
     return again
 
