@@ -20,7 +20,7 @@ from specopt.kernels import Penalty, Update, base_updates_
 from . import updates
 from .checkpoint import check_like_weight, check_matrix
 from .session import Gate, OnDevice, OnHost, Rule
-from .tracker.common import BLOCK, LEFT, PREFIX, PROBE, RIGHT, STATS, STEP, HostCopy, rounding_seeds
+from .tracker.common import BLOCK, LEFT, PREFIX, PROBE, RIGHT, STATS, STEP, HostCopy, Kept, rounding_seeds
 from .tracker.device import runs_on
 from .updates import OnDeviceBase
 from .views import Matrix, as_matrix, is_controlled, matrix_view
@@ -98,6 +98,8 @@ class SpectralOptimizer(Optimizer):
         batches: list[Batch] = gate.workspace["batches"] if same else self._batches()
         settled = same or all(self.rule.has_state(matrix) for batch in batches for matrix in batch.matrices)
         seeds = [rounding_seeds(batch.matrices) for batch in batches]
+        # our passes skip on the device; what torch makes has to be undone there
+        kept = [Kept(batch.matrices) for batch in batches if gate.is_undecided and not batch.base]
         sessions = []
         for batch in batches:
             base = batch.base.refresh() if batch.base else None
@@ -118,6 +120,8 @@ class SpectralOptimizer(Optimizer):
             self._base_step()
         for session in sessions:
             session.finish()
+        for state in kept:
+            state.put_back(cast(Tensor, gate.found_inf).reshape(()) != 0)
         if not same:
             self._complete_state()
             signature, tensors = self._signature()
