@@ -186,6 +186,16 @@ def test_extreme_scales_are_set_to_the_target(scale: float, dtype: torch.dtype) 
             assert float(exact(param)[1][0]) == pytest.approx(target, rel=2e-3 if dtype == torch.float32 else 2e-2)
 
 
+@pytest.mark.parametrize("block", [1, 4, 32])
+def test_a_weight_is_raised_by_any_factor(block: int) -> None:
+    param = torch.zeros(100, 80).requires_grad_()
+    optimizer = specopt.NormScaleAdamW([param], lr=1e-33, weight_decay=0, target=5.0, raise_small=True, block=block)
+    for step in range(3):
+        param.grad = torch.randn(100, 80, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+        assert float(exact(param)[1][0]) == pytest.approx(5.0, rel=1e-3)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_penalty_of_extreme_scales(scale: float) -> None:
     params = [(scale * param.detach()).requires_grad_() for param in parameters(torch.float32)]
