@@ -14,6 +14,23 @@ ANY = -1
 """In a shape: a length that options decide."""
 
 
+def check_options(defaults: Mapping[str, Any], group: Mapping[str, Any], optimizer: str) -> None:
+    """Whether a group has what an optimizer of this kind always had.
+
+    Switches came over the years, and an older state may lack them; numbers it may not.
+
+    Raises:
+        ValueError: it has not.
+    """
+    numbers = [name for name, value in defaults.items() if value is not None and not isinstance(value, bool | str)]
+    missing = [name for name in numbers if name not in group]
+    if missing:
+        raise ValueError(
+            f"a group to load has no {', '.join(missing)}, which {optimizer} takes: the state is that of another "
+            "optimizer, and nothing was loaded"
+        )
+
+
 def check_like_weight(param: Tensor, state: Mapping[str, Any], keys: tuple[str, ...], name: str) -> None:
     """Whether what the base keeps in the shape of the weight has that shape.
 

@@ -18,7 +18,7 @@ from specopt import kernels
 from specopt.kernels import Penalty, Update, base_updates_
 
 from . import updates
-from .checkpoint import check_like_weight, check_matrix
+from .checkpoint import check_like_weight, check_matrix, check_options
 from .session import Gate, OnDevice, OnHost, Rule
 from .tracker.common import BLOCK, LEFT, PREFIX, PROBE, RIGHT, STATS, STEP, HostCopy, Kept, rounding_seeds
 from .tracker.device import runs_on
@@ -253,8 +253,12 @@ class SpectralOptimizer(Optimizer):
             self.register_load_state_dict_pre_hook(see),
             self.register_load_state_dict_post_hook(restore, prepend=True),
         ]
+        before = self.state, self.param_groups
         try:
             super().load_state_dict(state_dict)
+        except Exception:
+            self.state, self.param_groups = before
+            raise
         finally:
             for hook in hooks:
                 hook.remove()
@@ -266,6 +270,7 @@ class SpectralOptimizer(Optimizer):
         names = self.names()
         for mine, now, saved_group in zip(self.param_groups, options, groups, strict=True):
             group = {**now, **saved_group}
+            check_options(self.defaults, group, type(self).__name__)
             self.rule.check(group)
             for param, key in zip(mine["params"], group["params"], strict=True):
                 state = saved["state"].get(key, {})

@@ -293,6 +293,29 @@ def test_a_state_that_cannot_be_meant_is_refused_and_nothing_of_it_taken(
     train(optimizer, params, range(2, 3))
 
 
+@pytest.mark.parametrize(("saved", "loaded", "lacking"), [("snr", "set", "betas, eps"), ("set", "snr", "momentum")])
+def test_a_state_of_another_optimizer_is_refused_whole(saved: str, loaded: str, lacking: str) -> None:
+    other, _ = trained(saved)
+    optimizer, params = trained(loaded)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=f"no {lacking}.*another optimizer"):
+        optimizer.load_state_dict(other.state_dict())
+    assert same(before, optimizer.state_dict())
+    train(optimizer, params, range(2, 3))
+
+
+def test_what_fails_half_way_is_taken_back() -> None:
+    optimizer, params = trained("set")
+    before = copy.deepcopy(optimizer.state_dict())
+    saved = copy.deepcopy(before)
+    del saved["state"][0]["step"]
+    saved["param_groups"][0]["lr"] = 0.7
+    with pytest.raises(KeyError, match="step"):  # torch's own, when the state is in its place already
+        optimizer.load_state_dict(saved)
+    assert same(before, optimizer.state_dict())
+    train(optimizer, params, range(2, 3))
+
+
 def test_the_error_of_a_refused_state_has_the_name_of_a_named_parameter() -> None:
     model = nn.Sequential(nn.Linear(80, 70))
     optimizer = specopt.SNRSGD(model.named_parameters(), momentum=0.9)
