@@ -165,6 +165,37 @@ def test_two_devices_side_by_side_take_the_steps_they_take_alone(kind: str) -> N
     assert all(equal(params, others) for params, others in zip(together, alone, strict=True))
 
 
+def test_parameters_replaced_in_their_group_are_controlled_from_then_on(kind: str) -> None:
+    params, others = several(), several()
+    optimizer = OURS[kind](params)  # as wrappers do that shard a model after its optimizer was built
+    for step in range(4):
+        set_gradients(params, others, step)
+        if step == 2:
+            optimizer.param_groups[0]["params"] = others
+        optimizer.step()
+    assert optimizer.state[params[0]][STEP] == optimizer.state[others[0]][STEP] == 2
+    assert kind == "snr" or at_target(others[0])
+
+
+def test_a_state_that_was_cleared_starts_cold(kind: str) -> None:
+    params = several()
+    optimizer = OURS[kind](params)
+    for step in range(4):
+        if step == 2:
+            optimizer.state.clear()
+        set_gradients(params, params, step)
+        optimizer.step()
+    assert optimizer.state[params[0]][STEP] == 2
+
+
+def test_a_step_without_any_gradient_changes_nothing(kind: str) -> None:
+    params = several()
+    optimizer = OURS[kind](params)
+    before = [param.detach().clone() for param in params]
+    optimizer.step()
+    assert equal(before, [param.detach() for param in params]) and not optimizer.state
+
+
 # --- groups ----------------------------------------------------------------------------------------------------------
 def test_groups_with_options_of_their_own_take_the_steps_they_take_alone(kind: str) -> None:
     options: list[dict[str, Any]] = [
