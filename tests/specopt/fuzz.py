@@ -153,15 +153,17 @@ class Case:
             return wide[:rows, 1 : 2 * columns + 1 : 2]
         return values
 
+    @property
+    def kind(self) -> Any:
+        return specopt.SNRSGD if self.penalty else specopt.NormScaleAdamW
+
     def make(self, param: Tensor) -> Any:
-        ours: Any = specopt.SNRSGD if self.penalty else specopt.NormScaleAdamW
-        return ours([param], **self.options)
+        return self.kind([param], **self.options)
 
     @property
     def base(self) -> tuple[Any, dict[str, Any]]:
         """The base class and its share of the options."""
-        own = (specopt.SNRSGD if self.penalty else specopt.NormScaleAdamW).rule.names
-        options = {name: value for name, value in self.options.items() if name not in own}
+        options = {name: value for name, value in self.options.items() if name not in self.kind.rule.names}
         return torch.optim.SGD if self.penalty else torch.optim.AdamW, options
 
 
