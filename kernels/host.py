@@ -84,16 +84,17 @@ def next_basis(
     starts: Sequence[Tensor],
     layout: BasisLayout,
     top: Tensor,
+    largest: Tensor,
     corrected: Tensor,
     out: Sequence[Tensor],
     active: Tensor | None,
 ) -> Tensor:
     chosen = live(active, len(out))
     residuals = [0.0] * len(out)
-    values, tops = corrected.tolist(), top.tolist()
+    values, tops, sizes = corrected.tolist(), top.tolist(), largest.tolist()
     candidates = list(out)
     for i in chosen:
-        z, v, scale = returned[i], triplets.rights[i], 1 / tops[i]
+        z, v, scale = returned[i], triplets.rights[i], 1 / sizes[i]
         k, r, a = layout.columns[i], layout.kept[i], layout.followers[i]
         p = k - r - a - subspace.scouts(k)
         d = values[i][:k]

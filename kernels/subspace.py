@@ -181,10 +181,11 @@ def next_basis(
     sigma = triplets.sigma
     width = sigma.shape[1]
     top = torch.where(sigma[:, 0] > 0, sigma[:, 0], torch.ones_like(sigma[:, 0]))
-    corrected = sigma / top[:, None]
-    corrected[:, 0] = corrected[:, 0] + correction / top
+    largest = top.maximum((sigma[:, 0] + correction).abs())  # a correction may raise a sigma by any factor
+    corrected = sigma / largest[:, None]
+    corrected[:, 0] = corrected[:, 0] + correction / largest
     if _on_host(sigma):
-        return host.next_basis(triplets, returned, previous, starts, layout, top, corrected, out, active)
+        return host.next_basis(triplets, returned, previous, starts, layout, top, largest, corrected, out, active)
     plan = _plan(layout, width, sigma.device, sigma.dtype)
     square = corrected.square()
     shift = 0.5 * torch.where(plan.real, square, torch.inf).amin(1, keepdim=True)
@@ -195,12 +196,12 @@ def next_basis(
     onehot = (places[:, None] == source[:, None, :]).to(sigma.dtype) * plan.taken[:, None, :]  # (B, from, to)
     probes = max(layout.followers)
     from_z = sigma.new_zeros(len(returned), width + probes, width)
-    from_z[:, :width] = onehot * (d / top[:, None])[:, None, :]
-    from_z = from_z + plan.follow_now / top[:, None, None]
+    from_z[:, :width] = onehot * (d / largest[:, None])[:, None, :]
+    from_z = from_z + plan.follow_now / largest[:, None, None]
     from_v = -onehot * torch.where(plan.image, shift, d.square())[:, None, :]
     terms: list[tuple[Sequence[Tensor], Tensor]] = [(returned, from_z), (triplets.rights, from_v)]
     if probes:
-        terms.append((previous, -plan.follow_before / top[:, None, None]))
+        terms.append((previous, -plan.follow_before / largest[:, None, None]))
     candidates = allocate([(basis.shape[0], basis.shape[1]) for basis in out], out[0])
     mixes(terms, candidates)
     orthonormalize(candidates, starts, out, active=active)

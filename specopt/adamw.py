@@ -64,6 +64,7 @@ class NormScaleAdamW(SpectralOptimizer, AdamW):
     """
 
     rule = NormScale()
+    like_weight = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
     def __init__(
         self,

@@ -18,10 +18,11 @@ from specopt import kernels
 from specopt.kernels import Penalty, Update, base_updates_
 
 from . import updates
+from .checkpoint import check_like_weight, check_matrix, check_options
 from .groups import resolve
 from .session import Gate, OnDevice, Rule
 from .telling import warn_of_unclear
-from .tracker.common import BLOCK, LEFT, PREFIX, PROBE, RIGHT, STATS, STEP, HostCopy, rounding_seeds
+from .tracker.common import BLOCK, LEFT, PREFIX, PROBE, RIGHT, STATS, STEP, HostCopy, Kept, rounding_seeds
 from .tracker.device import runs_on
 from .updates import OnDeviceBase
 from .views import Matrix, check_readable, is_controlled, matrices_of, refresh_copies, written_back
@@ -50,6 +51,8 @@ class SpectralOptimizer(Optimizer):
     """
 
     rule: ClassVar[Rule]
+    like_weight: ClassVar[tuple[str, ...]] = ()
+    """State keys of what the base keeps in the shape of the weight."""
     _options: dict[str, Any]
 
     def _construct(self, options: dict[str, Any], base_init: Callable[[], None]) -> None:
@@ -97,9 +100,7 @@ class SpectralOptimizer(Optimizer):
         workspace = self.__dict__.setdefault("_workspace", {})
         gate = Gate(getattr(self, "found_inf", None), getattr(self, "grad_scale", None), workspace=workspace)
         with torch.no_grad(), self._without_autocast():
-            if gate.is_shut:
-                self._base_step()
-            else:
+            if not gate.is_shut:
                 self._controlled_step(gate)
         self._tell(gate)
         return loss
@@ -109,6 +110,8 @@ class SpectralOptimizer(Optimizer):
         batches: list[Batch] = gate.workspace["batches"] if same else self._batches()
         settled = same or all(self.rule.has_state(matrix) for batch in batches for matrix in batch.matrices)
         seeds = [rounding_seeds(batch.matrices) for batch in batches]
+        # our passes skip on the device; what torch makes has to be undone there
+        kept = [Kept(batch.matrices) for batch in batches if gate.is_undecided and not batch.base]
         sessions = []
         for batch in batches:
             refresh_copies(batch.copied)
@@ -130,6 +133,8 @@ class SpectralOptimizer(Optimizer):
         for batch, session in zip(batches, sessions, strict=True):
             with written_back(batch.copied) if batch.copied and session.penalty is None else nullcontext():
                 session.finish()
+        for state in kept:
+            state.put_back(cast(Tensor, gate.found_inf).reshape(()) != 0)
         if not same:
             self._complete_state()
             signature, tensors = self._signature()
@@ -232,16 +237,28 @@ class SpectralOptimizer(Optimizer):
                 group.setdefault(name, self.defaults[name])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As the base's; but what a rule stored keeps its precision (the base casts it to the parameter's dtype)."""
+        """As the base's; but what a rule stored keeps its precision (the base casts it to the parameter's dtype), and a
+        state that cannot be meant is refused before any of it is taken up.
+
+        A state without control (a plain base's) starts it cold, with the options that the groups have now; one whose
+        blocks have another width than the group's ``block`` asks for starts cold as well.
+
+        Raises:
+            ValueError: state of a weight of another shape, or an option that makes no sense.
+        """
         loaded: list[dict[str, Any]] = []
+        options = [{name: group[name] for name in self.rule.names} for group in self.param_groups]
 
         def see(_: Optimizer, seen: dict[str, Any]) -> None:
+            self._check_saved(seen, options)
             loaded.append(seen)  # after all hooks of the user that may have replaced it
 
         def restore(_: Optimizer) -> None:
-            saved = chain.from_iterable(group["params"] for group in loaded[-1]["param_groups"])
-            mine = chain.from_iterable(group["params"] for group in self.param_groups)
-            for key, param in zip(saved, mine, strict=True):
+            for group, mine, saved in zip(self.param_groups, options, loaded[-1]["param_groups"], strict=True):
+                group.update({name: value for name, value in mine.items() if name not in saved})
+            keys = chain.from_iterable(group["params"] for group in loaded[-1]["param_groups"])
+            params = chain.from_iterable(group["params"] for group in self.param_groups)
+            for key, param in zip(keys, params, strict=True):
                 for name, value in loaded[-1]["state"].get(key, {}).items():
                     if name.startswith(PREFIX) and isinstance(value, Tensor):
                         dtype = kernels.accumulation_dtype(param.dtype)
@@ -251,11 +268,31 @@ class SpectralOptimizer(Optimizer):
             self.register_load_state_dict_pre_hook(see),
             self.register_load_state_dict_post_hook(restore, prepend=True),
         ]
+        before = self.state, self.param_groups
         try:
             super().load_state_dict(state_dict)
+        except Exception:
+            self.state, self.param_groups = before
+            raise
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _check_saved(self, saved: dict[str, Any], options: Sequence[dict[str, Any]]) -> None:
+        groups = saved["param_groups"]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
+            return  # the base has an error for that
+        names = self.names()
+        for mine, now, saved_group in zip(self.param_groups, options, groups, strict=True):
+            group = {**now, **saved_group}
+            check_options(self.defaults, group, type(self).__name__)
+            self.rule.check(group)
+            for param, key in zip(mine["params"], group["params"], strict=True):
+                state = saved["state"].get(key, {})
+                check_like_weight(param, state, self.like_weight, names[param])
+                if is_controlled(param, group):
+                    for matrix in matrices_of(param, group, state, self.rule.columns(group)):
+                        check_matrix(matrix, names[param] + matrix.suffix)
 
     # --- telling the user ----------------------------------------------------------------------------------------
 

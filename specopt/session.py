@@ -92,6 +92,11 @@ class Gate:
         return self.found_inf is not None and self.found_inf.device.type == "cpu" and bool(self.found_inf)
 
     @property
+    def is_undecided(self) -> bool:
+        """True where only the device knows whether the step is to be skipped."""
+        return self.found_inf is not None and self.found_inf.device.type != "cpu"
+
+    @property
     def host_scale(self) -> float:
         return 1.0 if self.grad_scale is None else float(self.grad_scale)
 

@@ -53,6 +53,7 @@ class SNRSGD(SpectralOptimizer, SGD):
     """
 
     rule = SpectralPenalty()
+    like_weight = ("momentum_buffer",)
 
     def __init__(
         self,

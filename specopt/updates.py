@@ -104,10 +104,10 @@ class OnDeviceBase:
 
     @staticmethod
     def _make_buffer(matrix: Matrix) -> bool:
-        """Whether SGD's momentum buffer is new."""
+        """Whether SGD's momentum buffer is new. Of zeros, as the device may find that the step is to be skipped."""
         if matrix.group["momentum"] == 0 or matrix.state.get("momentum_buffer") is not None:
             return False
-        matrix.state["momentum_buffer"] = matrix.empty_like()
+        matrix.state["momentum_buffer"] = matrix.empty_like().zero_()
         return True
 
 

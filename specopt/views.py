@@ -135,8 +135,10 @@ class Matrix:
         return grad if self.is_like(grad) else self.empty_like().copy_(grad)
 
     def empty_like(self) -> Tensor:
-        """Laid out like the parameter."""
-        return torch.empty_like(self.param, memory_format=torch.preserve_format)
+        """Laid out like the parameter, also where that has gaps in memory, which ``torch.empty_like`` closes."""
+        return torch.empty_strided(
+            self.param.shape, self.param.stride(), dtype=self.param.dtype, device=self.param.device
+        )
 
     def is_like(self, tensor: Tensor) -> bool:
         """Whether a tensor shaped like the parameter is its like in dtype, device and order in memory."""

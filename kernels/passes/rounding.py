@@ -28,11 +28,12 @@ def random_bits(seed: Tensor, salt: int, index: Tensor) -> Tensor:
 
 
 def stochastic(values: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
-    """Float32 ``values`` rounded to a neighbour in ``dtype``, up with the probability that makes the mean exact.
+    """``values`` (float32, for a half-precision ``dtype``) rounded to a neighbour in ``dtype``, up with the probability
+    that makes the mean exact; as they are where ``dtype`` is float32 or float64.
 
     A finite value stays finite: beyond the largest number of ``dtype`` it becomes that.
     """
-    if dtype == torch.float32:
+    if dtype not in (torch.bfloat16, torch.float16):
         return values
     bits = values.view(torch.int32).long() & WORD
     sign, size = bits & 0x80000000, bits & 0x7FFFFFFF

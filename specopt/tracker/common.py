@@ -89,6 +89,20 @@ def scatter_stats(matrices: Sequence[Matrix], stats: Tensor) -> None:
     torch._foreach_copy_([matrix.state[STATS] for matrix in matrices], list(stats.unbind()))
 
 
+class Kept:
+    """A copy of the trackers' state, for a step of which only the device knows whether it is to be skipped."""
+
+    def __init__(self, matrices: Sequence[Matrix]) -> None:
+        keys = (STATS, BLOCK, PROBE, LEFT, RIGHT)
+        self.before = [(m.state, key, m.state[key].clone()) for m in matrices for key in keys if key in m.state]
+
+    def put_back(self, where: Tensor) -> None:
+        """The state as it was, where the condition (of no dimensions) holds."""
+        for state, key, old in self.before:
+            if key in state and state[key].shape == old.shape:
+                state[key].copy_(torch.where(where.to(old.device), old, state[key]))
+
+
 def constant(values: Sequence[float], like: Tensor) -> Tensor:
     """Host numbers as a tensor beside ``like``. Not to be written to."""
     return kernels.constant(values, like.dtype, like.device)

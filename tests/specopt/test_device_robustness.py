@@ -128,6 +128,25 @@ def test_gradients_in_another_order_in_memory() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_weight_with_gaps_in_memory_takes_the_step_of_its_copy(momentum: float) -> None:
+    results = []
+    for gaps in (False, True):
+        wide = torch.randn(40, 70, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        weight = wide[:, 3:63:2] if gaps else wide[:, 3:63:2].contiguous()
+        param = weight.detach().requires_grad_()
+        optimizer = specopt.SNRSGD([param], lr=0.1, snr_lambda=0.3, block=8)
+        past_the_cold_phase(optimizer, [param])
+        optimizer.param_groups[0]["momentum"] = momentum  # a buffer that our pass makes
+        for step in range(1, 3):
+            param.grad = None
+            set_gradients([param], step)
+            optimizer.step()
+        results.append(param.detach().clone())
+        assert not gaps or not param.is_contiguous()
+    assert torch.allclose(*results, rtol=1e-5, atol=1e-6)
+
+
 def test_a_frozen_weight_and_a_group_without_control() -> None:
     optimizer, params = make("set")
     free = torch.randn(12, 10, device=DEVICE).requires_grad_()

@@ -186,6 +186,16 @@ def test_extreme_scales_are_set_to_the_target(scale: float, dtype: torch.dtype) 
             assert float(exact(param)[1][0]) == pytest.approx(target, rel=2e-3 if dtype == torch.float32 else 2e-2)
 
 
+@pytest.mark.parametrize("block", [1, 4, 32])
+def test_a_weight_is_raised_by_any_factor(block: int) -> None:
+    param = torch.zeros(100, 80).requires_grad_()
+    optimizer = specopt.NormScaleAdamW([param], lr=1e-33, weight_decay=0, target=5.0, raise_small=True, block=block)
+    for step in range(3):
+        param.grad = torch.randn(100, 80, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+        assert float(exact(param)[1][0]) == pytest.approx(5.0, rel=1e-3)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_penalty_of_extreme_scales(scale: float) -> None:
     params = [(scale * param.detach()).requires_grad_() for param in parameters(torch.float32)]
@@ -201,12 +211,20 @@ def test_penalty_of_extreme_scales(scale: float) -> None:
             assert torch.allclose(param.double().flatten(1) / scale, expected / scale, atol=1e-4)
 
 
-@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)])
-@pytest.mark.parametrize("options", [{}, {"mode": "rescale"}, {"norm": "frobenius"}], ids=str)
-def test_learning_rate_zero_changes_no_weight(lr: Any, options: dict[str, Any]) -> None:
-    params = parameters(torch.float32)
+STILL: list[tuple[type, dict[str, Any]]] = [
+    (specopt.SNRSGD, {"momentum": 0.9, "snr_lambda": 0.5, "weight_decay": 0.1}),
+    *[(specopt.NormScaleAdamW, {"mode": mode, "target": 5.0}) for mode in ("set", "cap", "rescale")],
+    *[(specopt.NormScaleAdamW, {"norm": "frobenius", "mode": mode}) for mode in ("set", "cap")],
+]
+
+
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0), torch.tensor([0.0])], ids=["float", "tensor", "one entry"])
+@pytest.mark.parametrize(("cls", "options"), STILL, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_learning_rate_zero_changes_no_weight(cls: Any, options: dict[str, Any], lr: Any, dtype: torch.dtype) -> None:
+    params = parameters(dtype)
     before = [param.detach().clone() for param in params]
-    optimizer = specopt.NormScaleAdamW(params, lr=lr, foreach=False, **options)
+    optimizer = cls(params, lr=lr, foreach=False, **options)
     for step in range(3):
         set_gradients(params, clones(params), seed=step)
         optimizer.step()

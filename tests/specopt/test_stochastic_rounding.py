@@ -44,6 +44,18 @@ def test_steps_below_the_last_place_count_on_average(kind: str, dtype: torch.dty
     assert torch.equal(first, drift(kind, dtype, chance=True)[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", OURS)
+def test_weights_that_need_no_rounding_take_the_same_step_with_it(kind: str, dtype: torch.dtype) -> None:
+    results = []
+    for chance in (False, True):
+        weight = torch.ones(96, 80, dtype=dtype).requires_grad_()
+        weight.grad = torch.randn(96, 80, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        OURS[kind]([weight], stochastic_rounding=chance).step()
+        results.append(weight.detach())
+    assert torch.equal(*results)
+
+
 def test_a_small_correction_counts_on_average() -> None:
     torch.manual_seed(0)
     weight = (torch.ones(96, 80) + 0.01 * torch.randn(96, 80)).bfloat16().requires_grad_()

@@ -1,0 +1,35 @@
+"""Every Python snippet of the documentation runs as it stands, after the first one of its page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+PAGES = [Path(__file__).resolve().parents[1] / "docs" / "training.md"]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def snippets(page: Path) -> tuple[str, list[Any]]:
+    """The page's first snippet, and the others by the line they stand on."""
+    text = page.read_text()
+    found = [(text[: match.start()].count("\n") + 2, match.group(1)) for match in BLOCK.finditer(text)]
+    return found[0][1], [pytest.param(page, line, code, id=f"{page.name}:{line}") for line, code in found[1:]]
+
+
+@pytest.mark.parametrize(("page", "line", "code"), [case for page in PAGES for case in snippets(page)[1]])
+@pytest.mark.filterwarnings("ignore:the first step moves")
+def test_snippet_runs(page: Path, line: int, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"__name__": "snippet"}
+    exec(compile(snippets(page)[0], page.name, "exec"), names)
+    exec(compile("\n" * (line - 1) + code, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_fence_of_the_page_is_missed(page: Path) -> None:
+    assert page.read_text().count("```python") == len(snippets(page)[1]) + 1 > 10
