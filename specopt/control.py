@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from specopt import kernels
-from specopt.kernels import Penalty, Update, base_updates_
+from specopt.kernels import Update, base_updates_
 
 from . import updates
+from .base_step import gradients, out_of_sight, own_entries, penalized
 from .session import Gate, OnDevice, OnHost, Rule
 from .tracker.common import BLOCK, LEFT, PREFIX, PROBE, RIGHT, STATS, STEP, HostCopy, rounding_seeds
 from .tracker.device import runs_on
@@ -46,6 +47,8 @@ class SpectralOptimizer(Optimizer):
     """
 
     rule: ClassVar[Rule]
+    base_is_known: ClassVar[bool] = True
+    """The base is torch's SGD or AdamW itself, whose update our passes can make."""
     _options: dict[str, Any]
 
     def _construct(self, options: dict[str, Any], base_init: Callable[[], None]) -> None:
@@ -86,7 +89,7 @@ class SpectralOptimizer(Optimizer):
         gate = Gate(getattr(self, "found_inf", None), getattr(self, "grad_scale", None), workspace=workspace)
         with torch.no_grad(), self._without_autocast():
             if gate.is_shut:
-                self._base_step()
+                self._blind_step([])
             else:
                 self._controlled_step(gate)
         self._tell(gate)
@@ -110,11 +113,11 @@ class SpectralOptimizer(Optimizer):
                     updated = [self._update(matrix)._replace(seed=seed) for matrix, seed in pairs]
                     base_updates_(updated, session.penalty, gate.host_scale, cast(OnHost, session).products)
                 elif session.penalty is not None:
-                    penalized = _penalized(batch.matrices, session.penalty, gate)
-                    stack.enter_context(_gradients(batch.matrices, penalized))
+                    changed = penalized(batch.matrices, session.penalty, gate)
+                    stack.enter_context(gradients(batch.matrices, changed))
                 if batch.ours:
-                    stack.enter_context(_gradients(batch.matrices, [None] * len(batch.matrices)))
-            self._base_step()
+                    stack.enter_context(gradients(batch.matrices, [None] * len(batch.matrices)))
+            self._blind_step([matrix.param for batch in batches if not batch.ours for matrix in batch.matrices])
         for session in sessions:
             session.finish()
         if not same:
@@ -128,11 +131,14 @@ class SpectralOptimizer(Optimizer):
         signature: list[Any] = [os.environ.get("SPECOPT_BACKEND")]
         tensors: list[Any] = []
         for group in self.param_groups:
-            signature += [id(v) if isinstance(v, Tensor) else v for k, v in group.items() if k not in UNSIGNED]
-            signature.append(id(group["lr"]) if isinstance(group["lr"], Tensor) else None)
+            read = [name for name in group if name not in UNSIGNED] if self.base_is_known else self.rule.names
+            signature += [id(group[name]) if isinstance(group[name], Tensor) else group[name] for name in read]
+            rate = group.get("lr")
+            signature += [id(rate) if isinstance(rate, Tensor) else None, group.get("maximize")]
             for param in group["params"]:
                 grad = param.grad
-                kept = [value for value in self.state.get(param, {}).values() if isinstance(value, Tensor)]
+                state = self.state.get(param, {}) if self.base_is_known else own_entries(self.state.get(param, {}))
+                kept = [value for value in state.values() if isinstance(value, Tensor)]
                 tensors += kept
                 layout = None if grad is None else (grad.layout, grad.dtype, grad.stride())
                 signature.append((id(param), param.data_ptr(), layout, id(self.state.get(param)), *map(id, kept)))
@@ -140,13 +146,20 @@ class SpectralOptimizer(Optimizer):
 
     def _is_ours(self, matrix: Matrix) -> bool:
         """Whether the base update of a matrix is made by our passes, or by torch."""
+        if not self.base_is_known or not updates.is_plain(matrix):
+            return False
         if runs_on(matrix):
-            started = self.rule.has_state(matrix) and (matrix.group.get("norm") != "frobenius")
-            return started and updates.is_plain(matrix)
-        return matrix.param.device.type == "cpu" and updates.is_plain(matrix)
+            return self.rule.has_state(matrix) and self.rule.takes_along(matrix.group)
+        return matrix.param.device.type == "cpu"
 
     def _update(self, matrix: Matrix) -> Update:
         raise NotImplementedError
+
+    def _blind_step(self, params: Iterable[Tensor]) -> None:
+        """The base's step of what has a gradient, with the entries of ours out of its sight in the states of
+        ``params``, and in all states where the base is one that we do not know."""
+        with out_of_sight(self.state, params if self.base_is_known else list(self.state)):
+            self._base_step()
 
     def _base_step(self) -> None:
         # torch wraps the step of every class it has built with the user's hooks; ours has them already
@@ -213,8 +226,8 @@ class SpectralOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name in self.rule.names:
-                group.setdefault(name, self.defaults[name])
+            for name, value in self._own_options().items():
+                group.setdefault(name, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As the base's; but what a rule stored keeps its precision (the base casts it to the parameter's dtype)."""
@@ -278,27 +291,3 @@ class SpectralOptimizer(Optimizer):
             known: Iterable[str] = group.get("param_names") or (f"{i}.{j}" for j in range(len(group["params"])))
             names.update(zip(group["params"], known, strict=True))
         return names
-
-
-@contextmanager
-def _gradients(matrices: Sequence[Matrix], replaced: Sequence[Tensor | None]) -> Iterator[None]:
-    """Other gradients, or none, for the base update; the same tensors as before afterwards."""
-    grads = [matrix.param.grad for matrix in matrices]
-    try:
-        for matrix, grad in zip(matrices, replaced, strict=True):
-            matrix.param.grad = grad
-        yield
-    finally:
-        for matrix, grad in zip(matrices, grads, strict=True):
-            matrix.param.grad = grad
-
-
-def _penalized(matrices: Sequence[Matrix], penalty: Penalty, gate: Gate) -> list[Tensor]:
-    """Copies of the gradients with the penalty's added, at the scale that they have."""
-    grads = [grad for matrix in matrices if (grad := matrix.param.grad) is not None]
-    penalized = [torch.empty_like(matrix.param) for matrix in matrices]
-    torch._foreach_copy_(penalized, grads)
-    views = [matrix.view_of(grad) for matrix, grad in zip(matrices, penalized, strict=True)]
-    coefficients = penalty.coefficients * gate.gradient_scale(penalty.coefficients)
-    kernels.rank_updates_(views, coefficients[:, None], penalty.lefts, penalty.rights)
-    return penalized

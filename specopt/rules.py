@@ -63,6 +63,9 @@ class SpectralPenalty:
     def has_state(self, matrix: Matrix) -> bool:
         return halves.has_state(matrix)
 
+    def takes_along(self, group: Mapping[str, Any]) -> bool:
+        return "betas" not in group  # the passes add a penalty to the gradients of SGD alone
+
     def begin(self, matrices: Sequence[Matrix], gate: Gate) -> Session:
         if not gate.settled:
             halves.start([matrix for matrix in matrices if not halves.has_state(matrix)])
@@ -128,6 +131,9 @@ class NormScale:
 
     def has_state(self, matrix: Matrix) -> bool:
         return pairs.has_state(matrix) if matrix.group["norm"] == "spectral" else has_stats(matrix)
+
+    def takes_along(self, group: Mapping[str, Any]) -> bool:
+        return bool(group["norm"] == "spectral")
 
     def begin(self, matrices: Sequence[Matrix], gate: Gate) -> Session:
         if device.runs_on(matrices[0]) and matrices[0].group["norm"] == "spectral":

@@ -13,6 +13,7 @@ from specopt.kernels import Penalty, Product
 
 from .tracker.common import HostCopy, constant
 from .tracker.device import BaseUpdate
+from .updates import rate_of
 from .views import Matrix
 
 
@@ -38,6 +39,9 @@ class Rule(Protocol):
 
     def has_state(self, matrix: Matrix) -> bool:
         """Whether the matrix' tracker can go on from its state."""
+
+    def takes_along(self, group: Mapping[str, Any]) -> bool:
+        """Whether its passes on a device can make the base update of the group's matrices as well."""
 
 
 class Session(Protocol):
@@ -86,7 +90,7 @@ class Gate:
 
     def open(self, matrices: Sequence[Matrix], like: Tensor) -> Tensor:
         """1 (B,) where weights may be changed, else 0; decided on the device where lr lives there."""
-        rates = [matrix.group["lr"] for matrix in matrices]
+        rates: list[Any] = [rate_of(matrix.group) for matrix in matrices]
         on_device = [rate for rate in rates if isinstance(rate, Tensor) and rate.device.type != "cpu"]
         if on_device:
             rates = [r.reshape(()).to(like) if isinstance(r, Tensor) else like.new_full((), r) for r in rates]

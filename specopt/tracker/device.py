@@ -40,6 +40,8 @@ from .common import (
 class BaseUpdate:
     """The base update of a bucket's matrices, for a pass of ours to make: see :mod:`specopt.kernels.records`."""
 
+    kind: str
+    """``"SGD"`` or ``"ADAMW"``."""
     numbers: dict[str, Any]
     """Name of the record's number: one value for each matrix."""
     addresses: list[list[int]]
@@ -200,8 +202,10 @@ class Pairs:
         self.rounds = self.engine.prepare(matrices, options, base)
 
     def update(self) -> None:
+        assert self.base is not None
         ops = self.engine.ops
-        self.engine.bucket.launch_pass(ops.ADAMW, ops.LEFT, **self.scaler, stochastic=_stochastic(self.matrices))
+        update = getattr(ops, self.base.kind)
+        self.engine.bucket.launch_pass(update, ops.LEFT, **self.scaler, stochastic=_stochastic(self.matrices))
 
     def finish(self) -> None:
         ops, bucket, found_inf = self.engine.ops, self.engine.bucket, self.scaler["found_inf"]
