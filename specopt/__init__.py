@@ -7,8 +7,20 @@ Swap the optimizer class, and every weight matrix' largest singular value is reg
 from . import init
 from .adamw import NormScaleAdamW
 from .report import SpectralRow, spectral_report
+from .rules import NormScale, SpectralPenalty
 from .sgd import SNRSGD
+from .wrapping import unwrap, wrap
 
 __version__ = "0.1.0"
 
-__all__ = ["SNRSGD", "NormScaleAdamW", "SpectralRow", "init", "spectral_report"]
+__all__ = [
+    "SNRSGD",
+    "NormScale",
+    "NormScaleAdamW",
+    "SpectralPenalty",
+    "SpectralRow",
+    "init",
+    "spectral_report",
+    "unwrap",
+    "wrap",
+]

@@ -29,7 +29,7 @@ def out_of_sight(states: MutableMapping[Tensor, Any], params: Iterable[Tensor]) 
     hidden = []
     for param in params:
         state = states.get(param)
-        if state is None:
+        if not isinstance(state, dict):
             continue
         own = own_entries(state)
         for key in own:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,12 @@ UNSIGNED = ("params", "lr", "param_names", "initial_lr")
 """What a group holds that is no option, or may change from step to step."""
 
 
+if TYPE_CHECKING:
+    Mixin = Optimizer
+else:
+    Mixin = object
+
+
 @dataclass
 class Batch:
     """Matrices that one call of every operation can serve."""
@@ -40,16 +46,25 @@ class Batch:
     """That update, where a pass on the device makes it."""
 
 
-class SpectralOptimizer(Optimizer):
-    """Puts a rule around the step of the torch.optim class that stands behind it in the bases.
+class SpectralOptimizer(Mixin):
+    """Puts a rule around the step of a torch.optim class.
 
-    Holds nothing of its own but what is being waited for: options live in the groups, state in ``self.state``.
+    In front of that class in the bases; or behind it, in a class of its objects' own layout, which :func:`specopt.wrap`
+    makes and which takes over :data:`IN_FRONT`. Holds nothing of its own but what is being waited for: options live in
+    the groups, state in ``self.state``.
     """
 
+    __slots__ = ()
     rule: ClassVar[Rule]
+    front: ClassVar[type]
+    """What stands in front of the base in the order of methods."""
     base_is_known: ClassVar[bool] = True
     """The base is torch's SGD or AdamW itself, whose update our passes can make."""
     _options: dict[str, Any]
+
+    @property
+    def _base(self) -> Any:
+        return super(self.front, self)
 
     def _construct(self, options: dict[str, Any], base_init: Callable[[], None]) -> None:
         self._options = options
@@ -63,7 +78,7 @@ class SpectralOptimizer(Optimizer):
             self.rule.check(merged)
             for name in self.rule.names:
                 param_group.setdefault(name, merged[name])
-        super().add_param_group(param_group)
+        self._base.add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             for param in group["params"]:
@@ -163,7 +178,7 @@ class SpectralOptimizer(Optimizer):
 
     def _base_step(self) -> None:
         # torch wraps the step of every class it has built with the user's hooks; ours has them already
-        step: Any = super().step
+        step = self._base.step
         function = step.__func__
         (function.__wrapped__ if getattr(function, "hooked", False) else function)(self)
 
@@ -218,13 +233,22 @@ class SpectralOptimizer(Optimizer):
                 if param.grad is not None and not self.state[param]:
                     self.state[param][STEP] = 0
 
+    def forget(self) -> None:
+        """Drops what the rule keeps in the states of the parameters."""
+        for param in [param for param, state in self.state.items() if isinstance(state, dict)]:
+            state = self.state[param]
+            for key in own_entries(state):
+                del state[key]
+            if not state:
+                del self.state[param]
+
     def _own_options(self) -> dict[str, Any]:
         return self._options if "_options" in self.__dict__ else {name: self.defaults[name] for name in self.rule.names}
 
     # --- state ---------------------------------------------------------------------------------------------------
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        self._base.__setstate__(state)
         for group in self.param_groups:
             for name, value in self._own_options().items():
                 group.setdefault(name, value)
@@ -250,7 +274,7 @@ class SpectralOptimizer(Optimizer):
             self.register_load_state_dict_post_hook(restore, prepend=True),
         ]
         try:
-            super().load_state_dict(state_dict)
+            self._base.load_state_dict(state_dict)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -291,3 +315,8 @@ class SpectralOptimizer(Optimizer):
             known: Iterable[str] = group.get("param_names") or (f"{i}.{j}" for j in range(len(group["params"])))
             names.update(zip(group["params"], known, strict=True))
         return names
+
+
+SpectralOptimizer.front = SpectralOptimizer
+IN_FRONT = ("step", "add_param_group", "load_state_dict", "__setstate__")
+"""What :class:`SpectralOptimizer` does otherwise than the base."""

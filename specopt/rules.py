@@ -1,13 +1,15 @@
 """Rules: what is done with the triplets, before the base update (on gradients) or after it (on weights).
 
-A rule has no state of its own: its options live in the optimizer's param groups, its tracker's state in
-``optimizer.state``. So both travel with ``state_dict``, deepcopy and pickle.
+A rule is a value: it holds the options that groups have by default, and no state. What counts in a step are the options
+in the optimizer's param groups, and its tracker's state in ``optimizer.state``. So both travel with ``state_dict``,
+deepcopy and pickle.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from specopt.kernels import Penalty, Product, accumulation_dtype
 
 from . import options, updates
 from .session import Gate, Session
-from .targets import target_frobenius, target_sigma
+from .targets import Target, target_frobenius, target_sigma
 from .tracker import device, halves, pairs
 from .tracker.common import (
     BLOCK,
@@ -39,16 +41,29 @@ INITIAL = {norm: f"{PREFIX}initial_{norm}" for norm in options.NORMS}
 """State keys of the norms noted for ``target="initial"``."""
 
 
-class SpectralPenalty:
+@dataclass(frozen=True, repr=False)
+class SpectralPenalty(options.Shared):
     """``λ/2 · Σ σ₁²`` added to the objective: each matrix' gradient gains ``λ σ₁ u₁v₁ᵀ`` for the base update.
 
     ``p.grad`` is the same tensor with the same values after the step as before it. Under ``maximize=True`` the penalty
     is still minimized.
 
+    Args:
+        lam: λ >= 0; ``snr_lambda`` in a group.
+        spectral, view, block, tolerance, max_passes, stochastic_rounding: see :class:`specopt.SNRSGD`.
+
+    Raises:
+        ValueError: an option that makes no sense, naming it, its value and what it may be.
+
     Source: Yoshida and Miyato, Spectral norm regularization, arXiv 1705.10941 (whose σ is printed inverted).
     """
 
-    names = ("snr_lambda", *options.SHARED)
+    lam: float = field(default=0.01, metadata=options.named("snr_lambda"))
+    names: ClassVar[tuple[str, ...]] = ("snr_lambda", *options.SHARED)
+
+    def __post_init__(self) -> None:
+        options.check_lambda("lam", self.lam)
+        self.check(self.options)
 
     def check(self, group: Mapping[str, Any]) -> None:
         options.check_shared(group)
@@ -103,7 +118,8 @@ class _Penalized:
             self.cache[id(matrix.param)] = halves.Ahead(matrix, product.out)
 
 
-class NormScale:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class NormScale(options.Shared):
     """Weights steered to a norm after the base update.
 
     Spectral, with the first triplet (σ₁, u₁, v₁) and the target σ*: ``"set"``: ``W += (σ* − σ₁) u₁v₁ᵀ``; ``"cap"``: the
@@ -114,10 +130,23 @@ class NormScale:
     unless ``raise_small``; one with a non-finite entry is left as the base left it; nothing changes at a learning rate
     of 0.
 
+    Args: see :class:`specopt.NormScaleAdamW`.
+
+    Raises:
+        ValueError: an option that makes no sense, naming it, its value and what it may be.
+
     Source: Norm Scaling (blog post and code, December 2023).
     """
 
-    names = ("norm", "mode", "target", "rank", "raise_small", *options.SHARED)
+    norm: str = "spectral"
+    mode: str = "set"
+    target: Target = "channels"
+    rank: int = 1
+    raise_small: bool = False
+    names: ClassVar[tuple[str, ...]] = ("norm", "mode", "target", "rank", "raise_small", *options.SHARED)
+
+    def __post_init__(self) -> None:
+        self.check(self.options)
 
     def check(self, group: Mapping[str, Any]) -> None:
         options.check_shared(group)

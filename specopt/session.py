@@ -24,6 +24,10 @@ class Rule(Protocol):
     def names(self) -> tuple[str, ...]:
         """The group options it reads."""
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Their values in groups that say nothing else."""
+
     def check(self, group: Mapping[str, Any]) -> None:
         """Raises ValueError for an option that makes no sense."""
 
