@@ -6,6 +6,7 @@ Swap the optimizer class, and every weight matrix' largest singular value is reg
 
 from . import init
 from .adamw import NormScaleAdamW
+from .decay import SpectralDecay
 from .report import SpectralRow, spectral_report
 from .rules import NormScale, SpectralPenalty
 from .sgd import SNRSGD
@@ -17,6 +18,7 @@ __all__ = [
     "SNRSGD",
     "NormScale",
     "NormScaleAdamW",
+    "SpectralDecay",
     "SpectralPenalty",
     "SpectralRow",
     "init",

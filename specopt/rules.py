@@ -17,7 +17,8 @@ from torch import Tensor
 from specopt import kernels
 from specopt.kernels import Penalty, Product, accumulation_dtype
 
-from . import options, updates
+from . import options
+from .after import AfterOnDevice, AfterOnHost
 from .session import Gate, Session
 from .targets import Target, target_frobenius, target_sigma
 from .tracker import device, halves, pairs
@@ -175,52 +176,38 @@ class _Scaled:
 
     def __init__(self, matrices: Sequence[Matrix], gate: Gate) -> None:
         self.matrices, self.gate = matrices, gate
-        self.made: list[Product] | None = None
         self.spectral = [matrix for matrix in matrices if matrix.group["norm"] == "spectral"]
         self.frobenius = [matrix for matrix in matrices if matrix.group["norm"] == "frobenius"]
         self.initial = _initial_norms(self.spectral, self.frobenius)
-        new = [matrix for matrix in self.spectral if not pairs.has_state(matrix)]
-        self.start = pairs.Start(new) if new else None
+        self.after = AfterOnHost(self.spectral)
         self.fresh = [matrix for matrix in self.frobenius if not has_stats(matrix)]
         self.norms = kernels.frobenius_norms([matrix.weight for matrix in self.fresh]) if self.fresh else ()
 
     @property
     def products(self) -> Sequence[Product | None]:
-        if self.start is not None or not self.spectral or self.spectral[0].complete:
-            return ()
-        if self.made is None:
-            self.made = pairs.next_products(self.spectral)
-        products = iter(self.made)
-        return [next(products) if matrix.group["norm"] == "spectral" else None for matrix in self.matrices]
+        made = self.after.products
+        products = iter(made)
+        return made and [next(products) if m.group["norm"] == "spectral" else None for m in self.matrices]
 
     def finish(self) -> None:
         # state not before: AdamW takes one that is not empty for its own
         for matrix, key, value in self.initial:
             matrix.state[key] = value
-        if self.start is not None:
-            self.start.finish()
         for matrix, norm in zip(self.fresh, self.norms, strict=True):
             restart(matrix, norm)
-        if self.spectral:
-            made = None if self.made is None else [product.out for product in self.made]
-            pairs.step(self.spectral, _SpectralCorrection(self.spectral, self.gate), made)
+        self.after.finish(_SpectralCorrection(self.spectral, self.gate))
         if self.frobenius:
             _scale_frobenius(self.frobenius, self.gate)
 
 
-class _ScaledOnDevice:
-    penalty = None
-
+class _ScaledOnDevice(AfterOnDevice):
     def __init__(self, matrices: Sequence[Matrix], gate: Gate) -> None:
-        self.matrices, self.gate = matrices, gate
         self.initial = _initial_norms(matrices, [])
-        new = [] if gate.settled else [matrix for matrix in matrices if not pairs.has_state(matrix)]
-        self.start = pairs.Start(new) if new else None
-        self.pairs = None if self.start else self._pairs()
+        super().__init__(matrices, gate)
 
-    def _pairs(self) -> device.Pairs:
+    def numbers(self) -> dict[str, Any]:
         noted = [matrix.state.get(INITIAL["spectral"]) for matrix in self.matrices]
-        numbers: dict[str, Any] = {
+        return {
             "TARGET": [shape_target(matrix) for matrix in self.matrices],
             "TARGET_AT": [
                 value.data_ptr() if matrix.group["target"] == "initial" and value is not None else 0
@@ -229,23 +216,12 @@ class _ScaledOnDevice:
             "MODE": [options.MODES["spectral"].index(matrix.group["mode"]) for matrix in self.matrices],
             "RAISE_SMALL": [matrix.group["raise_small"] for matrix in self.matrices],
         }
-        if self.gate.base is None:
-            numbers["RATE"], self.rates = updates.rates(self.matrices)
-            numbers["LR"] = [0 if rate is None else rate.data_ptr() for rate in self.rates]
-        scaler = self.gate.scaler(self.matrices[0].param.device)
-        return device.Pairs(self.matrices, numbers, self.gate.base, self.gate.workspace, scaler)
-
-    def update(self) -> None:
-        assert self.pairs is not None
-        self.pairs.update()
 
     def finish(self) -> None:
         for matrix, key, value in self.initial:
             matrix.state[key] = value
-        if self.start is not None:
-            self.start.finish()
+        tracked = self.tracked()
         first = [i for i, matrix in enumerate(self.matrices) if matrix.state[STEP] == 0]
-        tracked = self.pairs or self._pairs()
         tracked.finish()
         if first:
             sigma, changed = tracked.norms

@@ -19,18 +19,19 @@ from specopt.kernels import Update
 
 from . import updates
 from .control import IN_FRONT, SpectralOptimizer
+from .decay import SpectralDecay
 from .options import Shared
 from .rules import NormScale, SpectralPenalty
 from .session import Rule
 from .views import Matrix, is_controlled, matrix_view
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
-RULES = (SpectralPenalty, NormScale)
+RULES = (SpectralPenalty, SpectralDecay, NormScale)
 WAITING = ("_workspace", "_waiting", "_warned")
 """What a step leaves on the object beside options and state."""
 
 
-def wrap(optimizer: AnyOptimizer, rule: SpectralPenalty | NormScale) -> AnyOptimizer:
+def wrap(optimizer: AnyOptimizer, rule: SpectralPenalty | SpectralDecay | NormScale) -> AnyOptimizer:
     """Puts the weight matrices of any optimizer under a rule; returns the same object.
 
     Options of the rule are the default in every param group, now and for groups added later; one that a group has
@@ -43,7 +44,7 @@ def wrap(optimizer: AnyOptimizer, rule: SpectralPenalty | NormScale) -> AnyOptim
 
     Args:
         optimizer: an instance of a subclass of :class:`torch.optim.Optimizer`.
-        rule: :class:`specopt.SpectralPenalty` or :class:`specopt.NormScale`.
+        rule: :class:`specopt.SpectralPenalty`, :class:`specopt.SpectralDecay` or :class:`specopt.NormScale`.
 
     Raises:
         TypeError: not an optimizer, or not a rule.

@@ -7,6 +7,7 @@ import io
 import math
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import lion_pytorch
@@ -32,8 +33,9 @@ BASES: dict[str, Callable[[list[Tensor]], Optimizer]] = {
     "prodigyopt.Prodigy": lambda params: prodigyopt.Prodigy(params, lr=1.0),
     "lion_pytorch.Lion": lambda params: lion_pytorch.Lion(params, lr=1e-3, weight_decay=0.1),
 }
-RULES: dict[str, specopt.SpectralPenalty | specopt.NormScale] = {
+RULES: dict[str, specopt.SpectralPenalty | specopt.SpectralDecay | specopt.NormScale] = {
     "penalty": specopt.SpectralPenalty(0.5),
+    "decay": specopt.SpectralDecay(2.0),
     "set": specopt.NormScale(),
 }
 TIGHT: dict[str, Any] = {"tolerance": 1e-7, "max_passes": 200}
@@ -128,7 +130,7 @@ def test_state_dict_resumes_bit_for_bit(base: str, kind: str, dtype: torch.dtype
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     others = [weight.requires_grad_() for weight in saved["weights"]]
-    resumed = specopt.wrap(BASES[base](others), type(RULES[kind])())
+    resumed = specopt.wrap(BASES[base](others), replace(RULES[kind], tolerance=0.5))
     resumed.load_state_dict(saved["optimizer"])
     train(resumed, others, range(3, 6))
     assert equal(params, others)
