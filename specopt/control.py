@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from specopt import kernels
@@ -25,6 +26,10 @@ from .tracker.device import runs_on
 from .updates import OnDeviceBase
 from .views import Matrix, as_matrix, is_controlled, matrix_view
 
+NOT_COMPILED = (
+    "torch.compile leaves the step of specopt's optimizers as it is: it runs between the graphs of what comes before "
+    "and after, with the same result. Call it outside of the compiled function to be rid of the break and this warning."
+)
 UNSIGNED = ("params", "lr", "param_names", "initial_lr")
 """What a group holds that is no option, or may change from step to step."""
 
@@ -94,13 +99,20 @@ class SpectralOptimizer(Mixin):
         Args:
             closure: reevaluates the model and returns the loss.
         """
+        return self._uncompiled_step(closure, compiling=torch.compiler.is_dynamo_compiling())
+
+    @_disable_dynamo  # torch.compiler.disable, without the second that importing the compiler takes
+    def _uncompiled_step(self, closure: Callable[[], float] | None, compiling: bool) -> float | None:
         for group in self.param_groups:
             self.rule.check(group)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        workspace = self.__dict__.setdefault("_workspace", {})
+        workspace: dict[Any, Any] = self.__dict__.setdefault("_workspace", {})
+        if compiling and not workspace.setdefault("told of compiling", False):
+            workspace["told of compiling"] = True
+            warnings.warn(NOT_COMPILED, stacklevel=5)
         gate = Gate(getattr(self, "found_inf", None), getattr(self, "grad_scale", None), workspace=workspace)
         with torch.no_grad(), self._without_autocast():
             if gate.is_shut:
@@ -305,7 +317,7 @@ class SpectralOptimizer(Mixin):
             f"the first step moves {len(far)} weight(s) whose norm is not within [0.5, 2] of its target "
             f"(norm / target: {listed}{', ...' if len(far) > 4 else ''}). Start from specopt.init.scaled_orthogonal_, "
             'keep the norm there is with target="initial", or only lower it, with mode="cap".',
-            stacklevel=5,  # this, _tell, step, torch's hook around it, the caller
+            stacklevel=8,  # this, _tell, the step, two frames of torch's, step, torch's hook around it, the caller
         )
 
     def names(self) -> Mapping[Tensor, str]:
