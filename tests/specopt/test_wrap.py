@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, StepLR
 
@@ -244,6 +245,27 @@ def test_scaler_that_found_inf_changes_nothing(base: Any) -> None:
         assert equal([optimizer.state[p][STATS] for p in params[:3]], blocks)
 
 
+def test_scaled_gradients_of_a_fused_base_get_the_penalty_at_their_scale() -> None:
+    runs = []
+    for scale in (None, 64.0):
+        params = parameters(torch.float32)
+        rule = specopt.SpectralPenalty(0.5, tolerance=1e-6, max_passes=100)
+        optimizer = specopt.wrap(torch.optim.Adagrad(params, lr=0.1, fused=True), rule)
+        set_gradients(params, clones(params), seed=0)
+        if scale is None:
+            optimizer.step()
+        else:
+            scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            scaler.scale(torch.ones(()))
+            for param in params:
+                assert param.grad is not None
+                param.grad.mul_(scale)
+            scaler.step(optimizer)
+        runs.append(params)
+    for mine, other in zip(*runs, strict=True):
+        assert torch.allclose(mine, other, rtol=1e-5, atol=1e-6)
+
+
 # --- what the base sees ----------------------------------------------------------------------------------------------
 
 
@@ -351,6 +373,34 @@ def test_state_of_bf16_weights_stays_float32_through_a_checkpoint() -> None:
     second.load_state_dict(first.state_dict())
     kept = {name: value for name, value in second.state[others[0]].items() if name.startswith(PREFIX)}
     assert {value.dtype for value in kept.values() if isinstance(value, Tensor)} == {torch.float32}
+
+
+@pytest.mark.parametrize("rule", [PENALTY, specopt.SpectralDecay(0.3), SET], ids=str)
+@pytest.mark.parametrize("base", [SGD, AdamW, torch.optim.RMSprop, torch.optim.Adafactor])
+def test_distributed_checkpoint_state_round_trips_and_changes_no_weight(base: Any, rule: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(80, 90), nn.Linear(90, 85))
+    optimizer = specopt.wrap(base(model.parameters(), lr=1e-2), rule)
+    params = list(model.parameters())
+    train(optimizer, params, range(3))
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    twin = copy.deepcopy(model)
+    others = list(twin.parameters())
+    resumed = specopt.wrap(base(others, lr=1e-2), rule)
+    set_optimizer_state_dict(twin, resumed, saved)
+    assert equal(params, others)
+    train(optimizer, params, range(3, 5))
+    train(resumed, others, range(3, 5))
+    assert equal(params, others)
+
+
+def test_the_class_of_a_wrapped_optimizer_builds_wrapped_ones() -> None:
+    params, others = parameters(torch.float32), parameters(torch.float32)
+    optimizer = specopt.wrap(torch.optim.RMSprop(params, lr=1e-3), PENALTY)
+    second = type(optimizer)(others, **optimizer.defaults)
+    train(optimizer, params, range(2))
+    train(second, others, range(2))
+    assert equal(params, others) and second.state[others[0]][STEP] == 2
 
 
 def test_unwrap_leaves_nothing_behind() -> None:
