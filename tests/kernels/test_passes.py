@@ -655,6 +655,7 @@ def pass_variants() -> Iterator[tuple[str, compiled.Variant]]:
     kinds = {
         "none turning": (NONE, TURNING, {"CONDITIONAL": True}),
         "sgd turning": (SGD, TURNING, {}),
+        "sgd left": (SGD, LEFT, {}),
         "adamw left": (ADAMW, LEFT, {}),
         "correct right": (CORRECT, RIGHT, {}),
     }
@@ -689,7 +690,7 @@ def pass_variant(kp, dtype, update, side, constants, pointers=None) -> compiled.
     )
 
 
-CORE = [("sm_90", kind) for kind in ("none turning", "sgd turning", "adamw left", "correct right")] + [
+CORE = [("sm_90", kind) for kind in ("none turning", "sgd turning", "sgd left", "adamw left", "correct right")] + [
     ("gfx942", "sgd turning"),
     ("gfx942", "adamw left"),
 ]
