@@ -176,7 +176,7 @@ class SpectralOptimizer(Mixin):
         if not self.base_is_known or not updates.is_plain(matrix):
             return False
         if runs_on(matrix):
-            return self.rule.has_state(matrix) and self.rule.takes_along(matrix.group)
+            return self.rule.has_state(matrix) and self.rule.takes_along(matrix)
         return matrix.param.device.type == "cpu"
 
     def _update(self, matrix: Matrix) -> Update:

@@ -58,7 +58,7 @@ class SpectralDecay(options.Shared):
     def has_state(self, matrix: Matrix) -> bool:
         return pairs.has_state(matrix)
 
-    def takes_along(self, group: Mapping[str, Any]) -> bool:
+    def takes_along(self, matrix: Matrix) -> bool:
         return True
 
     def begin(self, matrices: Sequence[Matrix], gate: Gate) -> Session:

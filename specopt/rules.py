@@ -36,6 +36,7 @@ from .tracker.common import (
     scatter_stats,
 )
 from .tracker.measure import measure
+from .updates import is_on_device
 from .views import Matrix
 
 INITIAL = {norm: f"{PREFIX}initial_{norm}" for norm in options.NORMS}
@@ -79,8 +80,9 @@ class SpectralPenalty(options.Shared):
     def has_state(self, matrix: Matrix) -> bool:
         return halves.has_state(matrix)
 
-    def takes_along(self, group: Mapping[str, Any]) -> bool:
-        return "betas" not in group  # the passes add a penalty to the gradients of SGD alone
+    def takes_along(self, matrix: Matrix) -> bool:
+        # a count of AdamW's steps on the device is moved on by a solve after the update, of which there is none here
+        return not is_on_device(matrix.state.get("step"))
 
     def begin(self, matrices: Sequence[Matrix], gate: Gate) -> Session:
         if not gate.settled:
@@ -162,8 +164,8 @@ class NormScale(options.Shared):
     def has_state(self, matrix: Matrix) -> bool:
         return pairs.has_state(matrix) if matrix.group["norm"] == "spectral" else has_stats(matrix)
 
-    def takes_along(self, group: Mapping[str, Any]) -> bool:
-        return bool(group["norm"] == "spectral")
+    def takes_along(self, matrix: Matrix) -> bool:
+        return bool(matrix.group["norm"] == "spectral")
 
     def begin(self, matrices: Sequence[Matrix], gate: Gate) -> Session:
         if device.runs_on(matrices[0]) and matrices[0].group["norm"] == "spectral":

@@ -44,8 +44,8 @@ class Rule(Protocol):
     def has_state(self, matrix: Matrix) -> bool:
         """Whether the matrix' tracker can go on from its state."""
 
-    def takes_along(self, group: Mapping[str, Any]) -> bool:
-        """Whether its passes on a device can make the base update of the group's matrices as well."""
+    def takes_along(self, matrix: Matrix) -> bool:
+        """Whether its passes on a device can make the matrix' base update as well."""
 
 
 class Session(Protocol):

@@ -32,7 +32,7 @@ def is_plain(matrix: Matrix) -> bool:
     if runs_on(matrix):
         if "betas" in group and "step" not in matrix.state:
             return False
-        numbers: list[Any] = [value for value in (group["lr"], matrix.state.get("step")) if _is_on_device(value)]
+        numbers: list[Any] = [value for value in (group["lr"], matrix.state.get("step")) if is_on_device(value)]
         if any(value.dtype != torch.float32 or value.device != matrix.param.device for value in numbers):
             return False
     elif group.get("capturable"):
@@ -96,7 +96,7 @@ class OnDeviceBase:
         numbers = {name: np.array([_options(group)[name] for group in groups])[at] for name in _options(groups[0])}
         steps = [matrix.state.get("step") for matrix in self.matrices]
         if "betas" in groups[0]:
-            counts = np.array([1.0 if _is_on_device(step) else float(step.add_(1)) for step in steps])  # type: ignore[union-attr]
+            counts = np.array([1.0 if is_on_device(step) else float(step.add_(1)) for step in steps])  # type: ignore[union-attr]
             numbers["BIAS1"] = 1 - numbers["BETA1"] ** counts
             numbers["BIAS2_ROOT"] = np.sqrt(1 - numbers["BETA2"] ** counts)
         else:
@@ -107,7 +107,7 @@ class OnDeviceBase:
         addresses = []
         for matrix, grad, step in zip(self.matrices, grads, steps, strict=True):
             kept = [tensor.data_ptr() for tensor in _kept(matrix)]
-            scalars = [value.data_ptr() if _is_on_device(value) else 0 for value in (matrix.group["lr"], step)]  # type: ignore[union-attr]
+            scalars = [value.data_ptr() if is_on_device(value) else 0 for value in (matrix.group["lr"], step)]  # type: ignore[union-attr]
             addresses.append([grad.data_ptr(), *kept, *[0] * (3 - len(kept)), *scalars])
         return BaseUpdate("ADAMW" if "betas" in groups[0] else "SGD", numbers, addresses, grads)
 
@@ -121,7 +121,7 @@ class OnDeviceBase:
 
 
 def _options(group: dict[str, Any]) -> dict[str, float]:
-    rate = 1.0 if _is_on_device(group["lr"]) else float(group["lr"])
+    rate = 1.0 if is_on_device(group["lr"]) else float(group["lr"])
     shared = {"RATE": rate, "DECAY": group["weight_decay"], "MAXIMIZE": group["maximize"]}
     if "betas" in group:
         beta1, beta2 = group["betas"]
@@ -137,13 +137,13 @@ def rates(matrices: Sequence[Matrix]) -> tuple[list[float], list[Tensor | None]]
     such."""
     given: list[Any] = [rate_of(matrix.group) for matrix in matrices]
     on_device = [
-        rate.to(matrix.param.device, torch.float32) if _is_on_device(rate) else None
+        rate.to(matrix.param.device, torch.float32) if is_on_device(rate) else None
         for rate, matrix in zip(given, matrices, strict=True)
     ]
-    return [1.0 if _is_on_device(rate) else float(rate) for rate in given], on_device
+    return [1.0 if is_on_device(rate) else float(rate) for rate in given], on_device
 
 
-def _is_on_device(value: object) -> bool:
+def is_on_device(value: object) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 

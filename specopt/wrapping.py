@@ -40,7 +40,8 @@ def wrap(optimizer: AnyOptimizer, rule: SpectralPenalty | SpectralDecay | NormSc
     of ours together with the rule; every other class makes its own, and sees neither state of ours nor, under a
     penalty, a ``p.grad`` that it could change.
 
-    A closure is called once, before the base's step, which gets none.
+    A closure is called once, before the base's step, which gets none. What keeps weights of its own beside the
+    parameters (float32 masters, Lookahead's slow weights) goes on from those: wrap the innermost optimizer.
 
     Args:
         optimizer: an instance of a subclass of :class:`torch.optim.Optimizer`.
@@ -165,6 +166,8 @@ def _check_base(optimizer: Optimizer, rule: Rule) -> None:
         )
     if isinstance(rule, SpectralPenalty) and getattr(optimizer, "maximize", False):
         raise ValueError(f"optimizer must tell maximize in its groups, but {name} has it as an attribute of the object")
+    if isinstance(rule, SpectralDecay) and any(group.get("lr") is None for group in optimizer.param_groups):
+        raise ValueError(f"optimizer must have lr in every group for SpectralDecay to go by, but {name} has none")
     options = sorted(set(rule.names) & set(getattr(optimizer, "defaults", ())))
     members = {*vars(SpectralOptimizer), *vars(Wrapped)} - set(IN_FRONT)
     attributes = sorted(member for member in members if not member.startswith("__") and hasattr(optimizer, member))

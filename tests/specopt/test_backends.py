@@ -80,6 +80,8 @@ def test_wrapped_step_on_triton_equals_step_on_the_reference(kind: str, monkeypa
                 param.grad = torch.randn(param.shape, generator=generator).to(param)
             optimizer.step()
         results.append([param.detach().cpu() for param in params])
+        made: Any = vars(optimizer)["_workspace"]["batches"]
+        assert {batch.ours for batch in made} == {not kind.startswith("RMSprop")}
     for reference, triton in zip(*results, strict=True):
         assert (reference - triton).norm() <= 1e-4 * reference.norm()
 

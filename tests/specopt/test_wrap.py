@@ -381,11 +381,11 @@ def test_distributed_checkpoint_state_round_trips_and_changes_no_weight(base: An
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(80, 90), nn.Linear(90, 85))
     optimizer = specopt.wrap(base(model.parameters(), lr=1e-2), rule)
-    params = list(model.parameters())
+    params: list[Tensor] = list(model.parameters())
     train(optimizer, params, range(3))
     saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
     twin = copy.deepcopy(model)
-    others = list(twin.parameters())
+    others: list[Tensor] = list(twin.parameters())
     resumed = specopt.wrap(base(others, lr=1e-2), rule)
     set_optimizer_state_dict(twin, resumed, saved)
     assert equal(params, others)
@@ -495,6 +495,17 @@ def test_refused_optimizers_stay_as_they_were(make: Callable[[Any], Optimizer], 
     with pytest.raises(ValueError, match=message):
         specopt.wrap(optimizer, PENALTY)
     assert type(optimizer) is cls and [set(group) for group in optimizer.param_groups] == keys
+
+
+def test_what_a_rule_cannot_go_by_is_refused() -> None:
+    params = parameters(torch.float32)
+    bare, maximizing = Bare(params), SGD(params)
+    maximizing.maximize = True  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="must have lr in every group for SpectralDecay"):
+        specopt.wrap(bare, specopt.SpectralDecay(0.1))
+    with pytest.raises(ValueError, match="must tell maximize in its groups"):
+        specopt.wrap(maximizing, PENALTY)
+    assert type(bare) is Bare and type(specopt.wrap(maximizing, SET)) is not SGD
 
 
 def test_a_weight_that_is_no_matrix_without_a_copy_is_refused() -> None:
