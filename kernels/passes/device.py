@@ -64,6 +64,11 @@ def tile_of(kp: int, size: int, update: int, side: int, stochastic: bool) -> Til
     return tile
 
 
+def most_registers(kp: int, update: int, side: int) -> int | None:
+    """Left to itself the assembler keeps the widest pass to 128 and spills; allowed more, it needs 126."""
+    return 168 if kp == 64 and update == ADAMW.value and side == TURNING.value else None
+
+
 @triton.jit
 def mixed(x):
     """A bijective hash of uint32."""
@@ -522,6 +527,8 @@ def launch(
     if not len(work):
         return
     tile = tile_of(records.KP, records.dtype.itemsize, update, side, stochastic)
+    limit = most_registers(records.KP, update, side)
+    nvidia = work.device.type == "cuda" and torch.version.hip is None
     with tables.on(work.device):
         pass_kernel[(len(work),)](
             records.table,
@@ -552,4 +559,5 @@ def launch(
             STAGES=tile.stages,
             num_warps=tile.warps,
             enable_fp_fusion=True,
+            **({"maxnreg": limit} if limit and nvidia else {}),
         )

@@ -710,6 +710,7 @@ def pass_variant(kp, dtype, update, side, constants, pointers=None) -> compiled.
             **constants,
         },
         tile.warps,
+        passes.most_registers(kp, update, side),
     )
 
 
