@@ -92,7 +92,7 @@ BIAS2_ROOT = tl.constexpr(6)
 """``sqrt(1 − β₂ᵗ)``; SGD: 1 with Nesterov."""
 MAXIMIZE = tl.constexpr(7)
 STRENGTH = tl.constexpr(8)
-"""λ of the penalty, negative under ``maximize``."""
+"""λ of the penalty, negative under ``maximize``; λ of the decay."""
 TOLERANCE = tl.constexpr(9)
 """Already multiplied by COLD_STOP in a cold step."""
 MINIMUM = tl.constexpr(10)
@@ -103,7 +103,7 @@ FIXED = tl.constexpr(13)
 """1: ``max_passes`` is set, so a lost block does not raise ``MAXIMUM``."""
 TARGET = tl.constexpr(14)
 MODE = tl.constexpr(15)
-"""0 set, 1 cap, 2 rescale."""
+"""0 set, 1 cap, 2 rescale, 3 decay."""
 RAISE_SMALL = tl.constexpr(16)
 SEED = tl.constexpr(17)
 """Of stochastic rounding: another number in every step; 0 without it."""

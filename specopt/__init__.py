@@ -6,10 +6,25 @@ Swap the optimizer class, and every weight matrix' largest singular value is reg
 
 from . import init
 from .adamw import NormScaleAdamW
+from .decay import SpectralDecay
 from .groups import param_groups
 from .report import SpectralRow, spectral_report
+from .rules import NormScale, SpectralPenalty
 from .sgd import SNRSGD
+from .wrapping import unwrap, wrap
 
 __version__ = "0.1.0"
 
-__all__ = ["SNRSGD", "NormScaleAdamW", "SpectralRow", "init", "param_groups", "spectral_report"]
+__all__ = [
+    "SNRSGD",
+    "NormScale",
+    "NormScaleAdamW",
+    "SpectralDecay",
+    "SpectralPenalty",
+    "SpectralRow",
+    "init",
+    "param_groups",
+    "spectral_report",
+    "unwrap",
+    "wrap",
+]

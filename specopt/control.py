@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from specopt import kernels
-from specopt.kernels import Penalty, Update, base_updates_
+from specopt.kernels import Update, base_updates_
 
 from . import updates
+from .base_step import gradients, out_of_sight, own_entries, penalized
 from .checkpoint import check_like_weight, check_matrix, check_options
 from .groups import resolve
 from .session import Gate, OnDevice, Rule
@@ -27,8 +29,18 @@ from .tracker.device import runs_on
 from .updates import OnDeviceBase
 from .views import Matrix, check_readable, is_controlled, matrices_of, refresh_copies, written_back
 
+NOT_COMPILED = (
+    "torch.compile leaves the step of specopt's optimizers as it is: it runs between the graphs of what comes before "
+    "and after, with the same result. Call it outside of the compiled function to be rid of the break and this warning."
+)
 UNSIGNED = ("params", "lr", "param_names", "initial_lr")
 """What a group holds that is no option, or may change from step to step."""
+
+
+if TYPE_CHECKING:
+    Mixin = Optimizer
+else:
+    Mixin = object
 
 
 @dataclass
@@ -44,16 +56,27 @@ class Batch:
     """Those of the matrices that are read through a copy."""
 
 
-class SpectralOptimizer(Optimizer):
-    """Puts a rule around the step of the torch.optim class that stands behind it in the bases.
+class SpectralOptimizer(Mixin):
+    """Puts a rule around the step of a torch.optim class.
 
-    Holds nothing of its own but what is being waited for: options live in the groups, state in ``self.state``.
+    In front of that class in the bases; or behind it, in a class of its objects' own layout, which :func:`specopt.wrap`
+    makes and which takes over :data:`IN_FRONT`. Holds nothing of its own but what is being waited for: options live in
+    the groups, state in ``self.state``.
     """
 
+    __slots__ = ()
     rule: ClassVar[Rule]
     like_weight: ClassVar[tuple[str, ...]] = ()
     """State keys of what the base keeps in the shape of the weight."""
+    front: ClassVar[type]
+    """What stands in front of the base in the order of methods."""
+    base_is_known: ClassVar[bool] = True
+    """The base is torch's SGD or AdamW itself, whose update our passes can make."""
     _options: dict[str, Any]
+
+    @property
+    def _base(self) -> Any:
+        return super(self.front, self)
 
     def _construct(self, options: dict[str, Any], base_init: Callable[[], None]) -> None:
         self._options = options
@@ -80,7 +103,7 @@ class SpectralOptimizer(Optimizer):
             self.rule.check(merged)
             for name in self.rule.names:
                 param_group.setdefault(name, merged[name])
-        super().add_param_group(param_group)
+        self._base.add_param_group(param_group)
         group = self.param_groups[-1]
         for param in group["params"]:
             check_readable(param, group)
@@ -91,13 +114,20 @@ class SpectralOptimizer(Optimizer):
         Args:
             closure: reevaluates the model and returns the loss.
         """
+        return self._uncompiled_step(closure, compiling=torch.compiler.is_dynamo_compiling())
+
+    @_disable_dynamo  # torch.compiler.disable, without the second that importing the compiler takes
+    def _uncompiled_step(self, closure: Callable[[], float] | None, compiling: bool) -> float | None:
         for group in self.param_groups:
             self.rule.check(group)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        workspace = self.__dict__.setdefault("_workspace", {})
+        workspace: dict[Any, Any] = self.__dict__.setdefault("_workspace", {})
+        if compiling and not workspace.setdefault("told of compiling", False):
+            workspace["told of compiling"] = True
+            warnings.warn(NOT_COMPILED, stacklevel=5)
         gate = Gate(getattr(self, "found_inf", None), getattr(self, "grad_scale", None), workspace=workspace)
         with torch.no_grad(), self._without_autocast():
             if not gate.is_shut:
@@ -126,10 +156,10 @@ class SpectralOptimizer(Optimizer):
                     updated = [self._update(matrix)._replace(seed=seed) for matrix, seed in pairs]
                     base_updates_(updated, session.penalty, gate.host_scale)
                 elif session.penalty is not None:
-                    stack.enter_context(_gradients(_penalized(batch.matrices, session.penalty, gate)))
+                    stack.enter_context(gradients(penalized(batch.matrices, session.penalty, gate)))
                 if batch.ours:
-                    stack.enter_context(_gradients({matrix.param: None for matrix in batch.matrices}))
-            self._base_step()
+                    stack.enter_context(gradients({matrix.param: None for matrix in batch.matrices}))
+            self._blind_step([matrix.param for batch in batches if not batch.ours for matrix in batch.matrices])
         for batch, session in zip(batches, sessions, strict=True):
             with written_back(batch.copied) if batch.copied and session.penalty is None else nullcontext():
                 session.finish()
@@ -146,11 +176,14 @@ class SpectralOptimizer(Optimizer):
         signature: list[Any] = [os.environ.get("SPECOPT_BACKEND")]
         tensors: list[Any] = []
         for group in self.param_groups:
-            signature += [id(v) if isinstance(v, Tensor) else v for k, v in group.items() if k not in UNSIGNED]
-            signature.append(id(group["lr"]) if isinstance(group["lr"], Tensor) else None)
+            read = [name for name in group if name not in UNSIGNED] if self.base_is_known else self.rule.names
+            signature += [id(group[name]) if isinstance(group[name], Tensor) else group[name] for name in read]
+            rate = group.get("lr")
+            signature += [id(rate) if isinstance(rate, Tensor) else None, group.get("maximize")]
             for param in group["params"]:
                 grad = param.grad
-                kept = [value for value in self.state.get(param, {}).values() if isinstance(value, Tensor)]
+                state = self.state.get(param, {}) if self.base_is_known else own_entries(self.state.get(param, {}))
+                kept = [value for value in state.values() if isinstance(value, Tensor)]
                 tensors += kept
                 layout = None if grad is None else (grad.layout, grad.dtype, grad.stride())
                 signature.append((id(param), param.data_ptr(), layout, id(self.state.get(param)), *map(id, kept)))
@@ -158,17 +191,24 @@ class SpectralOptimizer(Optimizer):
 
     def _is_ours(self, matrix: Matrix) -> bool:
         """Whether the base update of a matrix is made by our passes, or by torch."""
+        if not self.base_is_known or not updates.is_plain(matrix):
+            return False
         if runs_on(matrix):
-            started = self.rule.has_state(matrix) and (matrix.group.get("norm") != "frobenius")
-            return started and updates.is_plain(matrix)
-        return matrix.param.device.type == "cpu" and updates.is_plain(matrix)
+            return self.rule.has_state(matrix) and self.rule.takes_along(matrix)
+        return matrix.param.device.type == "cpu"
 
     def _update(self, matrix: Matrix) -> Update:
         raise NotImplementedError
 
+    def _blind_step(self, params: Iterable[Tensor]) -> None:
+        """The base's step of what has a gradient, with the entries of ours out of its sight in the states of
+        ``params``, and in all states where the base is one that we do not know."""
+        with out_of_sight(self.state, params if self.base_is_known else list(self.state)):
+            self._base_step()
+
     def _base_step(self) -> None:
         # torch wraps the step of every class it has built with the user's hooks; ours has them already
-        step: Any = super().step
+        step = self._base.step
         function = step.__func__
         (function.__wrapped__ if getattr(function, "hooked", False) else function)(self)
 
@@ -225,16 +265,25 @@ class SpectralOptimizer(Optimizer):
                 if param.grad is not None and not self.state[param]:
                     self.state[param][STEP] = 0
 
+    def forget(self) -> None:
+        """Drops what the rule keeps in the states of the parameters."""
+        for param in [param for param, state in self.state.items() if isinstance(state, dict)]:
+            state = self.state[param]
+            for key in own_entries(state):
+                del state[key]
+            if not state:
+                del self.state[param]
+
     def _own_options(self) -> dict[str, Any]:
         return self._options if "_options" in self.__dict__ else {name: self.defaults[name] for name in self.rule.names}
 
     # --- state ---------------------------------------------------------------------------------------------------
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        self._base.__setstate__(state)
         for group in self.param_groups:
-            for name in self.rule.names:
-                group.setdefault(name, self.defaults[name])
+            for name, value in self._own_options().items():
+                group.setdefault(name, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As the base's; but what a rule stored keeps its precision (the base casts it to the parameter's dtype), and a
@@ -270,7 +319,7 @@ class SpectralOptimizer(Optimizer):
         ]
         before = self.state, self.param_groups
         try:
-            super().load_state_dict(state_dict)
+            self._base.load_state_dict(state_dict)
         except Exception:
             self.state, self.param_groups = before
             raise
@@ -320,7 +369,7 @@ class SpectralOptimizer(Optimizer):
             f"the first step moves {len(far)} weight(s) whose norm is not within [0.5, 2] of its target "
             f"(norm / target: {listed}{', ...' if len(far) > 4 else ''}). Start from specopt.init.scaled_orthogonal_, "
             'keep the norm there is with target="initial", or only lower it, with mode="cap".',
-            stacklevel=5,  # this, _tell, step, torch's hook around it, the caller
+            stacklevel=8,  # this, _tell, the step, two frames of torch's, step, torch's hook around it, the caller
         )
 
     def names(self) -> Mapping[Tensor, str]:
@@ -332,26 +381,6 @@ class SpectralOptimizer(Optimizer):
         return names
 
 
-@contextmanager
-def _gradients(replaced: Mapping[Tensor, Tensor | None]) -> Iterator[None]:
-    """Other gradients, or none, for the base update; the same tensors as before afterwards."""
-    grads = {param: param.grad for param in replaced}
-    try:
-        for param, grad in replaced.items():
-            param.grad = grad
-        yield
-    finally:
-        for param, grad in grads.items():
-            param.grad = grad
-
-
-def _penalized(matrices: Sequence[Matrix], penalty: Penalty, gate: Gate) -> dict[Tensor, Tensor]:
-    """By parameter a copy of its gradient with the penalty of its matrices added, at the scale that it has."""
-    penalized = {matrix.param: torch.empty_like(matrix.param) for matrix in matrices}
-    torch._foreach_copy_(list(penalized.values()), [cast(Tensor, param.grad) for param in penalized])
-    views = [matrix.view_of(penalized[matrix.param]) for matrix in matrices]
-    coefficients = penalty.coefficients * gate.gradient_scale(penalty.coefficients)
-    kernels.rank_updates_(views, coefficients[:, None], penalty.lefts, penalty.rights)
-    for matrix, view in zip(matrices, views, strict=True):
-        matrix.store(view, penalized[matrix.param])
-    return penalized
+SpectralOptimizer.front = SpectralOptimizer
+IN_FRONT = ("step", "add_param_group", "load_state_dict", "__setstate__")
+"""What :class:`SpectralOptimizer` does otherwise than the base."""

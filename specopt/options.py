@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -12,7 +13,34 @@ from specopt.kernels import MAX_COLUMNS
 from .parts import parse
 from .targets import NAMED_TARGETS
 
-SHARED = ("spectral", "view", "block", "tolerance", "max_passes", "stochastic_rounding")
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Shared:
+    """The options that all rules have; :class:`specopt.SNRSGD` tells what they mean."""
+
+    spectral: bool = True
+    view: str = "auto"
+    block: int = 32
+    tolerance: float = 0.01
+    max_passes: int | None = None
+    stochastic_rounding: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the groups of an optimizer hold of a rule, but for those that say otherwise."""
+        return {field.metadata.get("option", field.name): getattr(self, field.name) for field in fields(self)}
+
+    def __repr__(self) -> str:
+        told = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(told)})"
+
+
+def named(option: str) -> dict[str, str]:
+    """Metadata of a rule's field that goes by another name in a group."""
+    return {"option": option}
+
+
+SHARED = tuple(field.name for field in fields(Shared))
 NORMS = ("spectral", "frobenius")
 MODES = {"spectral": ("set", "cap", "rescale"), "frobenius": ("set", "cap")}
 

@@ -1,13 +1,15 @@
 """Rules: what is done with the triplets, before the base update (on gradients) or after it (on weights).
 
-A rule has no state of its own: its options live in the optimizer's param groups, its tracker's state in
-``optimizer.state``. So both travel with ``state_dict``, deepcopy and pickle.
+A rule is a value: it holds the options that groups have by default, and no state. What counts in a step are the options
+in the optimizer's param groups, and its tracker's state in ``optimizer.state``. So both travel with ``state_dict``,
+deepcopy and pickle.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,9 +17,10 @@ from torch import Tensor
 from specopt import kernels
 from specopt.kernels import Penalty, accumulation_dtype
 
-from . import options, updates
+from . import options
+from .after import AfterOnDevice, AfterOnHost
 from .session import Gate, Session
-from .targets import target_frobenius, target_sigma
+from .targets import Target, target_frobenius, target_sigma
 from .tracker import device, halves, pairs
 from .tracker.common import (
     BLOCK,
@@ -33,22 +36,36 @@ from .tracker.common import (
     scatter_stats,
 )
 from .tracker.measure import measure
+from .updates import is_on_device
 from .views import Matrix
 
 INITIAL = {norm: f"{PREFIX}initial_{norm}" for norm in options.NORMS}
 """State keys of the norms noted for ``target="initial"``."""
 
 
-class SpectralPenalty:
+@dataclass(frozen=True, repr=False)
+class SpectralPenalty(options.Shared):
     """``λ/2 · Σ σ₁²`` added to the objective: each matrix' gradient gains ``λ σ₁ u₁v₁ᵀ`` for the base update.
 
     ``p.grad`` is the same tensor with the same values after the step as before it. Under ``maximize=True`` the penalty
     is still minimized.
 
+    Args:
+        lam: λ >= 0; ``snr_lambda`` in a group.
+        spectral, view, block, tolerance, max_passes, stochastic_rounding: see :class:`specopt.SNRSGD`.
+
+    Raises:
+        ValueError: an option that makes no sense, naming it, its value and what it may be.
+
     Source: Yoshida and Miyato, Spectral norm regularization, arXiv 1705.10941 (whose σ is printed inverted).
     """
 
-    names = ("snr_lambda", *options.SHARED)
+    lam: float = field(default=0.01, metadata=options.named("snr_lambda"))
+    names: ClassVar[tuple[str, ...]] = ("snr_lambda", *options.SHARED)
+
+    def __post_init__(self) -> None:
+        options.check_lambda("lam", self.lam)
+        self.check(self.options)
 
     def check(self, group: Mapping[str, Any]) -> None:
         options.check_shared(group)
@@ -62,6 +79,10 @@ class SpectralPenalty:
 
     def has_state(self, matrix: Matrix) -> bool:
         return halves.has_state(matrix)
+
+    def takes_along(self, matrix: Matrix) -> bool:
+        # a count of AdamW's steps on the device is moved on by a solve after the update, of which there is none here
+        return not is_on_device(matrix.state.get("step"))
 
     def begin(self, matrices: Sequence[Matrix], gate: Gate) -> Session:
         if not gate.settled:
@@ -87,7 +108,8 @@ class _Penalized:
         pass
 
 
-class NormScale:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class NormScale(options.Shared):
     """Weights steered to a norm after the base update.
 
     Spectral, with the first triplet (σ₁, u₁, v₁) and the target σ*: ``"set"``: ``W += (σ* − σ₁) u₁v₁ᵀ``; ``"cap"``: the
@@ -98,10 +120,23 @@ class NormScale:
     unless ``raise_small``; one with a non-finite entry is left as the base left it; nothing changes at a learning rate
     of 0.
 
+    Args: see :class:`specopt.NormScaleAdamW`.
+
+    Raises:
+        ValueError: an option that makes no sense, naming it, its value and what it may be.
+
     Source: Norm Scaling (blog post and code, December 2023).
     """
 
-    names = ("norm", "mode", "target", "rank", "raise_small", *options.SHARED)
+    norm: str = "spectral"
+    mode: str = "set"
+    target: Target = "channels"
+    rank: int = 1
+    raise_small: bool = False
+    names: ClassVar[tuple[str, ...]] = ("norm", "mode", "target", "rank", "raise_small", *options.SHARED)
+
+    def __post_init__(self) -> None:
+        self.check(self.options)
 
     def check(self, group: Mapping[str, Any]) -> None:
         options.check_shared(group)
@@ -115,6 +150,9 @@ class NormScale:
 
     def has_state(self, matrix: Matrix) -> bool:
         return pairs.has_state(matrix) if matrix.group["norm"] == "spectral" else has_stats(matrix)
+
+    def takes_along(self, matrix: Matrix) -> bool:
+        return bool(matrix.group["norm"] == "spectral")
 
     def begin(self, matrices: Sequence[Matrix], gate: Gate) -> Session:
         if device.runs_on(matrices[0]) and matrices[0].group["norm"] == "spectral":
@@ -130,8 +168,7 @@ class _Scaled:
         self.spectral = [matrix for matrix in matrices if matrix.group["norm"] == "spectral"]
         self.frobenius = [matrix for matrix in matrices if matrix.group["norm"] == "frobenius"]
         self.initial = _initial_norms(self.spectral, self.frobenius)
-        new = [matrix for matrix in self.spectral if not pairs.has_state(matrix)]
-        self.start = pairs.Start(new) if new else None
+        self.after = AfterOnHost(self.spectral)
         self.fresh = [matrix for matrix in self.frobenius if not has_stats(matrix)]
         self.norms = kernels.frobenius_norms([matrix.weight for matrix in self.fresh]) if self.fresh else ()
 
@@ -139,29 +176,21 @@ class _Scaled:
         # state not before: AdamW takes one that is not empty for its own
         for matrix, key, value in self.initial:
             matrix.state[key] = value
-        if self.start is not None:
-            self.start.finish()
         for matrix, norm in zip(self.fresh, self.norms, strict=True):
             restart(matrix, norm)
-        if self.spectral:
-            pairs.step(self.spectral, _SpectralCorrection(self.spectral, self.gate))
+        self.after.finish(_SpectralCorrection(self.spectral, self.gate))
         if self.frobenius:
             _scale_frobenius(self.frobenius, self.gate)
 
 
-class _ScaledOnDevice:
-    penalty = None
-
+class _ScaledOnDevice(AfterOnDevice):
     def __init__(self, matrices: Sequence[Matrix], gate: Gate) -> None:
-        self.matrices, self.gate = matrices, gate
         self.initial = _initial_norms(matrices, [])
-        new = [] if gate.settled else [matrix for matrix in matrices if not pairs.has_state(matrix)]
-        self.start = pairs.Start(new) if new else None
-        self.pairs = None if self.start else self._pairs()
+        super().__init__(matrices, gate)
 
-    def _pairs(self) -> device.Pairs:
+    def numbers(self) -> dict[str, Any]:
         noted = [matrix.state.get(INITIAL["spectral"]) for matrix in self.matrices]
-        numbers: dict[str, Any] = {
+        return {
             "TARGET": [shape_target(matrix) for matrix in self.matrices],
             "TARGET_AT": [
                 value.data_ptr() if matrix.group["target"] == "initial" and value is not None else 0
@@ -170,23 +199,12 @@ class _ScaledOnDevice:
             "MODE": [options.MODES["spectral"].index(matrix.group["mode"]) for matrix in self.matrices],
             "RAISE_SMALL": [matrix.group["raise_small"] for matrix in self.matrices],
         }
-        if self.gate.base is None:
-            numbers["RATE"], self.rates = updates.rates(self.matrices)
-            numbers["LR"] = [0 if rate is None else rate.data_ptr() for rate in self.rates]
-        scaler = self.gate.scaler(self.matrices[0].param.device)
-        return device.Pairs(self.matrices, numbers, self.gate.base, self.gate.workspace, scaler)
-
-    def update(self) -> None:
-        assert self.pairs is not None
-        self.pairs.update()
 
     def finish(self) -> None:
         for matrix, key, value in self.initial:
             matrix.state[key] = value
-        if self.start is not None:
-            self.start.finish()
+        tracked = self.tracked()
         first = [i for i, matrix in enumerate(self.matrices) if matrix.state[STEP] == 0]
-        tracked = self.pairs or self._pairs()
         tracked.finish()
         if first:
             sigma, changed = tracked.norms

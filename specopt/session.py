@@ -13,6 +13,7 @@ from specopt.kernels import Penalty
 
 from .tracker.common import HostCopy, constant
 from .tracker.device import BaseUpdate
+from .updates import rate_of
 from .views import Matrix
 
 
@@ -22,6 +23,10 @@ class Rule(Protocol):
     @property
     def names(self) -> tuple[str, ...]:
         """The group options it reads."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Their values in groups that say nothing else."""
 
     def check(self, group: Mapping[str, Any]) -> None:
         """Raises ValueError for an option that makes no sense."""
@@ -38,6 +43,9 @@ class Rule(Protocol):
 
     def has_state(self, matrix: Matrix) -> bool:
         """Whether the matrix' tracker can go on from its state."""
+
+    def takes_along(self, matrix: Matrix) -> bool:
+        """Whether its passes on a device can make the matrix' base update as well."""
 
 
 class Session(Protocol):
@@ -77,7 +85,7 @@ class Gate:
 
     def open(self, matrices: Sequence[Matrix], like: Tensor) -> Tensor:
         """1 (B,) where weights may be changed, else 0; decided on the device where lr lives there."""
-        rates = [matrix.group["lr"] for matrix in matrices]
+        rates: list[Any] = [rate_of(matrix.group) for matrix in matrices]
         on_device = [rate for rate in rates if isinstance(rate, Tensor) and rate.device.type != "cpu"]
         if on_device:
             rates = [r.reshape(()).to(like) if isinstance(r, Tensor) else like.new_full((), r) for r in rates]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,12 @@ from .tracker.device import BaseUpdate, runs_on
 from .views import Matrix
 
 
+def rate_of(group: Mapping[str, Any]) -> float | Tensor:
+    """The learning rate of a group; 1 where the base has none, or finds its own."""
+    rate: float | Tensor | None = group.get("lr")
+    return 1.0 if rate is None else rate
+
+
 def is_plain(matrix: Matrix) -> bool:
     """Whether options and layout are such that the update can be ours; else it is left to torch."""
     if not matrix.fills_parameter:
@@ -26,7 +32,9 @@ def is_plain(matrix: Matrix) -> bool:
     if group["differentiable"] or any(isinstance(value, Tensor) for value in options):
         return False
     if runs_on(matrix):
-        numbers: list[Any] = [value for value in (group["lr"], matrix.state.get("step")) if _is_on_device(value)]
+        if "betas" in group and "step" not in matrix.state:
+            return False
+        numbers: list[Any] = [value for value in (group["lr"], matrix.state.get("step")) if is_on_device(value)]
         if any(value.dtype != torch.float32 or value.device != matrix.param.device for value in numbers):
             return False
     elif group.get("capturable"):
@@ -56,9 +64,12 @@ def sgd(_: SGD, matrix: Matrix) -> Update:
 
 def adamw(optimizer: AdamW, matrix: Matrix) -> Update:
     group, state = matrix.group, matrix.state
-    if not state:
+    if "step" not in state:
         lists: list[list[Any]] = [[] for _ in range(6)]
+        ours = dict(state)
+        state.clear()  # it makes its own where it finds none
         optimizer._init_group({**group, "params": [matrix.param]}, *lists)  # type: ignore[no-untyped-call]
+        state.update(ours)
     state["step"] += 1
     keys = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
     beta1, beta2 = group["betas"]
@@ -87,7 +98,7 @@ class OnDeviceBase:
         numbers = {name: np.array([_options(group)[name] for group in groups])[at] for name in _options(groups[0])}
         steps = [matrix.state.get("step") for matrix in self.matrices]
         if "betas" in groups[0]:
-            counts = np.array([1.0 if _is_on_device(step) else float(step.add_(1)) for step in steps])  # type: ignore[union-attr]
+            counts = np.array([1.0 if is_on_device(step) else float(step.add_(1)) for step in steps])  # type: ignore[union-attr]
             numbers["BIAS1"] = 1 - numbers["BETA1"] ** counts
             numbers["BIAS2_ROOT"] = np.sqrt(1 - numbers["BETA2"] ** counts)
         else:
@@ -98,9 +109,9 @@ class OnDeviceBase:
         addresses = []
         for matrix, grad, step in zip(self.matrices, grads, steps, strict=True):
             kept = [tensor.data_ptr() for tensor in _kept(matrix)]
-            scalars = [value.data_ptr() if _is_on_device(value) else 0 for value in (matrix.group["lr"], step)]  # type: ignore[union-attr]
+            scalars = [value.data_ptr() if is_on_device(value) else 0 for value in (matrix.group["lr"], step)]  # type: ignore[union-attr]
             addresses.append([grad.data_ptr(), *kept, *[0] * (3 - len(kept)), *scalars])
-        return BaseUpdate(numbers, addresses, grads)
+        return BaseUpdate("ADAMW" if "betas" in groups[0] else "SGD", numbers, addresses, grads)
 
     @staticmethod
     def _make_buffer(matrix: Matrix) -> bool:
@@ -112,7 +123,7 @@ class OnDeviceBase:
 
 
 def _options(group: dict[str, Any]) -> dict[str, float]:
-    rate = 1.0 if _is_on_device(group["lr"]) else float(group["lr"])
+    rate = 1.0 if is_on_device(group["lr"]) else float(group["lr"])
     shared = {"RATE": rate, "DECAY": group["weight_decay"], "MAXIMIZE": group["maximize"]}
     if "betas" in group:
         beta1, beta2 = group["betas"]
@@ -126,15 +137,15 @@ def _options(group: dict[str, Any]) -> dict[str, float]:
 def rates(matrices: Sequence[Matrix]) -> tuple[list[float], list[Tensor | None]]:
     """Learning rates of a batch: numbers, and the float32 tensors on the device that stand for them where there are
     such."""
-    given = [matrix.group["lr"] for matrix in matrices]
+    given: list[Any] = [rate_of(matrix.group) for matrix in matrices]
     on_device = [
-        rate.to(matrix.param.device, torch.float32) if _is_on_device(rate) else None
+        rate.to(matrix.param.device, torch.float32) if is_on_device(rate) else None
         for rate, matrix in zip(given, matrices, strict=True)
     ]
-    return [1.0 if _is_on_device(rate) else float(rate) for rate in given], on_device
+    return [1.0 if is_on_device(rate) else float(rate) for rate in given], on_device
 
 
-def _is_on_device(value: object) -> bool:
+def is_on_device(value: object) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 

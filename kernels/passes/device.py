@@ -57,9 +57,16 @@ TILES = {
 def tile_of(kp: int, size: int, update: int, side: int, stochastic: bool) -> Tile:
     """What a launch runs with. The number of stages changes no sum; these spill nowhere."""
     tile = TILES[32 if side == NOTHING.value else kp, size]
+    if update == ADAMW.value and side == TURNING.value:  # the most that is held in registers
+        tile = tile._replace(stages=1)
     if stochastic:
         tile = tile._replace(stages=1 if kp != 32 else 2 if update == CORRECT.value else 3)
     return tile
+
+
+def most_registers(kp: int, update: int, side: int) -> int | None:
+    """Left to itself the assembler keeps the widest pass to 128 and spills; allowed more, it needs 126."""
+    return 168 if kp == 64 and update == ADAMW.value and side == TURNING.value else None
 
 
 @triton.jit
@@ -166,6 +173,7 @@ def stream(
     side,
     DTYPE: tl.constexpr,
     UPDATE: tl.constexpr,
+    PENALIZED: tl.constexpr,
     PRODUCT: tl.constexpr,
     ACROSS: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -179,7 +187,7 @@ def stream(
     """One strip and chunk of one matrix: update, and the partial sum of the product."""
     VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth  # elements in 16 bytes
     BASE: tl.constexpr = (UPDATE == SGD) | (UPDATE == ADAMW)
-    RANK_ONE: tl.constexpr = (UPDATE == SGD) | (UPDATE == CORRECT)
+    RANK_ONE: tl.constexpr = PENALIZED | (UPDATE == CORRECT)
     m = tl.load(entry + r.ROWS).to(tl.int32)
     n = tl.load(entry + r.COLUMNS).to(tl.int32)
     row_step = tl.load(entry + r.ROW_STEP)
@@ -206,7 +214,7 @@ def stream(
 
     # rank one: each entry of the weight gains (scale · a) b, a along its memory row's vector
     if RANK_ONE:
-        outer_scale = tl.load(scalar + (r.PENALTY if UPDATE == SGD else r.CHANGE))
+        outer_scale = tl.load(scalar + (r.PENALTY if PENALIZED else r.CHANGE))
         row_at = tl.load(entry + tl.where(swapped, r.RIGHT_VECTORS, r.LEFT_VECTORS))
         column_at = tl.load(entry + tl.where(swapped, r.LEFT_VECTORS, r.RIGHT_VECTORS))
         row_vector = row_at.to(tl.pointer_type(tl.float32))
@@ -285,9 +293,10 @@ def stream(
             g = tl.load(grad + place, inside, 0.0).to(tl.float32)
             if grad_scale is not None:
                 g = g / scale
-        if UPDATE == SGD:
+        if PENALIZED:
             penalized = g + rank_one
             g = tl.where(is_finite(rounded(penalized, DTYPE).to(tl.float32)), penalized, g)
+        if UPDATE == SGD:
             g = tl.where(maximize, -g, g)
             known = (rows < remembered)[:, None] & (columns < n)[None, :]
             buffer = tl.load(first + place, known, 0.0).to(tl.float32)
@@ -433,28 +442,29 @@ def pass_kernel(
         busy &= wanted
     aligned = tl.load(entry + r.ALIGNED) != 0
     PRODUCT: tl.constexpr = SIDE != NOTHING
+    PENALIZED: tl.constexpr = (UPDATE == SGD) | ((UPDATE == ADAMW) & (SIDE == TURNING))  # a tracker by halves penalizes
     if busy:
         if across:
             if aligned:
                 stream(
                     entry, options, scalar, noise, grad_scale, strip, chunk, side,
-                    DTYPE, UPDATE, PRODUCT, True, True, AMSGRAD, STOCHASTIC, KP, STRIP, INNER, STAGES,
+                    DTYPE, UPDATE, PENALIZED, PRODUCT, True, True, AMSGRAD, STOCHASTIC, KP, STRIP, INNER, STAGES,
                 )  # fmt: skip
             else:
                 stream(
                     entry, options, scalar, noise, grad_scale, strip, chunk, side,
-                    DTYPE, UPDATE, PRODUCT, True, False, AMSGRAD, STOCHASTIC, KP, STRIP, LOOSE, 1,
+                    DTYPE, UPDATE, PENALIZED, PRODUCT, True, False, AMSGRAD, STOCHASTIC, KP, STRIP, LOOSE, 1,
                 )  # fmt: skip
         else:
             if aligned:
                 stream(
                     entry, options, scalar, noise, grad_scale, strip, chunk, side,
-                    DTYPE, UPDATE, PRODUCT, False, True, AMSGRAD, STOCHASTIC, KP, STRIP, INNER, STAGES,
+                    DTYPE, UPDATE, PENALIZED, PRODUCT, False, True, AMSGRAD, STOCHASTIC, KP, STRIP, INNER, STAGES,
                 )  # fmt: skip
             else:
                 stream(
                     entry, options, scalar, noise, grad_scale, strip, chunk, side,
-                    DTYPE, UPDATE, PRODUCT, False, False, AMSGRAD, STOCHASTIC, KP, STRIP, LOOSE, 1,
+                    DTYPE, UPDATE, PENALIZED, PRODUCT, False, False, AMSGRAD, STOCHASTIC, KP, STRIP, LOOSE, 1,
                 )  # fmt: skip
     if THEN != 0:
         tl.debug_barrier()
@@ -517,6 +527,8 @@ def launch(
     if not len(work):
         return
     tile = tile_of(records.KP, records.dtype.itemsize, update, side, stochastic)
+    limit = most_registers(records.KP, update, side)
+    nvidia = work.device.type == "cuda" and torch.version.hip is None
     with tables.on(work.device):
         pass_kernel[(len(work),)](
             records.table,
@@ -547,4 +559,5 @@ def launch(
             STAGES=tile.stages,
             num_warps=tile.warps,
             enable_fp_fusion=True,
+            **({"maxnreg": limit} if limit and nvidia else {}),
         )

@@ -418,6 +418,8 @@ def change_of(entry, options, stats, sigma):
     capped = (tl.load(stats + r.STAT_CAPPED) > 0) & (reached == 0)
     change = tl.where(is_finite(sigma) & (sigma > 0), target - sigma, 0.0)
     change = tl.where((capped | (mode == 1)) & (change > 0), 0.0, change)
+    decayed = tl.where(is_finite(sigma), -rate * tl.load(options + r.STRENGTH) * sigma, 0.0)
+    change = tl.where(mode == 3, decayed, change)
     change = tl.where(rate != 0, change, 0.0)
     whole = mode == 2
     factor = tl.where(whole & (change != 0), target / tl.where(sigma > 0, sigma, 1.0), 1.0)

@@ -1,9 +1,9 @@
 """A step's control on a GPU: the launches over a bucket (:mod:`specopt.kernels.bucket`) and what is kept between steps.
 
-``NormScale``, warm: [update and Y = W V], solve, [Z and solve], [Y and solve] (the conditional pair), [correction and
-Z], solve: 6 launches. ``SpectralPenalty``: solve, [half and solve] twice (the conditional pair), [update and the half
-product of the next step]: 4 launches, and one more where somebody else wrote to a weight. A step of the cold phase
-enqueues up to 15 conditional pairs in place of one.
+``NormScale`` and ``SpectralDecay``, warm: [update and Y = W V], solve, [Z and solve], [Y and solve] (the conditional
+pair), [correction and Z], solve: 6 launches. ``SpectralPenalty``: solve, [half and solve] twice (the conditional pair),
+[update and the half product of the next step]: 4 launches, and one more where somebody else wrote to a weight. A step
+of the cold phase enqueues up to 15 conditional pairs in place of one.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ from .common import (
 class BaseUpdate:
     """The base update of a bucket's matrices, for a pass of ours to make: see :mod:`specopt.kernels.records`."""
 
+    kind: str
+    """``"SGD"`` or ``"ADAMW"``."""
     numbers: dict[str, Any]
     """Name of the record's number: one value for each matrix."""
     addresses: list[list[int]]
@@ -175,8 +177,10 @@ class Turns:
         return Penalty(bucket.scalars[:, self.engine.ops.r.PENALTY.value], lefts, rights)
 
     def update(self) -> None:
+        assert self.base is not None
         ops = self.engine.ops
-        self.engine.bucket.launch_pass(ops.SGD, ops.TURNING, **self.scaler, stochastic=_stochastic(self.matrices))
+        update = getattr(ops, self.base.kind)
+        self.engine.bucket.launch_pass(update, ops.TURNING, **self.scaler, stochastic=_stochastic(self.matrices))
         torch.autograd.graph.increment_version([matrix.param for matrix in self.matrices])
         self.engine.versions = _versions(self.matrices)
 
@@ -200,8 +204,10 @@ class Pairs:
         self.rounds = self.engine.prepare(matrices, options, base)
 
     def update(self) -> None:
+        assert self.base is not None
         ops = self.engine.ops
-        self.engine.bucket.launch_pass(ops.ADAMW, ops.LEFT, **self.scaler, stochastic=_stochastic(self.matrices))
+        update = getattr(ops, self.base.kind)
+        self.engine.bucket.launch_pass(update, ops.LEFT, **self.scaler, stochastic=_stochastic(self.matrices))
 
     def finish(self) -> None:
         ops, bucket, found_inf = self.engine.ops, self.engine.bucket, self.scaler["found_inf"]

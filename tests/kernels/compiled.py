@@ -109,7 +109,7 @@ def measure(variant: Variant, target: GPUTarget) -> dict[str, int]:
         variant.constants.update(dict.fromkeys(absent))
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
-    limits = {"maxnreg": variant.registers} if variant.registers else {}
+    limits = {"maxnreg": variant.registers} if variant.registers and target.backend != "hip" else {}
     compiled = triton.compile(
         ASTSource(variant.kernel, signature, constants, aligned),
         target=target,

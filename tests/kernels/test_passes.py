@@ -340,6 +340,28 @@ def test_sgd_sees_the_penalized_gradient(layout, maximize):
         bucket.assert_product(b, RIGHT)
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("layout", ["rows", "columns", "stepped"])
+def test_adamw_sees_the_penalized_gradient_where_a_tracker_by_halves_has_left_one(layout, maximize):
+    options = {"lr": 0.1, "maximize": maximize}
+    for side, strength in ((TURNING, 3.0), (LEFT, 0.0)):
+        weights, gradient = _matrices(torch.float32, layout, count=2)
+        state = [{name: copy(w).abs_() for name in STATE[ADAMW]} for w in weights]
+        bucket = PassBucket(weights, gradient, state)
+        set_adamw(bucket, 3, **options)
+        bucket.leave(PENALTY=3.0)
+        before = [
+            (w.clone(), {"step": torch.tensor(2.0), **copying.deepcopy(s)}) for w, s in zip(weights, state, strict=True)
+        ]
+        passes.launch(bucket, ADAMW, side)
+        for b, (w, s) in enumerate(before):
+            penalized = gradient[b].double() + strength * torch.outer(bucket.us[b].double(), bucket.vs[b].double())
+            truth, after = torch_step(torch.optim.AdamW, w, penalized, s, options)
+            assert_rounded_once(weights[b], truth, 2 * (w.double().abs() + (truth - w.double()).abs()))
+            size = penalized.abs() + gradient[b].double().abs() + s["exp_avg"].abs()
+            assert_rounded_once(state[b]["exp_avg"], after["exp_avg"], 10 * size)
+
+
 def test_a_penalty_that_overflows_leaves_the_gradient():
     for dtype in (torch.float32, torch.float16):
         large = torch.finfo(dtype).max
@@ -655,7 +677,9 @@ def pass_variants() -> Iterator[tuple[str, compiled.Variant]]:
     kinds = {
         "none turning": (NONE, TURNING, {"CONDITIONAL": True}),
         "sgd turning": (SGD, TURNING, {}),
+        "sgd left": (SGD, LEFT, {}),
         "adamw left": (ADAMW, LEFT, {}),
+        "adamw turning": (ADAMW, TURNING, {}),
         "correct right": (CORRECT, RIGHT, {}),
     }
     for kp, (name, dtype), (kind, constants) in itertools.product((16, 32, 64), compiled.DTYPES.items(), kinds.items()):
@@ -686,10 +710,14 @@ def pass_variant(kp, dtype, update, side, constants, pointers=None) -> compiled.
             **constants,
         },
         tile.warps,
+        passes.most_registers(kp, update, side),
     )
 
 
-CORE = [("sm_90", kind) for kind in ("none turning", "sgd turning", "adamw left", "correct right")] + [
+CORE = [
+    ("sm_90", kind)
+    for kind in ("none turning", "sgd turning", "sgd left", "adamw left", "adamw turning", "correct right")
+] + [
     ("gfx942", "sgd turning"),
     ("gfx942", "adamw left"),
 ]

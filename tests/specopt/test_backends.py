@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
 import specopt
 from specopt.kernels import backend_for
@@ -22,6 +24,15 @@ RULES: dict[str, tuple[type, dict[str, Any]]] = {
     "set": (specopt.NormScaleAdamW, {"lr": 1e-2}),
     "rescale": (specopt.NormScaleAdamW, {"lr": 1e-2, "mode": "rescale"}),
     "frobenius": (specopt.NormScaleAdamW, {"lr": 1e-2, "norm": "frobenius"}),
+}
+
+TIGHT: dict[str, Any] = {"tolerance": 1e-4, "max_passes": 12}
+WRAPPED: dict[str, Callable[[Any], Optimizer]] = {
+    "AdamW, decay": lambda groups: specopt.wrap(AdamW(groups, lr=1e-2), specopt.SpectralDecay(2.0, **TIGHT)),
+    "SGD, decay": lambda groups: specopt.wrap(SGD(groups, momentum=0.9), specopt.SpectralDecay(2.0, **TIGHT)),
+    "RMSprop, decay": lambda groups: specopt.wrap(RMSprop(groups), specopt.SpectralDecay(2.0, **TIGHT)),
+    "SGD, set": lambda groups: specopt.wrap(SGD(groups, momentum=0.9), specopt.NormScale(**TIGHT)),
+    "AdamW, penalty": lambda groups: specopt.wrap(AdamW(groups, lr=1e-2), specopt.SpectralPenalty(0.3, **TIGHT)),
 }
 
 
@@ -53,6 +64,26 @@ def test_step_on_triton_equals_step_on_the_reference(
     for reference, triton in zip(results["reference"], results["triton"], strict=True):
         allowed = 1e-4 if dtype == torch.float32 else 2e-2
         assert (reference - triton).float().norm() <= allowed * reference.float().norm()
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_wrapped_step_on_triton_equals_step_on_the_reference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step is torch's with our corrections, the second our passes' where they know the base."""
+    results = []
+    for backend in ("reference", "triton"):
+        monkeypatch.setenv("SPECOPT_BACKEND", backend)
+        generator = torch.Generator().manual_seed(0)
+        params = [with_spectrum(shape, torch.float32, 0.3, generator).to(DEVICE) for shape in [(24, 17), (3, 9)]]
+        optimizer = WRAPPED[kind]([{"params": [param.requires_grad_() for param in params], "block": 8}])
+        for _ in range(2):
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=generator).to(param)
+            optimizer.step()
+        results.append([param.detach().cpu() for param in params])
+        made: Any = vars(optimizer)["_workspace"]["batches"]
+        assert {batch.ours for batch in made} == {not kind.startswith("RMSprop")}
+    for reference, triton in zip(*results, strict=True):
+        assert (reference - triton).norm() <= 1e-4 * reference.norm()
 
 
 def test_same_bits_in_two_runs_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,74 @@
+"""What a base optimizer gets to see of a step: gradients that are not the parameters' own, and no state of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from specopt import kernels
+from specopt.kernels import Penalty
+
+from .session import Gate
+from .tracker.common import PREFIX
+from .views import Matrix
+
+
+def own_entries(state: Mapping[Any, Any]) -> dict[str, Any]:
+    """What a rule keeps in the state of a parameter."""
+    return {key: value for key, value in state.items() if isinstance(key, str) and key.startswith(PREFIX)}
+
+
+@contextmanager
+def out_of_sight(states: MutableMapping[Tensor, Any], params: Iterable[Tensor]) -> Iterator[None]:
+    """Takes our entries out of the states, and states that hold nothing else, and puts them back: most optimizers make
+    their own state where they find none, and some go over all that they find."""
+    hidden = []
+    for param in params:
+        state = states.get(param)
+        if not isinstance(state, dict):
+            continue
+        own = own_entries(state)
+        for key in own:
+            del state[key]
+        if not state:
+            del states[param]
+        hidden.append((param, state, own))
+    try:
+        yield
+    finally:
+        for param, state, own in hidden:
+            left = states.get(param, {})
+            if left is not state:
+                state.clear()
+                state.update(left)
+                states[param] = state  # the one that the step's matrices hold
+            state.update(own)
+
+
+@contextmanager
+def gradients(replaced: Mapping[Tensor, Tensor | None]) -> Iterator[None]:
+    """Other gradients, or none, for the base update; the same tensors as before afterwards."""
+    grads = {param: param.grad for param in replaced}
+    try:
+        for param, grad in replaced.items():
+            param.grad = grad
+        yield
+    finally:
+        for param, grad in grads.items():
+            param.grad = grad
+
+
+def penalized(matrices: Sequence[Matrix], penalty: Penalty, gate: Gate) -> dict[Tensor, Tensor]:
+    """By parameter a copy of its gradient with the penalty of its matrices added, at the scale that it has."""
+    copies = {matrix.param: torch.empty_like(matrix.param) for matrix in matrices}
+    torch._foreach_copy_(list(copies.values()), [cast(Tensor, param.grad) for param in copies])
+    views = [matrix.view_of(copies[matrix.param]) for matrix in matrices]
+    coefficients = penalty.coefficients * gate.gradient_scale(penalty.coefficients)
+    kernels.rank_updates_(views, coefficients[:, None], penalty.lefts, penalty.rights)
+    for matrix, view in zip(matrices, views, strict=True):
+        matrix.store(view, copies[matrix.param])
+    return copies

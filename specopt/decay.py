@@ -1,0 +1,101 @@
+"""The rule of decoupled spectral decay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from specopt import kernels
+
+from . import options
+from .after import AfterOnDevice, AfterOnHost
+from .session import Gate, Session
+from .tracker import device, pairs
+from .tracker.common import Stat, constant
+from .updates import rate_of
+from .views import Matrix
+
+
+@dataclass(frozen=True, repr=False)
+class SpectralDecay(options.Shared):
+    """``W ← W − lr λ σ₁ u₁v₁ᵀ`` after the base update, with the first triplet of the updated weight.
+
+    To :class:`specopt.SpectralPenalty` what AdamW's weight decay is to a penalty ``λ/2 ‖W‖²`` in the loss: momentum and
+    adaptive step sizes do not see it. Where ``lr λ < 1`` the first singular value falls by that part.
+
+    Args:
+        lam: λ >= 0; ``decay_lambda`` in a group.
+        spectral, view, block, tolerance, max_passes, stochastic_rounding: see :class:`specopt.NormScaleAdamW`.
+
+    Raises:
+        ValueError: an option that makes no sense, naming it, its value and what it may be.
+
+    Source: Loshchilov and Hutter, Decoupled weight decay regularization, arXiv 1711.05101, for the first triplet alone.
+    """
+
+    lam: float = field(metadata=options.named("decay_lambda"))
+    names: ClassVar[tuple[str, ...]] = ("decay_lambda", *options.SHARED)
+
+    def __post_init__(self) -> None:
+        options.check_lambda("lam", self.lam)
+        self.check(self.options)
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        options.check_shared(group)
+        options.check_lambda("decay_lambda", group["decay_lambda"])
+
+    def is_on(self, group: Mapping[str, Any]) -> bool:
+        return bool(group["decay_lambda"] != 0)
+
+    def columns(self, group: Mapping[str, Any]) -> int:
+        return pairs.basis_columns(group["block"])
+
+    def has_state(self, matrix: Matrix) -> bool:
+        return pairs.has_state(matrix)
+
+    def takes_along(self, matrix: Matrix) -> bool:
+        return True
+
+    def begin(self, matrices: Sequence[Matrix], gate: Gate) -> Session:
+        return (_DecayedOnDevice if device.runs_on(matrices[0]) else _Decayed)(matrices, gate)
+
+
+class _Decayed:
+    penalty = None
+
+    def __init__(self, matrices: Sequence[Matrix], gate: Gate) -> None:
+        self.matrices, self.gate, self.after = matrices, gate, AfterOnHost(matrices)
+
+    def finish(self) -> None:
+        self.after.finish(self._correct)
+
+    def _correct(self, sigma: Tensor, valid: Tensor, stats: Tensor) -> pairs.Change:
+        stats[:, Stat.CAPPED] = 0
+        strength = constant([float(matrix.group["decay_lambda"]) for matrix in self.matrices], sigma)
+        part = _rates(self.matrices, sigma) * strength * self.gate.open(self.matrices, sigma)
+        return pairs.Change(-part * torch.where(valid, sigma, 0.0))
+
+
+class _DecayedOnDevice(AfterOnDevice):
+    def numbers(self) -> dict[str, Any]:
+        strength = [float(matrix.group["decay_lambda"]) for matrix in self.matrices]
+        return {"MODE": [DECAY] * len(self.matrices), "STRENGTH": strength}
+
+    def finish(self) -> None:
+        self.tracked().finish()
+
+
+DECAY = 3
+"""The number that the solves know this rule by; see ``MODE`` in :mod:`specopt.kernels.records`."""
+
+
+def _rates(matrices: Sequence[Matrix], like: Tensor) -> Tensor:
+    """Learning rates (B,)."""
+    rates = [rate_of(matrix.group) for matrix in matrices]
+    if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
+        return torch.stack([r.reshape(()).to(like) if isinstance(r, Tensor) else like.new_full((), r) for r in rates])
+    return kernels.upload([float(rate) for rate in rates], like.dtype, like.device)
