@@ -1,5 +1,5 @@
 """Random parameters and options: no crash, nothing non-finite out of finite input, no silent no-op, and each step what
-the judge in float64 makes of it. See :mod:`tests.specopt.fuzz`."""
+the judge in float64 makes of it. See :mod:`tests.specopt.judge`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 
 from specopt import rules
-from tests.specopt.fuzz import Case, rounding, run
+from tests.specopt.fuzz import Case
+from tests.specopt.judge import rounding, run
 
-pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the first step moves"),
+    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # the interpreter's, of what is not finite
+]
 CHUNK = 250
 QUICK, ALL = 1000, 5000
 INTERPRETED_CHUNK = 15
