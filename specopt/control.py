@@ -334,7 +334,7 @@ class SpectralOptimizer(Mixin):
         names = self.names()
         for mine, now, saved_group in zip(self.param_groups, options, groups, strict=True):
             group = {**now, **saved_group}
-            check_options(self.defaults, group, type(self).__name__)
+            check_options(getattr(self, "defaults", {}), group, type(self).__name__)
             self.rule.check(group)
             for param, key in zip(mine["params"], group["params"], strict=True):
                 state = saved["state"].get(key, {})

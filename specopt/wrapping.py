@@ -17,13 +17,15 @@ from torch.optim import LBFGS, SGD, AdamW, Optimizer, SparseAdam
 
 from specopt.kernels import Update
 
-from . import updates
+from .adamw import NormScaleAdamW
 from .control import IN_FRONT, SpectralOptimizer
 from .decay import SpectralDecay
 from .options import Shared
 from .rules import NormScale, SpectralPenalty
 from .session import Rule
-from .views import Matrix, is_controlled, matrix_view
+from .sgd import SNRSGD
+from .telling import warn_of_unclear
+from .views import Matrix, check_readable
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 RULES = (SpectralPenalty, SpectralDecay, NormScale)
@@ -63,13 +65,13 @@ def wrap(optimizer: AnyOptimizer, rule: SpectralPenalty | SpectralDecay | NormSc
     for group in merged:
         rule.check(group)
         for param in group["params"]:
-            if is_controlled(param, group):
-                matrix_view(param)
+            check_readable(param, group)
     counted = _drop_step(optimizer)
     optimizer.__class__ = class_of(base, rule)  # type: ignore[assignment]
     for group, full in zip(optimizer.param_groups, merged, strict=True):
         group.update({name: full[name] for name in options})
     _take_step(optimizer, counted)
+    warn_of_unclear(optimizer.param_groups, cast(SpectralOptimizer, optimizer).names())
     return optimizer
 
 
@@ -104,7 +106,7 @@ class Wrapped(SpectralOptimizer):
         return cast(Shared, self.rule).options
 
     def _update(self, matrix: Matrix) -> Update:
-        return UPDATES[self.base](self, matrix)
+        return KNOWN[self.base]._update(cast(Any, self), matrix)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = self.__getstate__()
@@ -113,7 +115,7 @@ class Wrapped(SpectralOptimizer):
         return _blank, (self.base, self.rule), state
 
 
-UPDATES: dict[type[Optimizer], Callable[[Any, Matrix], Update]] = {SGD: updates.sgd, AdamW: updates.adamw}
+KNOWN: dict[type[Optimizer], type[SNRSGD | NormScaleAdamW]] = {SGD: SNRSGD, AdamW: NormScaleAdamW}
 """The bases whose update our passes can make; not subclasses of them, which may do it otherwise."""
 
 _classes: WeakValueDictionary[tuple[type[Optimizer], Rule], type[Wrapped]] = WeakValueDictionary()
@@ -124,7 +126,8 @@ def class_of(base: type[Optimizer], rule: Rule) -> type[Wrapped]:
     made = _classes.get((base, rule))
     if made is None:
         body = {name: vars(SpectralOptimizer)[name] for name in IN_FRONT}
-        body |= {"base": base, "rule": rule, "base_is_known": base in UPDATES, "__reduce_ex__": Wrapped.__reduce_ex__}
+        body |= {"base": base, "rule": rule, "base_is_known": base in KNOWN, "__reduce_ex__": Wrapped.__reduce_ex__}
+        body |= {"like_weight": KNOWN[base].like_weight} if base in KNOWN else {}
         body |= {"__doc__": base.__doc__, "__qualname__": base.__qualname__, "__module__": __name__}
         made = new_class(base.__name__, (base, Wrapped), exec_body=lambda namespace: namespace.update(body))
         made.front = made
