@@ -20,7 +20,7 @@ def train(x: Tensor, y: Tensor, epochs: int) -> nn.Module:
     print(f"largest sigma before: {largest_sigma(model):.3f}")
 
     # optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    optimizer = specopt.SNRSGD(model.parameters(), lr=0.1, momentum=0.9, snr_lambda=0.01)
+    optimizer = specopt.SNRSGD(model, lr=0.1, momentum=0.9, snr_lambda=0.01)
 
     for _ in range(epochs):
         for batch in torch.randperm(len(x)).split(64):

@@ -1,20 +1,92 @@
-"""What a saved state has to look like to be taken up: looked at before any of it is."""
+"""Loading a state: what it has to look like, looked at before any of it is taken up."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
-from .tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, Stat
-from .views import Matrix
+from specopt.kernels import accumulation_dtype
+
+from .tracker.common import BLOCK, LEFT, PREFIX, PROBE, RIGHT, STATS, STEP, Stat
+from .views import Matrix, is_controlled, matrices_of
+
+if TYPE_CHECKING:
+    from .control import SpectralOptimizer
 
 ANY = -1
 """In a shape: a length that options decide."""
 
 
-def check_options(defaults: Mapping[str, Any], group: Mapping[str, Any], optimizer: str) -> None:
+@contextmanager
+def guarded(optimizer: SpectralOptimizer) -> Iterator[None]:
+    """While the base loads a state: refuses one that cannot be meant, gives what a rule stored its precision back, and
+    takes everything back where loading fails.
+
+    Raises:
+        ValueError: state of a weight of another shape, or an option that makes no sense.
+    """
+    loaded: list[dict[str, Any]] = []
+    options = [{name: group[name] for name in optimizer.rule.names} for group in optimizer.param_groups]
+
+    def see(_: Optimizer, seen: dict[str, Any]) -> None:
+        _check_saved(optimizer, seen, options)
+        loaded.append(seen)  # after all hooks of the user that may have replaced it
+
+    def restore(_: Optimizer) -> None:
+        _restore(optimizer, loaded[-1], options)
+
+    hooks = [
+        optimizer.register_load_state_dict_pre_hook(see),
+        optimizer.register_load_state_dict_post_hook(restore, prepend=True),
+    ]
+    before = optimizer.state, optimizer.param_groups
+    try:
+        yield
+    except Exception:
+        optimizer.state, optimizer.param_groups = before
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _restore(optimizer: SpectralOptimizer, loaded: dict[str, Any], options: Sequence[dict[str, Any]]) -> None:
+    """Options that were not saved, as they were; and the dtype of what the base has cast to the parameter's."""
+    for group, mine, saved in zip(optimizer.param_groups, options, loaded["param_groups"], strict=True):
+        group.update({name: value for name, value in mine.items() if name not in saved})
+    keys = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    for key, param in zip(keys, params, strict=True):
+        for name, value in loaded["state"].get(key, {}).items():
+            if name.startswith(PREFIX) and isinstance(value, Tensor):
+                dtype = accumulation_dtype(param.dtype)
+                optimizer.state[param][name] = value.to(param.device, dtype, copy=True)
+
+
+def _check_saved(optimizer: SpectralOptimizer, saved: dict[str, Any], options: Sequence[dict[str, Any]]) -> None:
+    groups = saved["param_groups"]
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in optimizer.param_groups]:
+        return  # the base has an error for that
+    names = optimizer.names()
+    for mine, now, saved_group in zip(optimizer.param_groups, options, groups, strict=True):
+        group = {**now, **saved_group}
+        _check_options(getattr(optimizer, "defaults", {}), group, type(optimizer).__name__)
+        optimizer.rule.check(group)
+        for param, key in zip(mine["params"], group["params"], strict=True):
+            state = saved["state"].get(key, {})
+            for kept in optimizer.like_weight:
+                _check(param, state, kept, tuple(param.shape), names[param])
+            if is_controlled(param, group):
+                for matrix in matrices_of(param, group, state, optimizer.rule.columns(group)):
+                    _check_matrix(matrix, names[param] + matrix.suffix)
+
+
+def _check_options(defaults: Mapping[str, Any], group: Mapping[str, Any], optimizer: str) -> None:
     """Whether a group has what an optimizer of this kind always had.
 
     Switches came over the years, and an older state may lack them; numbers it may not.
@@ -31,17 +103,7 @@ def check_options(defaults: Mapping[str, Any], group: Mapping[str, Any], optimiz
         )
 
 
-def check_like_weight(param: Tensor, state: Mapping[str, Any], keys: tuple[str, ...], name: str) -> None:
-    """Whether what the base keeps in the shape of the weight has that shape.
-
-    Raises:
-        ValueError: it has not.
-    """
-    for key in keys:
-        _check(param, state, key, tuple(param.shape), name)
-
-
-def check_matrix(matrix: Matrix, name: str) -> None:
+def _check_matrix(matrix: Matrix, name: str) -> None:
     """Whether the tracker's state is that of a matrix with as many rows and columns.
 
     How many columns a block has is not looked at: where the options ask for others, as after a change of ``block``, the

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -20,11 +19,11 @@ from specopt.kernels import Update, base_updates_
 
 from . import updates
 from .base_step import gradients, out_of_sight, own_entries, penalized
-from .checkpoint import check_like_weight, check_matrix, check_options
+from .checkpoint import guarded
 from .groups import resolve
 from .session import Gate, OnDevice, Rule
-from .telling import warn_of_unclear
-from .tracker.common import BLOCK, LEFT, PREFIX, PROBE, RIGHT, STATS, STEP, HostCopy, Kept, rounding_seeds
+from .telling import tell_of_first_steps, warn_of_unclear
+from .tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, Kept, rounding_seeds
 from .tracker.device import runs_on
 from .updates import OnDeviceBase
 from .views import Matrix, check_readable, is_controlled, matrices_of, refresh_copies, written_back
@@ -132,7 +131,7 @@ class SpectralOptimizer(Mixin):
         with torch.no_grad(), self._without_autocast():
             if not gate.is_shut:
                 self._controlled_step(gate)
-        self._tell(gate)
+        tell_of_first_steps(self, gate.ratios)
         return loss
 
     def _controlled_step(self, gate: Gate) -> None:
@@ -277,8 +276,6 @@ class SpectralOptimizer(Mixin):
     def _own_options(self) -> dict[str, Any]:
         return self._options if "_options" in self.__dict__ else {name: self.defaults[name] for name in self.rule.names}
 
-    # --- state ---------------------------------------------------------------------------------------------------
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._base.__setstate__(state)
         for group in self.param_groups:
@@ -295,82 +292,8 @@ class SpectralOptimizer(Mixin):
         Raises:
             ValueError: state of a weight of another shape, or an option that makes no sense.
         """
-        loaded: list[dict[str, Any]] = []
-        options = [{name: group[name] for name in self.rule.names} for group in self.param_groups]
-
-        def see(_: Optimizer, seen: dict[str, Any]) -> None:
-            self._check_saved(seen, options)
-            loaded.append(seen)  # after all hooks of the user that may have replaced it
-
-        def restore(_: Optimizer) -> None:
-            for group, mine, saved in zip(self.param_groups, options, loaded[-1]["param_groups"], strict=True):
-                group.update({name: value for name, value in mine.items() if name not in saved})
-            keys = chain.from_iterable(group["params"] for group in loaded[-1]["param_groups"])
-            params = chain.from_iterable(group["params"] for group in self.param_groups)
-            for key, param in zip(keys, params, strict=True):
-                for name, value in loaded[-1]["state"].get(key, {}).items():
-                    if name.startswith(PREFIX) and isinstance(value, Tensor):
-                        dtype = kernels.accumulation_dtype(param.dtype)
-                        self.state[param][name] = value.to(param.device, dtype, copy=True)
-
-        hooks = [
-            self.register_load_state_dict_pre_hook(see),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        ]
-        before = self.state, self.param_groups
-        try:
+        with guarded(self):
             self._base.load_state_dict(state_dict)
-        except Exception:
-            self.state, self.param_groups = before
-            raise
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _check_saved(self, saved: dict[str, Any], options: Sequence[dict[str, Any]]) -> None:
-        groups = saved["param_groups"]
-        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
-            return  # the base has an error for that
-        names = self.names()
-        for mine, now, saved_group in zip(self.param_groups, options, groups, strict=True):
-            group = {**now, **saved_group}
-            check_options(getattr(self, "defaults", {}), group, type(self).__name__)
-            self.rule.check(group)
-            for param, key in zip(mine["params"], group["params"], strict=True):
-                state = saved["state"].get(key, {})
-                check_like_weight(param, state, self.like_weight, names[param])
-                if is_controlled(param, group):
-                    for matrix in matrices_of(param, group, state, self.rule.columns(group)):
-                        check_matrix(matrix, names[param] + matrix.suffix)
-
-    # --- telling the user ----------------------------------------------------------------------------------------
-
-    def _tell(self, gate: Gate) -> None:
-        waiting: list[tuple[list[Matrix], HostCopy]] = self.__dict__.setdefault("_waiting", [])
-        waiting.extend(gate.ratios)
-        arrived: list[tuple[Matrix, float]] = []
-        still = []
-        for matrices, copy in waiting:
-            ratios = copy.peek()
-            if ratios is None:
-                still.append((matrices, copy))
-            else:
-                arrived.extend(zip(matrices, ratios.tolist(), strict=True))
-        self._waiting = still
-        self._warn([(matrix, ratio) for matrix, ratio in arrived if not 0.5 <= ratio <= 2])
-
-    def _warn(self, far: list[tuple[Matrix, float]]) -> None:
-        if not far or self.__dict__.get("_warned"):
-            return
-        self._warned = True
-        names = self.names()
-        listed = ", ".join(f"{names[m.param]}{m.suffix} {tuple(m.piece.shape)}: {r:.3g}" for m, r in far[:4])
-        warnings.warn(
-            f"the first step moves {len(far)} weight(s) whose norm is not within [0.5, 2] of its target "
-            f"(norm / target: {listed}{', ...' if len(far) > 4 else ''}). Start from specopt.init.scaled_orthogonal_, "
-            'keep the norm there is with target="initial", or only lower it, with mode="cap".',
-            stacklevel=8,  # this, _tell, the step, two frames of torch's, step, torch's hook around it, the caller
-        )
 
     def names(self) -> Mapping[Tensor, str]:
         """A name for every parameter: its own where the optimizer was built from named ones, else its place."""

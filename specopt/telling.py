@@ -5,11 +5,15 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .views import could_be_controlled, is_controlled
+from .tracker.common import HostCopy
+from .views import Matrix, could_be_controlled, is_controlled
+
+if TYPE_CHECKING:
+    from .control import SpectralOptimizer
 
 LISTED = 8
 """Names in a warning, of however many."""
@@ -42,3 +46,33 @@ def warn_of_unclear(groups: Iterable[Mapping[str, Any]], names: Mapping[Tensor, 
             "for them with view= in a group, or put them into one with spectral=False.",
             stacklevel=outside(),
         )
+
+
+def tell_of_first_steps(optimizer: SpectralOptimizer, ratios: Iterable[tuple[list[Matrix], HostCopy]]) -> None:
+    """Takes up the ratios of norm and target that first steps have found, and warns once of those that have arrived on
+    the host and are far from 1."""
+    waiting = optimizer.__dict__.setdefault("_waiting", [])
+    waiting.extend(ratios)
+    arrived: list[tuple[Matrix, float]] = []
+    still = []
+    for matrices, copy in waiting:
+        found = copy.peek()
+        if found is None:
+            still.append((matrices, copy))
+        else:
+            arrived.extend(zip(matrices, found.tolist(), strict=True))
+    optimizer.__dict__["_waiting"] = still
+    far = [(matrix, ratio) for matrix, ratio in arrived if not 0.5 <= ratio <= 2]
+    if far and not optimizer.__dict__.get("_warned"):
+        optimizer.__dict__["_warned"] = True
+        _warn_of_first_steps(far, optimizer.names())
+
+
+def _warn_of_first_steps(far: Sequence[tuple[Matrix, float]], names: Mapping[Tensor, str]) -> None:
+    listed = ", ".join(f"{names[m.param]}{m.suffix} {tuple(m.piece.shape)}: {r:.3g}" for m, r in far[:4])
+    warnings.warn(
+        f"the first step moves {len(far)} weight(s) whose norm is not within [0.5, 2] of its target "
+        f"(norm / target: {listed}{', ...' if len(far) > 4 else ''}). Start from specopt.init.scaled_orthogonal_, "
+        'keep the norm there is with target="initial", or only lower it, with mode="cap".',
+        stacklevel=8,  # this, its caller, the step, two frames of torch's, step, torch's hook around it, the caller
+    )

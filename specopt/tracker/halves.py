@@ -189,7 +189,8 @@ def _tracked(matrices: Sequence[Matrix], stats: Tensor) -> First:
         wanted = wanted & schedule.first(sigma, stats[:, Stat.TOP], residual)
         if all_idle(wanted):
             break
-        triplets, _ = sides.half(wanted)
+        triplets, shown = sides.half(wanted)
+        residual = torch.where(wanted, shown, residual)
         before, sigma = sigma, torch.where(wanted, triplets.sigma[:, 0], sigma)
         new_lefts, new_rights = sides.oriented(triplets)
         kernels.copy_blocks([*new_lefts, *new_rights], [*lefts, *rights], active=torch.cat([wanted, wanted]))

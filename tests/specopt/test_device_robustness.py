@@ -192,7 +192,7 @@ def test_state_tensors_put_elsewhere_are_followed() -> None:
 def test_a_learning_rate_on_the_device_decides_there(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer, params = make("set")
     past_the_cold_phase(optimizer, params)
-    monkeypatch.setattr(updates, "_is_on_device", lambda value: isinstance(value, Tensor) and value.ndim == 0)
+    monkeypatch.setattr(updates, "is_on_device", lambda value: isinstance(value, Tensor) and value.ndim == 0)
     monkeypatch.setattr(updates, "is_plain", lambda matrix: fused)
     for rate, moves in ((0.0, False), (1e-2, True)):
         optimizer.param_groups[0]["lr"] = torch.tensor(rate)

@@ -177,11 +177,11 @@ def test_training_under_autocast_keeps_float32_weights_and_their_norms(kind: str
 
 # --- half-precision weights ------------------------------------------------------------------------------------------
 def assert_norms(kind: str, params: list[Tensor], dtype: torch.dtype) -> None:
-    """One singular value at the target, up to what rounding the weight once can move it by: entries by half a last
-    place, so singular values by no more than ``eps/2 · ‖W‖_F`` (Weyl)."""
+    """One singular value at the target, up to half the tracker's tolerance of 1 %, and to what rounding the weight once
+    can move it by: entries by half a last place, so singular values by no more than ``eps/2 · ‖W‖_F`` (Weyl)."""
     for weight in (param for param in params if param.ndim > 1):
         target, values = (weight.shape[0] / weight.shape[1]) ** 0.5, exact(weight)[1]
-        rounding = torch.finfo(dtype).eps / 2 * float(values.norm()) + 2e-3 * target
+        rounding = torch.finfo(dtype).eps / 2 * float(values.norm()) + 5e-3 * target
         if kind in ("set", "rescale"):
             error = float((values - target).abs().min()) if kind == "set" else abs(float(values[0]) - target)
             assert error <= rounding

@@ -427,17 +427,26 @@ def test_parts_go_on_after_the_cold_phase(backend: str) -> None:
     assert sigmas("rows:2", param) == pytest.approx([targets("rows:2")] * 2, rel=1e-3)
 
 
-def test_state_of_other_shapes_starts_control_anew() -> None:
+def test_state_of_another_number_of_matrices_starts_control_anew() -> None:
     params = [weight("rows:3"), weight("stack")]
     optimizer = optimizer_of("spectral", params, ["rows:3", "stack"])
     train(optimizer, params, range(2))
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][0][STATS] = torch.zeros(2, 7)
-    saved["state"][1][BLOCK] = torch.zeros(3, 5, 5)
     optimizer.load_state_dict(saved)
     train(optimizer, params, range(2, 3))
-    assert [optimizer.state[param][STEP] for param in params] == [1, 1]
+    assert [optimizer.state[param][STEP] for param in params] == [1, 3]
     assert [optimizer.state[param][STATS].shape[0] for param in params] == [3, 3]
+
+
+def test_state_of_matrices_of_another_shape_is_refused_by_the_name_of_the_matrix() -> None:
+    params = [weight("rows:3"), weight("stack")]
+    optimizer = optimizer_of("spectral", params, ["rows:3", "stack"])
+    train(optimizer, params, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][1][BLOCK] = torch.zeros(3, 5, 5)
+    with pytest.raises(ValueError, match=r"spectral_block of parameter 1\.0\[0\]"):
+        optimizer.load_state_dict(saved)
 
 
 # --- scalers -------------------------------------------------------------------------------------------------------
