@@ -6,10 +6,9 @@ Swap the optimizer class, and every weight matrix' largest singular value is reg
 
 from . import init
 from .adamw import NormScaleAdamW
-from .decay import SpectralDecay
 from .groups import param_groups
 from .report import SpectralRow, spectral_report
-from .rules import NormScale, SpectralPenalty
+from .rules import NormScale, SpectralDecay, SpectralPenalty
 from .sgd import SNRSGD
 from .wrapping import unwrap, wrap
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .parts import parse, pieces
 from .reading import Kind, Owned, Reading, readings_of
 from .targets import target_sigma
 from .telling import listing, outside
 from .views import could_be_controlled, is_controlled
+from .views.parts import parse, pieces
 
 Predicate = Callable[[str, nn.Module, nn.Parameter], bool]
 Overrides = Mapping[Any, Mapping[str, Any]]

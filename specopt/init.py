@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from specopt.kernels import accumulation_dtype
 
-from .parts import parse, pieces
 from .reading import Kind, readings_of
+from .views.parts import parse, pieces
 
 
 @torch.no_grad()

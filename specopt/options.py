@@ -10,8 +10,8 @@ from typing import Any
 
 from specopt.kernels import MAX_COLUMNS
 
-from .parts import parse
 from .targets import NAMED_TARGETS
+from .views.parts import parse
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -33,7 +33,7 @@ class Reading:
     kind: Kind
     why: str
     view: str | None = None
-    """See :mod:`.parts`; None where nothing tells it."""
+    """See :mod:`specopt.views.parts`; None where nothing tells it."""
 
 
 @dataclass(frozen=True)

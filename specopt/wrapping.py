@@ -19,9 +19,8 @@ from specopt.kernels import Update
 
 from .adamw import NormScaleAdamW
 from .control import IN_FRONT, SpectralOptimizer
-from .decay import SpectralDecay
 from .options import Shared
-from .rules import NormScale, SpectralPenalty
+from .rules import NormScale, SpectralDecay, SpectralPenalty
 from .session import Rule
 from .sgd import SNRSGD
 from .telling import warn_of_unclear

@@ -15,7 +15,7 @@ from torch import Tensor
 from specopt.kernels import records as r
 from specopt.kernels import start_block, subspace, tables
 from specopt.kernels.solves import device as solves
-from specopt.rules import _SpectralCorrection
+from specopt.rules.norm_scale import _SpectralCorrection
 from specopt.session import Gate
 from specopt.tracker import common, halves, pairs
 from specopt.tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, Stat, probe_columns

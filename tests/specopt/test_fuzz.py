@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specopt import rules
+from specopt.rules import norm_scale, penalty
 from tests.specopt.fuzz import Case
 from tests.specopt.judge import rounding, run
 
@@ -94,13 +94,15 @@ def test_random_cases_in_one_optimizer_take_the_steps_they_take_alone(first: int
         assert all(map(alike, cases, params, others)), cases
 
 
-@pytest.mark.parametrize("name", ["shape_target", "Penalty"])
-def test_the_judge_finds_a_rule_that_is_off_by_one_percent(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right: Any = getattr(rules, name)
+@pytest.mark.parametrize(("module", "name"), [(norm_scale, "shape_target"), (penalty, "Penalty")])
+def test_the_judge_finds_a_rule_that_is_off_by_one_percent(
+    module: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = getattr(module, name)
     wrong = {
         "shape_target": lambda matrix: 1.01 * right(matrix),
         "Penalty": lambda coefficients, *vectors: right(1.01 * coefficients, *vectors),
     }
-    monkeypatch.setattr(rules, name, wrong[name])
+    monkeypatch.setattr(module, name, wrong[name])
     with pytest.raises(AssertionError, match=r"\d+ cases"):
         assert_all_pass(Case.of(seed) for seed in range(CHUNK))

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import specopt
-from specopt.parts import parse, pieces
 from specopt.tracker.common import BLOCK, COLD_STEPS, LEFT, PROBE, RIGHT, STATS, STEP, Stat
 from specopt.views import matrices_of
+from specopt.views.parts import parse, pieces
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

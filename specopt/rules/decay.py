@@ -11,13 +11,13 @@ from torch import Tensor
 
 from specopt import kernels
 
-from . import options
+from .. import options
+from ..session import Gate, Session
+from ..tracker import device, pairs
+from ..tracker.common import Stat, constant
+from ..updates import rate_of
+from ..views import Matrix
 from .after import AfterOnDevice, AfterOnHost
-from .session import Gate, Session
-from .tracker import device, pairs
-from .tracker.common import Stat, constant
-from .updates import rate_of
-from .views import Matrix
 
 
 @dataclass(frozen=True, repr=False)

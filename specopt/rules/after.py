@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from . import updates
-from .session import Gate
-from .tracker import device, pairs
-from .views import Matrix
+from .. import updates
+from ..session import Gate
+from ..tracker import device, pairs
+from ..views import Matrix
 
 
 class AfterOnHost:

@@ -3,7 +3,7 @@
 =====================  ==================================================================  ===========================
 view                   the parameter                                                       its matrices
 =====================  ==================================================================  ===========================
-``"auto"``             ``"flatten"`` where the shape can hardly be anything else           see ``views.py``
+``"auto"``             ``"flatten"`` where the shape can hardly be anything else           see ``matrix.py``
 ``"flatten"``          ``(out, in, *kernel)``: Linear, conv                                ``(out, in·k·k)``
 ``"rows:G"``           G of these, one under the other: grouped conv, packed QKV, gates    G of ``(out/G, in·k·k)``
 ``"transposed"``       ``(in, out, *kernel)``: transposed conv, transformers' Conv1D       ``(out, in·k·k)``

@@ -1,0 +1,25 @@
+"""Matrix views: how a parameter is read as matrices, and which bare tensors are read as one at all."""
+
+from .matrix import (
+    Matrix,
+    check_readable,
+    could_be_controlled,
+    is_controlled,
+    matrices_of,
+    matrix_view,
+    refresh_copies,
+    with_options,
+    written_back,
+)
+
+__all__ = [
+    "Matrix",
+    "check_readable",
+    "could_be_controlled",
+    "is_controlled",
+    "matrices_of",
+    "matrix_view",
+    "refresh_copies",
+    "with_options",
+    "written_back",
+]
