@@ -88,7 +88,7 @@ class SpectralOptimizer(Mixin):
         """As the base's. A Module as ``params`` adds its groups: see :func:`specopt.param_groups`."""
         before = len(self.param_groups)
         try:
-            for group in resolve([param_group]):
+            for group in resolve([param_group], beside=self.param_groups):
                 self._add_group(group)
         except (TypeError, ValueError):
             del self.param_groups[before:]

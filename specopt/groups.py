@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -135,16 +135,23 @@ def param_groups(
     return ParamGroups(groups, decisions)
 
 
-def resolve(params: Any) -> Any:
+def resolve(params: Any, beside: Iterable[Mapping[str, Any]] = ()) -> Any:
     """What a ``torch.optim`` constructor takes, from what one of ours does: a Module, alone or as the ``"params"`` of a
     group, stands for its :func:`param_groups` (with the other entries of that group as options). All else is returned
-    as it is."""
+    as it is.
+
+    torch takes names in all groups or in none: a Module beside groups without names, here or in ``beside``, which the
+    optimizer has already, gives up its own.
+    """
     if isinstance(params, nn.Module):
         return param_groups(params)
     if isinstance(params, ParamGroups):  # an optimizer writes into its groups: these may be given to another as well
         return [{**group, "params": list(group["params"])} for group in params]
-    if isinstance(params, list | tuple) and any(_holds_module(entry) for entry in params):
-        return [group for entry in params for group in _expanded(entry)]
+    if isinstance(params, list | tuple) and any(map(_holds_module, params)):
+        entries = [entry if _holds_module(entry) else _listed(entry) for entry in params]
+        others = [*beside, *(entry for entry in entries if not _holds_module(entry))]
+        expand = _named if all(map(_has_names, others)) else _nameless
+        return [group for entry in entries for group in (expand(entry) if _holds_module(entry) else [entry])]
     return params
 
 
@@ -152,11 +159,26 @@ def _holds_module(entry: Any) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("params"), nn.Module)
 
 
-def _expanded(entry: Any) -> list[Any]:
-    if not _holds_module(entry):
-        return [entry]
-    options = {name: value for name, value in entry.items() if name != "params"}
-    return param_groups(entry["params"], **options)
+def _listed(entry: Any) -> Any:
+    """The same group, to be looked at more than once."""
+    if isinstance(entry, dict) and isinstance(entry.get("params"), Iterator):
+        return {**entry, "params": list(entry["params"])}
+    return entry
+
+
+def _has_names(group: Any) -> bool:
+    if not isinstance(group, Mapping) or "param_names" in group:
+        return isinstance(group, Mapping)
+    params = group.get("params")
+    return isinstance(params, Sequence) and len(params) > 0 and isinstance(params[0], tuple)
+
+
+def _named(entry: Any) -> list[dict[str, Any]]:
+    return param_groups(entry["params"], **{name: value for name, value in entry.items() if name != "params"})
+
+
+def _nameless(entry: Any) -> list[dict[str, Any]]:
+    return [{**group, "params": [param for _, param in group["params"]]} for group in _named(entry)]
 
 
 # --- overrides ------------------------------------------------------------------------------------------------------

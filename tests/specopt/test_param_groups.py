@@ -701,3 +701,21 @@ def test_resolve_leaves_what_torch_takes_as_it_is() -> None:
     groups = [{"params": params}]
     generator = (param for param in params)
     assert resolve(params) is params and resolve(groups) is groups and resolve(generator) is generator
+
+
+def test_a_module_beside_groups_without_names_gives_up_its_own() -> None:
+    def layers() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+
+    bare = nn.Parameter(torch.randn(5, 5))
+    added = specopt.SNRSGD([bare], lr=0.1)
+    wrapped = specopt.wrap(torch.optim.RMSprop([bare]), specopt.NormScale())
+    for optimizer in (added, wrapped):
+        optimizer.add_param_group({"params": layers()})
+    mixed = specopt.NormScaleAdamW([{"params": iter([bare])}, {"params": layers(), "mode": "cap"}])
+    named = specopt.NormScaleAdamW([{"params": [("bare", bare)]}, {"params": layers(), "mode": "cap"}])
+    for optimizer in (added, wrapped, mixed, named):
+        groups = optimizer.param_groups
+        assert [len(group["params"]) for group in groups] == [1, 2, 2]
+        assert [group["weight_decay"] == 0 for group in groups][2]
+        assert all(("param_names" in group) == (optimizer is named) for group in groups)
