@@ -129,7 +129,8 @@ def _tracked(matrices: Sequence[Matrix], stats: Tensor, correct: Correct) -> Non
     schedule = Schedule.of(matrices, stats)
     sigma, residual = work.make(None)
     pairs = torch.ones_like(sigma)
-    wanted = schedule.first(sigma, stats[:, Stat.TOP], residual)
+    fine = residual <= 0.5 * schedule.tolerance  # then the last step's residual counts for nothing
+    wanted = schedule.first(sigma, stats[:, Stat.TOP], torch.where(fine, residual, stats[:, Stat.RESIDUAL]))
     nothing = torch.zeros_like(sigma)
     for done in range(1, schedule.rounds):
         if all_idle(wanted):
