@@ -1,12 +1,28 @@
-"""Weights with a known spectrum, and exact answers from float64 SVD."""
+"""Weights with a known spectrum, optimizers to train them, and exact answers from float64 SVD."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+
+import specopt
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(80, 70), (70, 130), (5, 64), (64, 5), (70, 8, 3, 3), (66, 66), (1, 9), (9, 1), (65, 200), (40, 50)]
+
+OURS: dict[str, Callable[..., Any]] = {
+    "snr": lambda params, **kw: specopt.SNRSGD(params, **{"lr": 0.1, "momentum": 0.9, **kw}),
+    "set": lambda params, **kw: specopt.NormScaleAdamW(params, **{"lr": 1e-2, **kw}),
+    "frobenius": lambda params, **kw: specopt.NormScaleAdamW(params, norm="frobenius", **{"lr": 1e-2, **kw}),
+}
+PLAIN: dict[str, Callable[..., Optimizer]] = {
+    "snr": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    **dict.fromkeys(("set", "frobenius"), lambda params: torch.optim.AdamW(params, lr=1e-2)),
+}
 
 
 def with_spectrum(shape: tuple[int, ...], dtype: torch.dtype, gap: float, generator: torch.Generator) -> Tensor:
@@ -35,6 +51,16 @@ def set_gradients(params: list[Tensor], others: list[Tensor], seed: int) -> None
     for param, other in zip(params, others, strict=True):
         gradient = torch.randn(param.shape, generator=generator).to(param.dtype)
         param.grad, other.grad = gradient, gradient.clone()
+
+
+def train(optimizer: Optimizer, params: list[Tensor], steps: range) -> None:
+    for step in steps:
+        set_gradients(params, clones(params), seed=step)
+        optimizer.step()
+
+
+def equal(mine: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
 
 
 def exact(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

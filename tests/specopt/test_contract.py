@@ -13,38 +13,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.optim import Optimizer
 
 import specopt
 from specopt.session import Gate
 from specopt.tracker.common import STATS, STEP
-from tests.specopt.helpers import clones, parameters, set_gradients
+from tests.specopt.helpers import OURS, PLAIN, clones, equal, parameters, set_gradients, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
-OURS: dict[str, Callable[..., Any]] = {
-    "snr": lambda params, **kw: specopt.SNRSGD(params, **{"lr": 0.1, "momentum": 0.9, **kw}),
-    "set": lambda params, **kw: specopt.NormScaleAdamW(params, **{"lr": 1e-2, **kw}),
-    "frobenius": lambda params, **kw: specopt.NormScaleAdamW(params, norm="frobenius", **{"lr": 1e-2, **kw}),
-}
-PLAIN: dict[str, Callable[..., Optimizer]] = {
-    "snr": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
-    **dict.fromkeys(("set", "frobenius"), lambda params: torch.optim.AdamW(params, lr=1e-2)),
-}
 
 
 @pytest.fixture(params=OURS)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-def train(optimizer: Optimizer, params: list[Tensor], steps: range) -> None:
-    for step in steps:
-        set_gradients(params, clones(params), seed=step)
-        optimizer.step()
-
-
-def equal(mine: list[Tensor], others: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import specopt
 from specopt.tracker.common import PREFIX, STATS, STEP
-from tests.specopt.helpers import DEVICE, exact, set_gradients
+from tests.specopt.helpers import DEVICE, equal, exact, set_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
 OURS: dict[str, Callable[..., Any]] = {
@@ -38,10 +38,6 @@ def random(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.flo
 def several(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     shapes = [(12, 10), (9, 14), (6, 2, 2, 2), (3, 4), (5,)]
     return [random(shape, i).to(dtype).requires_grad_() for i, shape in enumerate(shapes)]
-
-
-def equal(mine: list[Tensor], others: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
 
 
 def at_target(param: Tensor, rel: float = 1e-4) -> bool:

@@ -15,33 +15,17 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.optim import Optimizer
 
 import specopt
 from specopt.tracker.common import BLOCK, LEFT, PREFIX, PROBE, RIGHT, STATS, STEP, Stat
-from tests.specopt.helpers import DEVICE, clones, exact, parameters, set_gradients
+from tests.specopt.helpers import DEVICE, OURS, PLAIN, clones, exact, parameters, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
-OURS: dict[str, Callable[..., Any]] = {
-    "snr": lambda params, **kw: specopt.SNRSGD(params, **{"lr": 0.1, "momentum": 0.9, **kw}),
-    "set": lambda params, **kw: specopt.NormScaleAdamW(params, **{"lr": 1e-2, **kw}),
-    "frobenius": lambda params, **kw: specopt.NormScaleAdamW(params, norm="frobenius", **{"lr": 1e-2, **kw}),
-}
-PLAIN: dict[str, Callable[..., Optimizer]] = {
-    "snr": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
-    **dict.fromkeys(("set", "frobenius"), lambda params: torch.optim.AdamW(params, lr=1e-2)),
-}
 
 
 @pytest.fixture(params=OURS)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-def train(optimizer: Optimizer, params: list[Tensor], steps: range) -> None:
-    for step in steps:
-        set_gradients(params, clones(params), seed=step)
-        optimizer.step()
 
 
 def trained(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, list[Tensor]]:

@@ -21,20 +21,10 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, StepLR
 import specopt
 from specopt.tracker.common import PREFIX, STATS, STEP
 from specopt.wrapping import class_of
-from tests.specopt.helpers import clones, exact, parameters, set_gradients
+from tests.specopt.helpers import clones, equal, exact, parameters, set_gradients, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
 PENALTY, SET = specopt.SpectralPenalty(0.3), specopt.NormScale()
-
-
-def train(optimizer: Optimizer, params: list[Tensor], steps: range) -> None:
-    for step in steps:
-        set_gradients(params, clones(params), seed=step)
-        optimizer.step()
-
-
-def equal(mine: list[Tensor], others: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
 
 
 # --- the bases whose update our passes make --------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 import specopt
 from specopt.tracker.common import PREFIX, STATS, STEP
-from tests.specopt.helpers import clones, exact, set_gradients, with_spectrum
+from tests.specopt.helpers import clones, equal, exact, set_gradients, train, with_spectrum
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
 BASES: dict[str, Callable[[list[Tensor]], Optimizer]] = {
@@ -56,16 +56,6 @@ def weights(dtype: torch.dtype = torch.float64) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = [(66, 72), (20, 24)]
     return [with_spectrum(shape, dtype, 0.05, generator).requires_grad_() for shape in shapes]
-
-
-def train(optimizer: Optimizer, params: list[Tensor], steps: range) -> None:
-    for step in steps:
-        set_gradients(params, clones(params), seed=step)
-        optimizer.step()
-
-
-def equal(mine: list[Tensor], others: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
 
 
 def test_set_leaves_sigma_star_after_every_step(base: str) -> None:
