@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from specopt.kernels import accumulation_dtype
 
-from .tracker.common import BLOCK, LEFT, PREFIX, PROBE, RIGHT, STATS, STEP, Stat
+from .base_step import own_entries
+from .tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, Stat
 from .views import Matrix, is_controlled, matrices_of
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ def _restore(optimizer: SpectralOptimizer, loaded: dict[str, Any], options: Sequ
     keys = chain.from_iterable(group["params"] for group in loaded["param_groups"])
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     for key, param in zip(keys, params, strict=True):
-        for name, value in loaded["state"].get(key, {}).items():
-            if name.startswith(PREFIX) and isinstance(value, Tensor):
+        for name, value in own_entries(loaded["state"].get(key, {})).items():
+            if isinstance(value, Tensor):
                 dtype = accumulation_dtype(param.dtype)
                 optimizer.state[param][name] = value.to(param.device, dtype, copy=True)
 

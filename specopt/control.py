@@ -170,12 +170,15 @@ class SpectralOptimizer(Mixin):
             gate.workspace.update(batches=batches, signature=signature if settled else None, tensors=tensors)
 
     def _signature(self) -> tuple[list[Any], list[Any]]:
-        """What the batches were made from: while it stays, so do they. And the tensors whose ids are in it, to be held
-        with it, so that no other can take their place."""
+        """What the batches were made from: while it stays, so do they. And what has its id in it, to be held with it,
+        so that nothing else can take its place."""
         signature: list[Any] = [os.environ.get("SPECOPT_BACKEND")]
         tensors: list[Any] = []
+        known = [name for name in self.defaults if name not in UNSIGNED] if self.base_is_known else []
         for group in self.param_groups:
-            read = [name for name in group if name not in UNSIGNED] if self.base_is_known else self.rule.names
+            tensors.append(group)
+            signature.append(id(group))
+            read = [*self.rule.names, *(name for name in known if name in group)]
             signature += [id(group[name]) if isinstance(group[name], Tensor) else group[name] for name in read]
             rate = group.get("lr")
             signature += [id(rate) if isinstance(rate, Tensor) else None, group.get("maximize")]
@@ -184,8 +187,12 @@ class SpectralOptimizer(Mixin):
                 state = self.state.get(param, {}) if self.base_is_known else own_entries(self.state.get(param, {}))
                 kept = [value for value in state.values() if isinstance(value, Tensor)]
                 tensors += kept
-                layout = None if grad is None else (grad.layout, grad.dtype, grad.stride())
-                signature.append((id(param), param.data_ptr(), layout, id(self.state.get(param)), *map(id, kept)))
+                layouts = [
+                    (t.layout, t.dtype, t.shape, t.layout == torch.strided and t.stride())
+                    for t in (param, grad)
+                    if t is not None
+                ]
+                signature.append((id(param), param.data_ptr(), layouts, id(self.state.get(param)), *map(id, kept)))
         return signature, tensors
 
     def _is_ours(self, matrix: Matrix) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,7 +16,6 @@ from .telling import listing, outside
 from .views import could_be_controlled, is_controlled
 from .views.parts import parse, pieces
 
-Predicate = Callable[[str, nn.Module, nn.Parameter], bool]
 Overrides = Mapping[Any, Mapping[str, Any]]
 
 
@@ -105,8 +104,9 @@ def param_groups(
 
     Raises:
         TypeError: a model that is no Module; an override's key or options of another type.
-        ValueError: a parameter not yet initialized; a view that does not fit; a pattern that matches nothing; control
-            asked for where a weight is computed from the parameter, or where nothing tells how to read it.
+        ValueError: a parameter not yet initialized; a view for all groups, or one that does not fit; a pattern that
+            matches nothing; control asked for where a weight is computed from the parameter, or where nothing tells how
+            to read it.
 
     Example::
 
@@ -122,6 +122,8 @@ def param_groups(
     decisions: list[Decision] = []
     doubtful: list[Decision] = []
     readings = readings_of(model)
+    if "view" in group_options:
+        raise ValueError(f"view must be given in overrides, by module, got {group_options['view']!r} for all")
     _check_patterns(overrides, [owned for places, _ in readings for owned in places])
     for places, reading in readings:
         given = _given(overrides, places)
@@ -236,7 +238,8 @@ def _own_options(owned: Owned, reading: Reading, given: Mapping[str, Any], embed
         raise ValueError(f"{owned.name} cannot be controlled: {reading.why}; leave it out of overrides that ask for it")
     if view is None:
         raise ValueError(f"overrides ask for control of {owned.name}, but {reading.why}: give a view as well")
-    return {"view": view, **decay, **rest}
+    asked = {"spectral": True} if "spectral" in given or "view" in given else {}
+    return {"view": view, **asked, **decay, **rest}
 
 
 def _put(groups: list[dict[str, Any]], owned: Owned, options: dict[str, Any]) -> None:

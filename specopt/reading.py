@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -162,9 +163,12 @@ def _attention(module: nn.MultiheadAttention, name: str) -> Reading | None:
 
 
 def _recurrent(module: nn.RNNBase, name: str) -> Reading | None:
-    if name.startswith("weight_hr_l"):
+    found = re.fullmatch(r"weight_(ih|hh|hr)_l\d+(_reverse)?", name)
+    if found is None:
+        return None
+    if found[1] == "hr":
         return Reading(Kind.MATRIX, f"{_type(module)}, projection", "flatten")
-    return _gates(module, name, GATES.get(module.mode, 1)) if name.startswith(("weight_ih_l", "weight_hh_l")) else None
+    return _gates(module, name, GATES.get(module.mode, 1))
 
 
 def _cell(module: nn.Module, name: str) -> Reading | None:

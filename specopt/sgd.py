@@ -33,7 +33,7 @@ class SNRSGD(SpectralOptimizer, SGD):
         view: how a group's tensors are read. ``"auto"`` controls 2-D tensors, and 4-D and 5-D ones with more than one
             input and output channel, read as ``(out, in·k·k)``, and names those that it leaves alone in a warning;
             ``"flatten"`` any tensor of two or more dimensions; for ``"transposed"``, ``"rows:G"`` and others see
-            ``specopt/views/parts.py``.
+            ``specopt/views/parts.py``. Matrices of a Module have views of their own.
         block: columns of a product, 1 to 64: the tracked block, and an eighth of them a probe of where the weight went.
         tolerance: residual ``‖Wᵀu₁ − σ₁v₁‖ / σ₁`` above which a step makes a further pair of products.
         max_passes: the most pairs of products in a step; by default 16 in the first 20 steps, 2 later.

@@ -20,9 +20,10 @@ LISTED = 8
 
 
 def outside() -> int:
-    """The ``stacklevel`` of the first caller that is not of this package, for a warning of the function that asks."""
+    """The ``stacklevel`` of the first caller that is neither of this package nor of torch, for a warning of the
+    function that asks."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("specopt."):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("specopt.", "torch.")):
         frame, level = frame.f_back, level + 1
     return level
 
@@ -74,5 +75,5 @@ def _warn_of_first_steps(far: Sequence[tuple[Matrix, float]], names: Mapping[Ten
         f"the first step moves {len(far)} weight(s) whose norm is not within [0.5, 2] of its target "
         f"(norm / target: {listed}{', ...' if len(far) > 4 else ''}). Start from specopt.init.scaled_orthogonal_, "
         'keep the norm there is with target="initial", or only lower it, with mode="cap".',
-        stacklevel=8,  # this, its caller, the step, two frames of torch's, step, torch's hook around it, the caller
+        stacklevel=outside(),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import wraps
+from itertools import zip_longest
 from types import FunctionType, MethodType, new_class
 from typing import Any, ClassVar, TypeVar, cast
 from weakref import WeakValueDictionary, ref
@@ -30,6 +31,8 @@ AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 RULES = (SpectralPenalty, SpectralDecay, NormScale)
 WAITING = ("_workspace", "_waiting", "_warned")
 """What a step leaves on the object beside options and state."""
+FOUND = "_options_found"
+"""Where the object keeps which of the rule's options each of its groups had before: they stay with :func:`unwrap`."""
 
 
 def wrap(optimizer: AnyOptimizer, rule: SpectralPenalty | SpectralDecay | NormScale) -> AnyOptimizer:
@@ -66,6 +69,7 @@ def wrap(optimizer: AnyOptimizer, rule: SpectralPenalty | SpectralDecay | NormSc
         for param in group["params"]:
             check_readable(param, group)
     counted = _drop_step(optimizer)
+    optimizer.__dict__[FOUND] = [set(rule.names) & group.keys() for group in optimizer.param_groups]
     optimizer.__class__ = class_of(base, rule)  # type: ignore[assignment]
     for group, full in zip(optimizer.param_groups, merged, strict=True):
         group.update({name: full[name] for name in options})
@@ -75,8 +79,8 @@ def wrap(optimizer: AnyOptimizer, rule: SpectralPenalty | SpectralDecay | NormSc
 
 
 def unwrap(optimizer: AnyOptimizer) -> AnyOptimizer:
-    """What :func:`wrap` did to an optimizer undone: its class is what it was, and the rule's options and state are
-    gone. Returns the same object.
+    """What :func:`wrap` did to an optimizer undone: its class is what it was, and the rule's state is gone, and its
+    options where a group did not have them before. Returns the same object.
 
     Raises:
         TypeError: an optimizer that is not wrapped.
@@ -84,9 +88,9 @@ def unwrap(optimizer: AnyOptimizer) -> AnyOptimizer:
     if not isinstance(optimizer, Wrapped):
         raise TypeError(f"optimizer must be one that specopt.wrap returned, got {type(optimizer).__name__}")
     counted = _drop_step(optimizer)
-    for group in optimizer.param_groups:
-        for name in optimizer.rule.names:
-            group.pop(name, None)
+    for group, found in zip_longest(optimizer.param_groups, optimizer.__dict__.pop(FOUND, []), fillvalue=()):
+        for name in set(optimizer.rule.names) - set(found):
+            cast(dict[str, Any], group).pop(name, None)
     optimizer.forget()
     for name in WAITING:
         optimizer.__dict__.pop(name, None)
@@ -104,6 +108,11 @@ class Wrapped(SpectralOptimizer):
     def _own_options(self) -> dict[str, Any]:
         return cast(Shared, self.rule).options
 
+    def _add_group(self, param_group: dict[str, Any]) -> None:
+        found = set(self.rule.names) & param_group.keys()
+        super()._add_group(param_group)
+        self.__dict__.setdefault(FOUND, []).append(found)
+
     def _update(self, matrix: Matrix) -> Update:
         return KNOWN[self.base]._update(cast(Any, self), matrix)
 
@@ -111,6 +120,7 @@ class Wrapped(SpectralOptimizer):
         state = self.__getstate__()
         if isinstance(state, dict):
             state = {name: value for name, value in state.items() if name not in WAITING}
+            state[FOUND] = self.__dict__.get(FOUND, [])
         return _blank, (self.base, self.rule), state
 
 

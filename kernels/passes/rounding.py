@@ -51,11 +51,6 @@ def stochastic(values: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(finite, rounded, values).to(dtype)
 
 
-def element_index(matrix: Tensor) -> Tensor:
-    """The index that each entry of ``matrix`` is hashed by: row · columns + column."""
-    return torch.arange(matrix.numel(), device=matrix.device).view(matrix.shape)
-
-
 def rounded_like(
     matrix: Tensor,
     new: Tensor,

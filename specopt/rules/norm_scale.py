@@ -118,7 +118,7 @@ class _ScaledOnDevice(AfterOnDevice):
         super().__init__(matrices, gate)
 
     def numbers(self) -> dict[str, Any]:
-        noted = [matrix.state.get(INITIAL["spectral"]) for matrix in self.matrices]
+        noted = [_noted(matrix) for matrix in self.matrices]
         return {
             "TARGET": [shape_target(matrix) for matrix in self.matrices],
             "TARGET_AT": [
@@ -163,7 +163,7 @@ def _initial_norms(spectral: Sequence[Matrix], frobenius: Sequence[Matrix]) -> l
     found: list[tuple[Matrix, str, Tensor]] = []
     for norm, matrices in (("spectral", spectral), ("frobenius", frobenius)):
         key = INITIAL[norm]
-        unknown = [m for m in matrices if m.group["target"] == "initial" and key not in m.state]
+        unknown = [m for m in matrices if m.group["target"] == "initial" and _noted(m) is None]
         if unknown and norm == "spectral":
             values = measure(unknown)[:, Stat.SIGMA]
         elif unknown:
@@ -218,8 +218,15 @@ def targets_of(matrices: Sequence[Matrix], like: Tensor) -> Tensor:
     if not any(matrix.group["target"] == "initial" for matrix in matrices):
         return known
     nothing = like.new_full((), torch.nan)
-    noted = torch.stack([matrix.state.get(INITIAL[matrix.group["norm"]], nothing).to(like) for matrix in matrices])
+    known_norms = [_noted(matrix) for matrix in matrices]
+    noted = torch.stack([(nothing if norm is None else norm).to(like) for norm in known_norms])
     return torch.where(known.isnan(), noted, known)
+
+
+def _noted(matrix: Matrix) -> Tensor | None:
+    """The norm noted for ``target="initial"``, if it is of this matrix: there are more where the view was another."""
+    norm = matrix.state.get(INITIAL[matrix.group["norm"]])
+    return norm if isinstance(norm, Tensor) and norm.ndim == 0 else None
 
 
 def shape_target(matrix: Matrix) -> float:

@@ -73,8 +73,8 @@ def restart(matrix: Matrix, norm: Tensor | None = None) -> None:
     if norm is not None:
         stats[Stat.CAPPED] = norm == 0
     old = matrix.state.get(STATS)
-    if old is not None and old.shape == stats.shape:
-        stats.copy_(old)
+    if old is not None and old.shape[-1:] == stats.shape:
+        stats.copy_(old.reshape(-1, len(Stat)).amax(0))  # of several matrices where the view was another
     stats[Stat.RESIDUAL] = torch.inf
     stats[Stat.COUNT] = 0
     matrix.state[STATS], matrix.state[STEP] = stats, 0

@@ -189,7 +189,7 @@ class Turns:
 
 
 class Pairs:
-    """A step of spectral ``NormScale``: matrices that have state."""
+    """A step of a rule that acts after the base update: matrices that have state."""
 
     def __init__(
         self,

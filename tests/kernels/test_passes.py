@@ -598,7 +598,9 @@ def test_stochastic_rounding_has_the_bits_of_torchs_version(dtype, layout):
         expected = []
         for b, (w, g) in enumerate(zip(weights, gradient, strict=True)):
             bucket.numbers[b, r.SEED.value] = 10.5 + b
-            random = rounding.random_bits(torch.tensor(10.5 + b), SGD, rounding.element_index(w))
+            random = rounding.random_bits(
+                torch.tensor(10.5 + b), SGD, torch.arange(w.numel(), device=w.device).view(w.shape)
+            )
             expected.append(rounding.stochastic(w.float() - 2.0**-9 * g.float(), random, dtype))
         assert not torch.equal(expected[-1], (weights[-1].float() - 2.0**-9 * gradient[-1].float()).to(dtype))
         passes.launch(bucket, SGD, LEFT, stochastic=True)

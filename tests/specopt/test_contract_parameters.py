@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import specopt
 from specopt.tracker.common import PREFIX, STATS, STEP
-from tests.specopt.helpers import DEVICE, equal, exact, set_gradients
+from tests.specopt.helpers import DEVICE, clones, equal, exact, parameters, set_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
 OURS: dict[str, Callable[..., Any]] = {
@@ -315,3 +315,58 @@ def test_a_parameter_in_two_groups_is_refused(kind: str) -> None:
     with pytest.raises(ValueError, match="more than one parameter group"):
         optimizer.add_param_group({"params": params[:1]})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_a_group_replaced_by_another_counts_from_the_next_step_on(kind: str) -> None:
+    param = parameters(torch.float32)[0]
+    optimizer = OURS[kind]([param])
+    for step in range(3):
+        set_gradients([param], clones([param]), seed=step)
+        optimizer.step()
+    optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.0}
+    before = param.detach().clone()
+    optimizer.step()
+    assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("change", [lambda w: w.t(), lambda w: w[:50]], ids=["turned", "cut"])
+def test_a_weight_that_changes_its_layout_in_place_is_read_anew(kind: str, change: Callable[[Tensor], Tensor]) -> None:
+    param, other = (torch.eye(66).mul(0.5).add(0.01).requires_grad_() for _ in range(2))
+    runs = []
+    for weight, forget in ((param, False), (other, True)):
+        optimizer = OURS[kind]([weight])
+        for step in range(3):
+            set_gradients([weight], clones([weight]), seed=step)
+            optimizer.step()
+        weight.grad = None
+        weight.data = change(weight.data)
+        optimizer.state.clear()
+        if forget:
+            optimizer._workspace.clear()
+        set_gradients([weight], clones([weight]), seed=3)
+        optimizer.step()
+        runs.append(weight.detach().clone())
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_group_keys_that_nobody_knows_are_not_looked_at(kind: str) -> None:
+    param = parameters(torch.float32)[0]
+    optimizer = OURS[kind]([{"params": [param], "mask": [torch.ones(4)]}])
+    for step in range(3):
+        set_gradients([param], clones([param]), seed=step)
+        optimizer.step()
+        optimizer.param_groups[0]["mask"] = [torch.ones(4)]
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_the_warning_of_a_first_step_points_at_its_caller_also_under_a_scheduler(kind: str) -> None:
+    param = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)).mul_(100).requires_grad_()
+    optimizer = specopt.NormScaleAdamW([param])
+    torch.optim.lr_scheduler.ConstantLR(optimizer)
+    param.grad = torch.ones_like(param)
+    with pytest.warns(UserWarning, match="the first step moves") as caught:
+        optimizer.step()
+    assert [warning.filename for warning in caught] == [__file__]

@@ -719,3 +719,29 @@ def test_a_module_beside_groups_without_names_gives_up_its_own() -> None:
         assert [len(group["params"]) for group in groups] == [1, 2, 2]
         assert [group["weight_decay"] == 0 for group in groups][2]
         assert all(("param_names" in group) == (optimizer is named) for group in groups)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("how", ["weight_norm", "prune"])
+def test_weights_of_an_lstm_that_are_computed_from_others_are_left_alone(how: str) -> None:
+    lstm = nn.LSTM(8, 8)
+    if how == "weight_norm":
+        nn.utils.weight_norm(lstm, "weight_hh_l0")
+    else:
+        nn.utils.prune.l1_unstructured(lstm, "weight_hh_l0", 0.3)
+    with pytest.warns(UserWarning, match="weight_hh_l0_"):
+        groups = specopt.param_groups(nn.Sequential(lstm))
+    assert [decision.name for decision in groups.decisions if decision.view] == ["0.weight_ih_l0"]
+
+
+@pytest.mark.parametrize("asked", [{"spectral": True}, {"view": "flatten"}])
+def test_an_override_asks_for_control_of_what_is_off_for_all(asked: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6))
+    groups = specopt.param_groups(model, spectral=False, overrides={"1": asked})
+    optimizer = specopt.SNRSGD(groups)
+    assert [matrix.param for matrix in optimizer.matrices(with_grad=False)] == [model[1].weight]
+
+
+def test_a_view_for_all_groups_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"view must be given in overrides.*rows:2"):
+        specopt.param_groups(nn.Linear(4, 4), view="rows:2")

@@ -533,3 +533,29 @@ def test_bilinear_weight_with_gaps_in_memory_is_refused() -> None:
     gapped = torch.zeros(4, 6, 6)[:, ::2, :4].requires_grad_()
     with pytest.raises(ValueError, match=r"bilinear.*contiguous"):
         specopt.SNRSGD([gapped], view="bilinear")
+
+
+@pytest.mark.parametrize("norm", ["spectral", "frobenius"])
+@pytest.mark.parametrize(("first", "second"), [("rows:2", "flatten"), ("flatten", "rows:2"), ("rows:2", "transposed")])
+def test_initial_norms_are_noted_anew_after_another_view(first: str, second: str, norm: str) -> None:
+    param = torch.randn(6, 10, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    optimizer = specopt.NormScaleAdamW([{"params": [param], "view": first}], target="initial", norm=norm, lr=1e-2)
+    train(optimizer, [param], range(2))
+    optimizer.param_groups[0]["view"] = second
+    norms = [row.sigma if norm == "spectral" else row.frobenius for row in fresh_report(param, second)]
+    train(optimizer, [param], range(2, 4))
+    after = [row.sigma if norm == "spectral" else row.frobenius for row in fresh_report(param, second)]
+    assert after == pytest.approx(norms, rel=5e-2)
+
+
+def fresh_report(param: Tensor, view: str) -> list[specopt.SpectralRow]:
+    return specopt.spectral_report(specopt.NormScaleAdamW([{"params": [param], "view": view}]))
+
+
+def test_a_matrix_that_was_zero_stays_capped_after_another_view() -> None:
+    param = torch.zeros(6, 10, requires_grad=True)
+    optimizer = specopt.NormScaleAdamW([{"params": [param], "view": "rows:2"}], lr=1e-3)
+    train(optimizer, [param], range(2))
+    optimizer.param_groups[0]["view"] = "flatten"
+    train(optimizer, [param], range(2, 4))
+    assert float(torch.linalg.matrix_norm(param.detach(), 2)) < 0.1

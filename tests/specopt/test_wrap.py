@@ -524,3 +524,36 @@ def test_a_step_that_accelerate_has_put_back_does_not_bypass_the_rule() -> None:
     specopt.wrap(optimizer, PENALTY)
     train(optimizer, params, range(1))
     assert optimizer.state[params[0]][STEP] == 1
+
+
+def test_unwrap_leaves_the_options_that_groups_had_before() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.MultiheadAttention(4, 2))
+    optimizer = torch.optim.RMSprop(specopt.param_groups(model))
+    before = [dict(group) for group in optimizer.param_groups]
+    specopt.wrap(optimizer, SET)
+    optimizer.add_param_group({"params": [("more", torch.zeros(3, 3))], "mode": "cap"})
+    optimizer = pickle.loads(pickle.dumps(optimizer))
+    specopt.unwrap(optimizer)
+    for old, new in zip(before, optimizer.param_groups[:-1], strict=True):
+        assert old.keys() == new.keys()
+        assert all(old[name] == new[name] for name in ("spectral", "view") if name in old)
+    assert optimizer.param_groups[-1]["mode"] == "cap" and "tolerance" not in optimizer.param_groups[-1]
+
+
+class Counting(torch.optim.SGD):
+    """Keeps state under a key that is no string."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param][0] = self.state[param].get(0, 0) + 1
+        return super().step(closure)
+
+
+def test_state_keys_that_are_no_strings_are_loaded() -> None:
+    params = parameters(torch.float32)[:2]
+    optimizer = specopt.wrap(Counting(params, lr=0.1), SET)
+    train(optimizer, params, range(2))
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(optimizer, params, range(2, 3))
+    assert [optimizer.state[param][0] for param in params] == [3, 3]
