@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from .. import records as r
 from .. import tables
@@ -32,6 +33,11 @@ STRIP = 64
 CHUNK, MOST_CHUNKS, GRAIN = 1024, 32, 64
 """Inner length of a program, about; how many partial sums at most; and what chunks are a multiple of."""
 NOISE_STEP = tl.constexpr(64)
+
+
+LEAST_INNER = 8 if TorchVersion(triton.__version__) >= "3.9" else 16
+"""The shortest inner length of a float32 product that Triton takes. At 16 a program keeps more registers, and one runs
+on a multiprocessor where two did."""
 
 
 class Tile(NamedTuple):
@@ -57,6 +63,7 @@ TILES = {
 def tile_of(kp: int, size: int, update: int, side: int, stochastic: bool) -> Tile:
     """What a launch runs with. The number of stages changes no sum; these spill nowhere."""
     tile = TILES[32 if side == NOTHING.value else kp, size]
+    tile = tile._replace(loose=max(tile.loose, LEAST_INNER))
     if update == ADAMW.value and side == TURNING.value:  # the most that is held in registers
         tile = tile._replace(stages=1)
     if stochastic:

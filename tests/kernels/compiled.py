@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -71,7 +72,8 @@ def variants() -> Iterator[tuple[str, Variant]]:
         constants = {"TINY": small.TINY, "K": k}
         yield f"orthonormalizer {k}", Variant(small.orthonormalizer_kernel, constants, small.WARPS[k])
         for fresh, rounds in dict.fromkeys(small.STAGES[k]):
-            constants = {**constants, "FRESH": fresh, "ROUNDS": rounds, "SQUARINGS": SQUARINGS, "SMALLEST": 1e-38}
+            constants = {**constants, "FRESH": fresh, "ROUNDS": rounds, "SQUARINGS": SQUARINGS}
+            constants["SMALLEST"] = torch.finfo(torch.float32).tiny
             assert rounds <= ROUNDS
             yield f"rotation {k} {fresh}", Variant(small.rotation_kernel, constants, small.WARPS[k])
         for name, matrix in _layouts():

@@ -750,7 +750,7 @@ def test_passes_compile_without_spilling(target, name, pass_usage):
         ways = 1 if "nothing" in name else 2  # along rows and across
         assert usage["wide"] >= arrays * ways, usage
         if name.endswith(" 32 fp32"):
-            assert usage["registers"] <= 128, usage
+            assert usage["registers"] <= (128 if passes.LEAST_INNER == 8 else 160), usage
 
 
 if __name__ == "__main__":
