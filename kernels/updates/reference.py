@@ -14,6 +14,11 @@ from torch import Tensor
 
 from ..backend import accumulation_dtype
 
+SAFE_NORM = 1e-10, 1e18
+"""Norms between which no square of an entry overflows in float32, and what underflows does not count."""
+LONGEST_ROW = 1 << 13
+"""Entries whose squares float32 sums to a few units in the last place."""
+
 
 def rank_updates_(
     matrices: Sequence[Tensor], coefficients: Tensor, lefts: Sequence[Tensor], rights: Sequence[Tensor]
@@ -36,11 +41,24 @@ def frobenius_norms(matrices: Sequence[Tensor]) -> Tensor:
     for matrix in matrices:
         dtype = accumulation_dtype(matrix.dtype)
         if dtype == torch.float32 and matrix.device.type != "mps":  # whose squares are safe in float64; mps has none
-            norms.append(torch.linalg.vector_norm(matrix, dtype=torch.float64).to(dtype))
+            norms.append(_float32_norm(matrix).to(dtype))
             continue
         peak = matrix.abs().amax() if matrix.numel() else matrix.new_zeros(())
         norms.append(torch.linalg.vector_norm(matrix / torch.where(peak > 0, peak, 1.0)) * peak)
     return torch.stack(norms)
+
+
+def _float32_norm(matrix: Tensor) -> Tensor:
+    """In float64; on the CPU, where torch sums slowly in it, of row norms in float32 where their squares are safe."""
+    norm: Tensor
+    rows = matrix.mT if matrix.stride(0) < matrix.stride(1) else matrix
+    if matrix.device.type == "cpu" and 0 < rows.shape[1] <= LONGEST_ROW:
+        parts = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(parts, dtype=torch.float64)
+        if SAFE_NORM[0] < norm < SAFE_NORM[1]:
+            return norm
+    norm = torch.linalg.vector_norm(matrix, dtype=torch.float64)
+    return norm
 
 
 def scale_(matrices: Sequence[Tensor], factors: Tensor) -> None:

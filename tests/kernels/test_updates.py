@@ -198,3 +198,13 @@ def test_ranks_out_of_range_raise(rank, device):
     blocks = [torch.ones(3, 65, device=device)]
     with pytest.raises(ValueError):
         rank_updates_([torch.ones(3, 3, device=device)], torch.ones(1, rank, device=device), blocks, blocks)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-9, 1.0, 1e17, 1e30])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_norms_of_long_float32_matrices_are_exact_at_any_scale(scale: float, transposed: bool) -> None:
+    matrix = scale * torch.randn(3000, 700, generator=torch.Generator().manual_seed(0))
+    matrix[1] *= 1e-7
+    matrix = matrix.mT if transposed else matrix
+    (norm,) = reference.frobenius_norms([matrix])
+    assert float(norm) == pytest.approx(float(torch.linalg.matrix_norm(matrix.double())), rel=2e-7)
