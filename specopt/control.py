@@ -166,17 +166,17 @@ class SpectralOptimizer(Mixin):
             state.put_back(cast(Tensor, gate.found_inf).reshape(()) != 0)
         if not same:
             self._complete_state()
-            signature, tensors = self._signature()
-            gate.workspace.update(batches=batches, signature=signature if settled else None, tensors=tensors)
+            signature, held = self._signature()
+            gate.workspace.update(batches=batches, signature=signature if settled else None, held=held)
 
     def _signature(self) -> tuple[list[Any], list[Any]]:
         """What the batches were made from: while it stays, so do they. And what has its id in it, to be held with it,
         so that nothing else can take its place."""
         signature: list[Any] = [os.environ.get("SPECOPT_BACKEND")]
-        tensors: list[Any] = []
+        held: list[Any] = []
         known = [name for name in self.defaults if name not in UNSIGNED] if self.base_is_known else []
         for group in self.param_groups:
-            tensors.append(group)
+            held.append(group)
             signature.append(id(group))
             read = [*self.rule.names, *(name for name in known if name in group)]
             signature += [id(group[name]) if isinstance(group[name], Tensor) else group[name] for name in read]
@@ -186,14 +186,14 @@ class SpectralOptimizer(Mixin):
                 grad = param.grad
                 state = self.state.get(param, {}) if self.base_is_known else own_entries(self.state.get(param, {}))
                 kept = [value for value in state.values() if isinstance(value, Tensor)]
-                tensors += kept
+                held += kept
                 layouts = [
                     (t.layout, t.dtype, t.shape, t.layout == torch.strided and t.stride())
                     for t in (param, grad)
                     if t is not None
                 ]
                 signature.append((id(param), param.data_ptr(), layouts, id(self.state.get(param)), *map(id, kept)))
-        return signature, tensors
+        return signature, held
 
     def _is_ours(self, matrix: Matrix) -> bool:
         """Whether the base update of a matrix is made by our passes, or by torch."""

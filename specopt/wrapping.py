@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from itertools import zip_longest
 from types import FunctionType, MethodType, new_class
 from typing import Any, ClassVar, TypeVar, cast
 from weakref import WeakValueDictionary, ref
@@ -88,9 +87,9 @@ def unwrap(optimizer: AnyOptimizer) -> AnyOptimizer:
     if not isinstance(optimizer, Wrapped):
         raise TypeError(f"optimizer must be one that specopt.wrap returned, got {type(optimizer).__name__}")
     counted = _drop_step(optimizer)
-    for group, found in zip_longest(optimizer.param_groups, optimizer.__dict__.pop(FOUND, []), fillvalue=()):
-        for name in set(optimizer.rule.names) - set(found):
-            cast(dict[str, Any], group).pop(name, None)
+    for group, found in zip(optimizer.param_groups, optimizer.__dict__.pop(FOUND), strict=False):
+        for name in set(optimizer.rule.names) - found:
+            group.pop(name, None)
     optimizer.forget()
     for name in WAITING:
         optimizer.__dict__.pop(name, None)
@@ -111,7 +110,8 @@ class Wrapped(SpectralOptimizer):
     def _add_group(self, param_group: dict[str, Any]) -> None:
         found = set(self.rule.names) & param_group.keys()
         super()._add_group(param_group)
-        self.__dict__.setdefault(FOUND, []).append(found)
+        record = self.__dict__.setdefault(FOUND, [])
+        record[len(self.param_groups) - 1 :] = [found]  # also over what a group left that was taken back
 
     def _update(self, matrix: Matrix) -> Update:
         return KNOWN[self.base]._update(cast(Any, self), matrix)
@@ -120,7 +120,7 @@ class Wrapped(SpectralOptimizer):
         state = self.__getstate__()
         if isinstance(state, dict):
             state = {name: value for name, value in state.items() if name not in WAITING}
-            state[FOUND] = self.__dict__.get(FOUND, [])
+            state[FOUND] = self.__dict__[FOUND]
         return _blank, (self.base, self.rule), state
 
 

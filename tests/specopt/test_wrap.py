@@ -540,6 +540,18 @@ def test_unwrap_leaves_the_options_that_groups_had_before() -> None:
     assert optimizer.param_groups[-1]["mode"] == "cap" and "tolerance" not in optimizer.param_groups[-1]
 
 
+def test_a_group_that_was_taken_back_does_not_disturb_unwrap() -> None:
+    optimizer = specopt.wrap(torch.optim.RMSprop([torch.zeros(4, 4, requires_grad=True)]), SET)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, bias=False))
+    optimizer.param_groups[0]["params"].append(model[1].weight)  # so that the model's last group is refused
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": nn.ModuleList([nn.LayerNorm(3), model])})
+    optimizer.add_param_group({"params": [torch.zeros(3, 3)], "mode": "cap"})
+    specopt.unwrap(optimizer)
+    assert ["mode" in group for group in optimizer.param_groups] == [False, True]
+    assert not any("tolerance" in group for group in optimizer.param_groups)
+
+
 class Counting(torch.optim.SGD):
     """Keeps state under a key that is no string."""
 
