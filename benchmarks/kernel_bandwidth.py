@@ -9,6 +9,7 @@ measured; then the torch reference is, on the CPU, and the table says so.
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -99,8 +100,16 @@ def reference_cases(weights: list[Tensor], block: int) -> Iterator[Case]:
     change = torch.full((len(weights), 1), 1e-6)
     yield Case("product W V", lambda: kernels.skinny_products(weights, rights), 4 * size + small)
     yield Case("product Wᵀ U", lambda: kernels.skinny_products(transposed, lefts), 4 * size + small)
+    yield Case("product W V, torch.mm", lambda: without_onednn(weights, rights), 4 * size + small)
+    yield Case("product Wᵀ U, torch.mm", lambda: without_onednn(transposed, lefts), 4 * size + small)
     yield Case("correction", lambda: kernels.rank_updates_(weights, change, lefts, rights), 8 * size)
     yield from update_cases(weights)
+
+
+def without_onednn(matrices: Sequence[Tensor], blocks: Sequence[Tensor]) -> None:
+    # torch warns of flags that stay as they are
+    with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=False):
+        kernels.skinny_products(matrices, blocks)
 
 
 def copy_bandwidth(watch: Stopwatch, size: int | None = None) -> float:

@@ -107,6 +107,7 @@ class SpectralOptimizer(Mixin):
         for param in group["params"]:
             check_readable(param, group)
 
+    # torch declares two overloads, one of them without a closure
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of the base optimizer, under control.
 

@@ -13,8 +13,7 @@ from ..backend import keep, live
 SLICE = 1 << 19
 """Entries of a slice: 2 MiB of float32, and enough for a few threads."""
 LARGE = 1 << 16
-"""Entries of a matrix from which oneDNN's product is the quicker one: up to 1.6 times as quick as ``torch.mm`` where
-one factor has few columns."""
+"""Entries of a matrix from which oneDNN's product is quicker than ``torch.mm`` where one factor has few columns."""
 LANES = 16
 """oneDNN makes ``M B`` of 28 columns no quicker than of 32, and much slower where rows are 1024 entries long."""
 

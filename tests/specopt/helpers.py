@@ -59,6 +59,20 @@ def train(optimizer: Optimizer, params: list[Tensor], steps: range) -> None:
         optimizer.step()
 
 
+def step_at_scale(optimizer: Optimizer, params: list[Tensor], scale: float | None) -> None:
+    """A step, or one by a gradient scaler on gradients that are multiplied by ``scale``."""
+    set_gradients(params, clones(params), seed=0)
+    if scale is None:
+        optimizer.step()
+        return
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    scaler.scale(torch.ones(()))
+    for param in params:
+        assert param.grad is not None
+        param.grad.mul_(scale)
+    scaler.step(optimizer)
+
+
 def equal(mine: list[Tensor], others: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
 

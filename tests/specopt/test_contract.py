@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 import specopt
 from specopt.session import Gate
 from specopt.tracker.common import STATS, STEP
-from tests.specopt.helpers import OURS, PLAIN, clones, equal, parameters, set_gradients, train
+from tests.specopt.helpers import OURS, PLAIN, clones, equal, parameters, set_gradients, step_at_scale, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
 
@@ -201,16 +201,7 @@ def test_fused_step_under_a_scaler_equals_the_unscaled_step() -> None:
     for scale in (None, 64.0):
         params = parameters(torch.float32)
         optimizer = specopt.SNRSGD(params, lr=0.1, snr_lambda=0.5, fused=True, tolerance=1e-6, max_passes=100)
-        set_gradients(params, clones(params), seed=0)
-        if scale is None:
-            optimizer.step()
-        else:
-            scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-            scaler.scale(torch.ones(()))
-            for param in params:
-                assert param.grad is not None
-                param.grad.mul_(scale)
-            scaler.step(optimizer)
+        step_at_scale(optimizer, params, scale)
         runs.append(params)
     for mine, other in zip(*runs, strict=True):
         assert torch.allclose(mine, other, rtol=1e-5, atol=1e-6)

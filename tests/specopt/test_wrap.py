@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, StepLR
 import specopt
 from specopt.tracker.common import PREFIX, STATS, STEP
 from specopt.wrapping import class_of
-from tests.specopt.helpers import clones, equal, exact, parameters, set_gradients, train
+from tests.specopt.helpers import clones, equal, exact, parameters, set_gradients, step_at_scale, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
 PENALTY, SET = specopt.SpectralPenalty(0.3), specopt.NormScale()
@@ -241,16 +241,7 @@ def test_scaled_gradients_of_a_fused_base_get_the_penalty_at_their_scale() -> No
         params = parameters(torch.float32)
         rule = specopt.SpectralPenalty(0.5, tolerance=1e-6, max_passes=100)
         optimizer = specopt.wrap(torch.optim.Adagrad(params, lr=0.1, fused=True), rule)
-        set_gradients(params, clones(params), seed=0)
-        if scale is None:
-            optimizer.step()
-        else:
-            scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-            scaler.scale(torch.ones(()))
-            for param in params:
-                assert param.grad is not None
-                param.grad.mul_(scale)
-            scaler.step(optimizer)
+        step_at_scale(optimizer, params, scale)
         runs.append(params)
     for mine, other in zip(*runs, strict=True):
         assert torch.allclose(mine, other, rtol=1e-5, atol=1e-6)
