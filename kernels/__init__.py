@@ -9,7 +9,7 @@ from .blocks import column_dots, copy_blocks, first_column_residuals, grams, mix
 from .newton_schulz import cap_
 from .passes import Penalty, Update, base_updates_, corrections_
 from .products import MAX_COLUMNS, skinny_products
-from .small import orthonormalizers, rotations
+from .small import MAX_EIGEN, eigenvectors, orthonormalizers, rotations
 from .subspace import (
     BasisLayout,
     Triplets,
@@ -18,6 +18,7 @@ from .subspace import (
     next_basis,
     orthonormalize,
     ritz_triplets,
+    sharpen,
     start_block,
     turn,
 )
@@ -26,6 +27,7 @@ from .updates import MAX_RANK, frobenius_norms, rank_updates_, scale_
 
 __all__ = [
     "MAX_COLUMNS",
+    "MAX_EIGEN",
     "MAX_RANK",
     "Backend",
     "BasisLayout",
@@ -42,6 +44,7 @@ __all__ = [
     "constant",
     "copy_blocks",
     "corrections_",
+    "eigenvectors",
     "first_column_residuals",
     "frobenius_norms",
     "grams",
@@ -58,6 +61,7 @@ __all__ = [
     "ritz_triplets",
     "rotations",
     "scale_",
+    "sharpen",
     "skinny_products",
     "start_block",
     "turn",

@@ -19,7 +19,7 @@ from .backend import allocate, live
 from .backend import on_host as _on_host
 from .blocks import column_dots, copy_blocks, first_column_residuals, grams, mixes
 from .products import MAX_COLUMNS
-from .small import orthonormalizers, rotations
+from .small import eigenvectors, orthonormalizers, rotations
 from .tables import constant, remembered, upload
 
 
@@ -32,6 +32,32 @@ class Triplets(NamedTuple):
     """(m_b, k_b), unit columns; zero where sigma is."""
     rights: list[Tensor]
     """(n_b, k_b)."""
+
+
+def sharpen(triplets: Triplets, count: int) -> None:
+    """Makes the first ``count`` Ritz triplets exact ones of their span, in place.
+
+    On a device :func:`ritz_triplets` has the first vector alone sharply. With ``X = U diag(θ)`` of so many columns and
+    the eigenvectors R of ``XᵀX``: ``U θ ← X R``, ``V ← V R``, so that ``W v_i = θ_i u_i`` still, and U is orthonormal.
+    """
+    counts = [min(count, left.shape[1]) for left in triplets.lefts]
+    lefts = [left[:, :r] for left, r in zip(triplets.lefts, counts, strict=True)]
+    rights = [right[:, :r] for right, r in zip(triplets.rights, counts, strict=True)]
+    width = max(counts)
+    sigma = triplets.sigma[:, :width]
+    top = torch.where(sigma[:, :1] > 0, sigma[:, :1], 1.0)
+    relative = sigma / top
+    gram, scale = grams(lefts, width=width)
+    gram = gram * scale[:, None, None].square() * relative[:, :, None] * relative[:, None, :]
+    rotation = eigenvectors(torch.nan_to_num(0.5 * (gram + gram.mT), 0.0, 0.0, 0.0))
+    turned = [*allocate([(x.shape[0], x.shape[1]) for x in [*lefts, *rights]], sigma)]
+    mixes([([*lefts, *rights], torch.cat([relative[:, :, None] * rotation, rotation]))], turned)
+    images = turned[: len(lefts)]
+    norms = column_dots(images, images, torch.ones_like(scale)).sqrt()
+    inverse = torch.diag_embed(torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(norms.dtype).tiny), 0.0))
+    eye = torch.eye(width, dtype=norms.dtype, device=norms.device).expand_as(inverse)
+    mixes([(turned, torch.cat([inverse, eye]))], [*lefts, *rights])
+    sigma.copy_(norms * top + 0.0 * sigma[:, :1])  # what is not finite stays so
 
 
 VARIANTS, SHIFT = 64, 37

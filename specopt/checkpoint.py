@@ -116,6 +116,8 @@ def _check_matrix(matrix: Matrix, name: str) -> None:
     rows, columns = matrix.weight.mT.shape if matrix.flipped else matrix.weight.shape
     shapes = {STATS: (len(Stat),), LEFT: (rows, ANY), **dict.fromkeys((BLOCK, PROBE, RIGHT), (columns, ANY))}
     for key, shape in shapes.items():
+        if key in (LEFT, RIGHT) and matrix.flipped and _has_shape(matrix.state.get(key), (ANY, 1)):
+            shape = (rows + columns - shape[0], 1)  # a first triplet goes by the matrix as it is read
         _check(matrix.param, matrix.state, key, shape, name)
     step = matrix.state.get(STEP, 0)
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:

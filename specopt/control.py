@@ -165,7 +165,8 @@ class SpectralOptimizer(Mixin):
                 session.finish()
         for state in kept:
             state.put_back(cast(Tensor, gate.found_inf).reshape(()) != 0)
-        gate.workspace["versions"] = {id(param): param._version for param in gate.written}
+        versions = gate.workspace.setdefault("versions", {})
+        versions.update({id(param): param._version for param in gate.written})
         if not same:
             self._complete_state()
             signature, held = self._signature()

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tables
-from . import ROUNDS, SQUARINGS, cholesky_shift
+from . import ROUNDS, SQUARINGS, SWEEPS, cholesky_shift
 from .reference import TINY
 
 WARPS = {16: 2, 32: 4, 64: 8}
@@ -196,6 +196,56 @@ def rotation_kernel(
         index = tl.arange(0, K)
         weights = tl.where(quotients < 0, 0.0, quotients) * trace  # a maximum would turn NaN into 0
         tl.store(weight + tl.program_id(0) * width + index, weights, index < width)
+
+
+@triton.jit
+def jacobi_kernel(
+    symmetric, result, width, SWEEPS: tl.constexpr, EPS: tl.constexpr, TINY: tl.constexpr, K: tl.constexpr
+):
+    """See the reference. Columns beyond ``width`` are zero, and rotated with none."""
+    index = tl.arange(0, K)
+    row, column = index[:, None], index[None, :]
+    s = load_square(symmetric, width, K)
+    basis = tl.where(row == column, 1.0, 0.0)
+    for turn in tl.range(0, SWEEPS * (K - 1), loop_unroll_factor=1):
+        alone = ((K // 2) * turn) % (K - 1)
+        partner = (turn - index + SWEEPS * (K - 1) * (K - 1)) % (K - 1)
+        partner = tl.where(index == alone, K - 1, tl.where(index == K - 1, alone, partner))
+        swap = tl.where(partner[:, None] == column, 1.0, 0.0)
+        own_rows = tl.sum(tl.where(row == column, s, 0.0), 1)  # [K] by rows, which reductions over them need
+        own = tl.sum(tl.where(row == column, s, 0.0), 0)
+        other = tl.sum(swap * own_rows[:, None], 0)
+        across = tl.sum(swap * s, 0)
+        tiny = tl.abs(across) <= EPS * tl.sqrt(tl.abs(own * other)) + TINY
+        ratio = (other - own) / tl.where(tiny, 1.0, 2 * across)
+        ahead = tl.sum(tl.where((partner[:, None] == column) & (row > column), 1, 0), 0) > 0  # index < partner
+        sign = tl.where((ratio > 0) | ((ratio == 0) & ahead), 1.0, -1.0)
+        tangent = tl.where(tiny, 0.0, sign / (tl.abs(ratio) + tl.sqrt(1 + ratio * ratio)))
+        cosine = 1 / tl.sqrt(1 + tangent * tangent)
+        rotation = tl.where(row == column, cosine[None, :], 0.0) - swap * (tangent * cosine)[None, :]
+        s = square_product(tl.trans(rotation), square_product(s, rotation))
+        basis = square_product(basis, rotation)
+    store_square(result, basis, width, K)
+
+
+def jacobi(symmetric: Tensor) -> Tensor:
+    symmetric = symmetric.contiguous()
+    count, width, _ = symmetric.shape
+    size = tables.padded(width)
+    result = torch.empty_like(symmetric)
+    with tables.on(symmetric.device):
+        jacobi_kernel[(count,)](
+            symmetric,
+            result,
+            width,
+            SWEEPS=SWEEPS,
+            EPS=torch.finfo(symmetric.dtype).eps,
+            TINY=torch.finfo(symmetric.dtype).tiny,
+            K=size,
+            num_warps=WARPS[size],
+            enable_fp_fusion=True,
+        )
+    return result
 
 
 def orthonormalizers(gram: Tensor, shift: float, threshold: float) -> tuple[Tensor, Tensor]:

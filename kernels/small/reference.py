@@ -44,6 +44,40 @@ def rotations(gram: Tensor) -> tuple[Tensor, Tensor]:
     return basis, (basis * (gram @ basis)).sum(1).clamp_min(0) * trace[:, None]
 
 
+def jacobi(symmetric: Tensor) -> Tensor:
+    """In every turn each column has one partner: j of i where ``i + j ≡ turn`` modulo K − 1, the last column being the
+    partner of what would be its own. With ``P`` for the swap of partners and c, s of each column's rotation (s of a
+    column is −s of its partner) the turn is ``J = diag(c) − P diag(s)``."""
+    from . import SWEEPS
+
+    count = symmetric.shape[-1]
+    width = max(2, count + count % 2)
+    s = torch.nn.functional.pad(symmetric, (0, width - count, 0, width - count))
+    index = torch.arange(width, device=s.device)
+    basis = torch.eye(width, dtype=s.dtype, device=s.device).expand_as(s)
+    for turn in range(SWEEPS * (width - 1)):
+        partner = (turn - index) % (width - 1)
+        alone = ((width // 2) * turn) % (width - 1)  # half of the turn, in numbers modulo K - 1
+        partner = torch.where(index == alone, width - 1, torch.where(index == width - 1, alone, partner))
+        swap = (partner[:, None] == index).to(s.dtype)
+        own = s.diagonal(dim1=1, dim2=2)
+        cosine, sine = _rotation(own, own @ swap, (s * swap).sum(2), index < partner)
+        rotation = torch.diag_embed(cosine) - swap * sine[:, None, :]
+        s, basis = rotation.mT @ s @ rotation, basis @ rotation
+    return basis[:, :count, :count]
+
+
+def _rotation(own: Tensor, other: Tensor, across: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """(c, s) of columns with ``own`` on the diagonal, ``other`` on their partners' and ``across`` between them."""
+    limits = torch.finfo(across.dtype)
+    tiny = across.abs() <= limits.eps * (own * other).abs().sqrt() + limits.tiny  # every turn costs some orthogonality
+    ratio = (other - own) / torch.where(tiny, 1.0, 2 * across)
+    sign = torch.where((ratio > 0) | ((ratio == 0) & first), 1.0, -1.0)
+    tangent = torch.where(tiny, 0.0, sign / (ratio.abs() + (1 + ratio.square()).sqrt()))
+    cosine = (1 + tangent.square()).rsqrt()
+    return cosine, tangent * cosine
+
+
 def _trace(gram: Tensor) -> Tensor:
     return gram.diagonal(dim1=-2, dim2=-1).sum(-1)
 

@@ -161,6 +161,8 @@ class _Composed:
         if self.keeps_first:
             pairs.make_room(self.matrices)
             self.gate.written += [matrix.param for matrix in self.matrices]
+        else:
+            pairs.drop_first(self.matrices)
         pairs.step(self.matrices, self._correct, self.reach, keep_first=self.keeps_first)
         if self.is_full:
             stats = gather_stats(self.matrices)

@@ -113,7 +113,8 @@ def exact_triplets(matrices: Sequence[Matrix], like: Tensor, count: int = 1) -> 
     up with zeros)."""
     weights = [matrix.weight for matrix in matrices]
     most = max(matrix.columns for matrix in matrices)
-    counts = [min(count, matrix.columns if kernels.on_host(like) else most) for matrix in matrices]
+    sharp = sharpened(count)
+    counts = [min(count, matrix.columns) if kernels.on_host(like) else min(sharp, most) for matrix in matrices]
     bases = [kernels.identity(matrix.columns, like.dtype, like.device) for matrix in matrices]
     out = Triplets(
         like.new_zeros(len(matrices), most),
@@ -126,7 +127,15 @@ def exact_triplets(matrices: Sequence[Matrix], like: Tensor, count: int = 1) -> 
         products = [weight.to(like.dtype) for weight in weights]
     else:
         products = kernels.skinny_products(weights, bases)
-    return kernels.ritz_triplets(products, bases, out=out)
+    kernels.ritz_triplets(products, bases, out=out)
+    if count > 1 and not kernels.on_host(like):
+        kernels.sharpen(out, sharp)
+    return out
+
+
+def sharpened(count: int) -> int:
+    """How many triplets to make sharp for so many to be: those next to them may have their place."""
+    return min(2 * count, kernels.MAX_EIGEN)
 
 
 def probe_columns(block: int) -> int:

@@ -38,6 +38,7 @@ from .common import (
     restart,
     rounding_seeds,
     scatter_stats,
+    sharpened,
 )
 
 
@@ -158,6 +159,13 @@ def make_room(matrices: Sequence[Matrix]) -> None:
                 matrix.state[key] = torch.zeros(length, 1, dtype=dtype, device=matrix.param.device)
 
 
+def drop_first(matrices: Sequence[Matrix]) -> None:
+    """A triplet that this step does not keep up."""
+    for matrix in matrices:
+        for key in (LEFT, RIGHT):
+            matrix.state.pop(key, None)
+
+
 def has_first(matrix: Matrix) -> bool:
     """Whether :func:`step` has left the first triplet."""
     lengths = zip((LEFT, RIGHT), matrix.weight.shape, strict=True)
@@ -182,12 +190,12 @@ def _exact(matrices: Sequence[Matrix], stats: Tensor, correct: Correct, rank: in
     _record(stats, triplets, change, valid)
     stats[:, Stat.RESIDUAL] = torch.where(valid, 0.0, stats[:, Stat.RESIDUAL])
     stats[:, Stat.PAIRS] = 0.5
-    return _largest(triplets, change, rank + 1) if keep_first else None
+    return _largest(triplets, change.added, rank + 1) if keep_first else None
 
 
-def _largest(triplets: Triplets, change: Change, count: int) -> Triplets:
-    """The first triplet after a change of some."""
-    sigma, place = change.of(triplets.sigma)[:, :count].max(1, keepdim=True)
+def _largest(triplets: Triplets, added: Tensor, count: int) -> Triplets:
+    """The first triplet once something is added to some."""
+    sigma, place = Change(added).of(triplets.sigma)[:, :count].max(1, keepdim=True)
 
     def chosen(blocks: Sequence[Tensor]) -> list[Tensor]:
         picked = zip(blocks, place.unbind(), strict=True)
@@ -258,6 +266,8 @@ class _Pair:
         """sigma₁, the residual of its triplet, and the largest of the first ``rank`` triplets' (B,)."""
         kernels.skinny_products(self.weights, self.bases, out=self.products, active=active)
         kernels.ritz_triplets(self.products, self.bases, out=self.triplets, active=active)
+        if self.rank > 1 and not kernels.on_host(self.products[0]):
+            kernels.sharpen(self.triplets, sharpened(self.rank))
         transposed = [weight.mT for weight in self.weights]
         kernels.skinny_products(transposed, self.lefts, out=self.returned, active=active)
         residuals = kernels.leading_residuals(self.returned, self.triplets, self.rank)
@@ -292,7 +302,7 @@ class _Pair:
 
 
 def _apply(change: Change, matrices: Sequence[Matrix], triplets: Triplets) -> None:
-    """The correction of the weights, and what it makes of their singular values but for the first one's change."""
+    """The correction of the weights, and what its factor makes of the singular values."""
     kernels.corrections_(
         [matrix.weight for matrix in matrices],
         change.added,
