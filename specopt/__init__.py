@@ -7,6 +7,7 @@ Swap the optimizer class, and every weight matrix' largest singular value is reg
 from . import init
 from .adamw import NormScaleAdamW
 from .groups import param_groups
+from .recording import LayerShapes, record_shapes
 from .report import SpectralRow, spectral_report
 from .rules import NormScale, SpectralDecay, SpectralPenalty
 from .sgd import SNRSGD
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SNRSGD",
+    "LayerShapes",
     "NormScale",
     "NormScaleAdamW",
     "SpectralDecay",
@@ -23,6 +25,7 @@ __all__ = [
     "SpectralRow",
     "init",
     "param_groups",
+    "record_shapes",
     "spectral_report",
     "unwrap",
     "wrap",
