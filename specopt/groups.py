@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,10 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from .reading import Kind, Owned, Reading, readings_of
-from .targets import target_sigma
+from .recording import LayerShapes, record_call
+from .settling import entry_of, is_settled
+from .targets import check_target, is_individual, target_sigma
 from .telling import listing, outside
 from .views import could_be_controlled, is_controlled
-from .views.parts import parse, pieces
+from .views.parts import parse, piece_shape
 
 Overrides = Mapping[Any, Mapping[str, Any]]
 
@@ -29,8 +31,8 @@ class Decision:
     """None: not controlled."""
     matrices: tuple[int, tuple[int, ...]] | None
     """How many, and the ``(out, in, *kernel)`` of each."""
-    target: str | float | None
-    """σ* of each under Norm Scaling, as far as the options given here tell it."""
+    target: str | float | tuple[float, ...] | None
+    """σ* of each under Norm Scaling, as far as the options given here tell it; all of them where they differ."""
     options: Mapping[str, Any]
     """Those of its group that are not of all groups."""
     why: str
@@ -56,7 +58,13 @@ class ParamGroups(list[dict[str, Any]]):
 
 
 def param_groups(
-    model: nn.Module, *, overrides: Overrides | None = None, embeddings: bool = False, **group_options: Any
+    model: nn.Module,
+    *,
+    overrides: Overrides | None = None,
+    embeddings: bool = False,
+    inputs: Any = None,
+    shapes: Mapping[str, LayerShapes] | None = None,
+    **group_options: Any,
 ) -> ParamGroups:
     """Groups for any optimizer of this package, from the types of a model's modules.
 
@@ -97,7 +105,13 @@ def param_groups(
             that owns the parameter. Later ones win. ``{"spectral": False}`` turns control off, ``{"view": ...}`` on,
             also for what is not known by itself; ``lr``, ``target`` and all other options of a group go as well.
         embeddings: control embeddings too.
-        **group_options: of every group, such as ``lr``, ``weight_decay``, ``target`` or ``snr_lambda``.
+        inputs: what the model is called with, for ``target="size"``: a dict is the keywords of the call, a tuple or
+            list its arguments, all else the only one. One forward is made, see :func:`specopt.record_shapes`.
+        shapes: what that function has returned, in place of ``inputs``.
+        **group_options: of every group, such as ``lr``, ``weight_decay``, ``target`` or ``snr_lambda``. A target that
+            is ``"size"`` or a callable, ``(MatrixInfo) -> float``, is settled here: groups hold the numbers, in a list
+            beside their ``params``. So are the numbers that an override gives to each of a parameter's matrices. What
+            is not controlled has no target.
 
     Returns:
         A list of groups with named parameters, in torch's form. ``print`` shows what was decided, and why.
@@ -106,7 +120,7 @@ def param_groups(
         TypeError: a model that is no Module; an override's key or options of another type.
         ValueError: a parameter not yet initialized; a view for all groups, or one that does not fit; a pattern that
             matches nothing; control asked for where a weight is computed from the parameter, or where nothing tells how
-            to read it.
+            to read it; an override with a target for what is not controlled; ``"size"`` of a layer of unknown sizes.
 
     Example::
 
@@ -122,17 +136,20 @@ def param_groups(
     decisions: list[Decision] = []
     doubtful: list[Decision] = []
     readings = readings_of(model)
-    if "view" in group_options:
-        raise ValueError(f"view must be given in overrides, by module, got {group_options['view']!r} for all")
+    _check_common(group_options)
     _check_patterns(overrides, [owned for places, _ in readings for owned in places])
+    sizes = _sizes(model, inputs, shapes)
     for places, reading in readings:
         given = _given(overrides, places)
         own = _own_options(places[0], reading, given, embeddings)
-        _put(groups, places[0], {**group_options, **own})
-        decisions.append(_decision(places, reading, {**group_options, **own}, own))
+        matrices = _matrices(places[0], {**group_options, **own})
+        options, beside = _settled(places[0], {**group_options, **own}, matrices, sizes)
+        _put(groups, places[0], options, beside)
+        decisions.append(_decision(places, reading, matrices, {**options, **beside}, own))
         silenced = "spectral" in given or "view" in given or not group_options.get("spectral", True)
         if reading.kind in (Kind.COMPUTED_FROM, Kind.UNKNOWN) and not silenced:
             doubtful.append(decisions[-1])
+    _check_reached(overrides, readings, {decision.name for decision in decisions if decision.matrices})
     _warn(doubtful)
     return ParamGroups(groups, decisions)
 
@@ -192,6 +209,11 @@ def _checked(overrides: Overrides) -> Overrides:
             raise TypeError(f"a key of overrides must be a module type, a pattern or a predicate, got {key!r}")
         if not isinstance(options, Mapping):
             raise TypeError(f"overrides[{key!r}] must be a dict of group options, got {options!r}")
+        if options.get("spectral") is False and is_individual(options.get("target")):
+            raise ValueError(
+                f"overrides[{key!r}] must not give a target to what it turns off, got target={options['target']!r} and "
+                "spectral=False: leave one of them out"
+            )
     return overrides
 
 
@@ -204,6 +226,38 @@ def _check_patterns(overrides: Overrides, everywhere: Sequence[Owned]) -> None:
     for key in overrides:
         if isinstance(key, str) and not any(_matches(key, owned) for owned in everywhere):
             raise ValueError(f"the pattern {key!r} of overrides matches no parameter and no module of the model")
+
+
+def _check_common(options: Mapping[str, Any]) -> None:
+    """The options of all groups."""
+    if "view" in options:
+        raise ValueError(f"view must be given in overrides, by module, got {options['view']!r} for all")
+    if isinstance(options.get("target"), list | tuple):
+        raise ValueError(f"target must be one for all groups, or given in overrides, got {options['target']!r} for all")
+
+
+def _check_reached(
+    overrides: Overrides, readings: Sequence[tuple[Sequence[Owned], Reading]], controlled: Collection[str]
+) -> None:
+    """Whoever gives a number to a layer means that layer: it is an error where none of those that match is on."""
+    for key, options in overrides.items():
+        if is_individual(options.get("target")):
+            names = [places[0].name for places, _ in readings if any(_matches(key, owned) for owned in places)]
+            if names and not any(name in controlled for name in names):
+                raise ValueError(
+                    f"overrides[{key!r}] must not give a target to what is not controlled, got "
+                    f"target={options['target']!r} for {listing(names)}: print(specopt.param_groups(model)) tells why"
+                )
+
+
+def _sizes(model: nn.Module, inputs: Any, shapes: Mapping[str, LayerShapes] | None) -> Mapping[str, LayerShapes] | None:
+    if shapes is None:
+        return None if inputs is None else record_call(model, inputs)
+    if inputs is not None:
+        raise ValueError("inputs must not be given beside shapes: they are what those are recorded from")
+    if not isinstance(shapes, Mapping) or not all(isinstance(found, LayerShapes) for found in shapes.values()):
+        raise TypeError(f"shapes must be what specopt.record_shapes returns, got {shapes!r}")
+    return shapes
 
 
 def _matches(key: Any, owned: Owned) -> bool:
@@ -242,12 +296,47 @@ def _own_options(owned: Owned, reading: Reading, given: Mapping[str, Any], embed
     return {"view": view, **asked, **decay, **rest}
 
 
-def _put(groups: list[dict[str, Any]], owned: Owned, options: dict[str, Any]) -> None:
+def _matrices(owned: Owned, options: Mapping[str, Any]) -> tuple[int, tuple[int, ...]] | None:
+    """How many a parameter holds, and the shape of each; None where it is not controlled."""
+    if not is_controlled(owned.param, {"spectral": True, "view": "auto", **options}):
+        return None
+    try:
+        return piece_shape(tuple(owned.param.shape), parse(options["view"]))
+    except ValueError as error:
+        raise ValueError(f"{owned.name}: {error}") from None
+
+
+def _settled(
+    owned: Owned,
+    options: dict[str, Any],
+    matrices: tuple[int, tuple[int, ...]] | None,
+    sizes: Mapping[str, LayerShapes] | None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of a parameter's group, and what that has beside its ``params``, an entry for each."""
+    if "target" not in options:
+        return options, {}
+    others = {name: value for name, value in options.items() if name != "target"}
+    if matrices is None:
+        return others, {}
+    target = options["target"]
+    check_target(target)
+    if is_settled(target):
+        return options, {}
+    return others, {"target": entry_of(target, owned.name, owned.param, options["view"], sizes)}
+
+
+def _put(groups: list[dict[str, Any]], owned: Owned, options: dict[str, Any], beside: dict[str, Any]) -> None:
     for group in groups:
-        if _same(options, {name: value for name, value in group.items() if name != "params"}):
-            group["params"].append((owned.name, owned.param))
-            return
-    groups.append({"params": [(owned.name, owned.param)], **options})
+        lists = [group.get(name) for name in beside]
+        rest = {name: value for name, value in group.items() if name != "params" and name not in beside}
+        if all(isinstance(entries, list) for entries in lists) and _same(options, rest):
+            break
+    else:
+        group = {"params": [], **options, **{name: [] for name in beside}}
+        groups.append(group)
+    group["params"].append((owned.name, owned.param))
+    for name, entry in beside.items():
+        group[name].append(entry)
 
 
 def _same(mine: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
@@ -258,21 +347,24 @@ def _same(mine: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
 
 
 def _decision(
-    places: Sequence[Owned], reading: Reading, options: Mapping[str, Any], own: Mapping[str, Any]
+    places: Sequence[Owned],
+    reading: Reading,
+    matrices: tuple[int, tuple[int, ...]] | None,
+    options: Mapping[str, Any],
+    own: Mapping[str, Any],
 ) -> Decision:
     name, param = places[0].name, places[0].param
     tied = [owned.name for owned in places[1:]]
     why = f"{reading.why}, tied to {', '.join(tied)}" if tied else reading.why
     shown = {key: value for key, value in own.items() if key not in ("spectral", "view")}
-    if not is_controlled(param, {"spectral": True, "view": "auto", **options}):
+    if matrices is None:
         return Decision(name, tuple(param.shape), None, None, None, shown, why)
-    try:
-        found = pieces(param.detach(), parse(options["view"]))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
     target = options.get("target", "channels")
-    sigma = target_sigma(found[0], target) if target != "initial" else target
-    return Decision(name, tuple(param.shape), options["view"], (len(found), tuple(found[0].shape)), sigma, shown, why)
+    if isinstance(target, list):
+        target = target[0] if len(set(target)) == 1 else tuple(target)
+    elif target != "initial":
+        target = target_sigma(matrices[1], target)
+    return Decision(name, tuple(param.shape), options["view"], matrices, target, shown, why)
 
 
 def _row(decision: Decision) -> tuple[str, ...]:
@@ -280,7 +372,8 @@ def _row(decision: Decision) -> tuple[str, ...]:
     if decision.matrices is not None:
         count, shape = decision.matrices
         matrices = f"{count} x {shape}" if count > 1 else str(shape)
-        target = decision.target if isinstance(decision.target, str) else f"{decision.target:.4g}"
+        sigmas = decision.target if isinstance(decision.target, tuple) else (decision.target,)
+        target = ", ".join(sigma if isinstance(sigma, str) else f"{sigma:.4g}" for sigma in sigmas)
     options = ", ".join(f"{key}={value!r}" for key, value in decision.options.items())
     why = f"{decision.why}; {options}" if options else decision.why
     return decision.name, str(decision.shape), matrices, decision.view or "-", target, why

@@ -22,8 +22,9 @@ from .control import IN_FRONT, SpectralOptimizer
 from .options import Shared
 from .rules import NormScale, SpectralDecay, SpectralPenalty
 from .session import Rule
+from .settling import refuse_target_of_off, settle
 from .sgd import SNRSGD
-from .telling import warn_of_unclear
+from .telling import names_in, warn_of_unclear
 from .views import Matrix, check_readable
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
@@ -63,10 +64,13 @@ def wrap(optimizer: AnyOptimizer, rule: SpectralPenalty | SpectralDecay | NormSc
     _check_base(optimizer, rule)
     options = rule.options
     merged = [{**options, **group} for group in optimizer.param_groups]
-    for group in merged:
+    for group, given in zip(merged, optimizer.param_groups, strict=True):
         rule.check(group)
         for param in group["params"]:
             check_readable(param, group)
+        if "target" in rule.names:
+            refuse_target_of_off(given, rule.names)
+            settle(group, lambda: names_in(merged))
     counted = _drop_step(optimizer)
     optimizer.__dict__[FOUND] = [set(rule.names) & group.keys() for group in optimizer.param_groups]
     optimizer.__class__ = class_of(base, rule)  # type: ignore[assignment]

@@ -14,6 +14,7 @@ from specopt.kernels import accumulation_dtype
 
 from .. import options
 from ..session import Gate, Session
+from ..settling import own_target
 from ..targets import Target, target_frobenius, target_sigma
 from ..tracker import device, pairs
 from ..tracker.common import (
@@ -65,6 +66,8 @@ class NormScale(options.Shared):
     names: ClassVar[tuple[str, ...]] = ("norm", "mode", "target", "rank", "raise_small", *options.SHARED)
 
     def __post_init__(self) -> None:
+        if isinstance(self.target, list | tuple):
+            raise ValueError(f"target must be a list in a group alone, beside its params; a rule got {self.target!r}")
         self.check(self.options)
 
     def check(self, group: Mapping[str, Any]) -> None:
@@ -232,4 +235,4 @@ def _noted(matrix: Matrix) -> Tensor | None:
 def shape_target(matrix: Matrix) -> float:
     """The target as far as the shape and the options tell it; nan for ``"initial"``."""
     shape_rule = target_frobenius if matrix.group["norm"] == "frobenius" else target_sigma
-    return shape_rule(matrix.piece, matrix.group["target"])
+    return shape_rule(matrix.shape, own_target(matrix))

@@ -145,9 +145,10 @@ def test_kernel_with_gaps_in_memory_is_refused_in_the_constructor() -> None:
 
 
 def test_targets_follow_their_formulas() -> None:
-    kernel = torch.zeros(64, 16, 3, 3)
+    kernel = (64, 16, 3, 3)
     assert target_sigma(kernel, "channels") == 2.0
     assert target_sigma(kernel, "fan") == pytest.approx(math.sqrt(64 / 144))
+    assert target_sigma(kernel, "size", positions=1 / 4) == 1.0
     assert target_sigma(kernel, 0.5) == 0.5
     assert math.isnan(target_sigma(kernel, "initial"))
     assert target_frobenius(kernel, "channels") == pytest.approx(8 * 2.0)
