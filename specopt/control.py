@@ -22,7 +22,7 @@ from .base_step import gradients, out_of_sight, own_entries, penalized
 from .checkpoint import guarded
 from .groups import resolve
 from .session import Gate, OnDevice, Rule
-from .settling import refuse_target_of_off, settle
+from .settling import adopt, refuse_target_of_off, settle
 from .telling import names_in, tell_of_first_steps, warn_of_unclear
 from .tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, Kept, rounding_seeds
 from .tracker.device import runs_on
@@ -109,7 +109,8 @@ class SpectralOptimizer(Mixin):
         group = self.param_groups[-1]
         for param in group["params"]:
             check_readable(param, group)
-        self._settle(group)
+        if "target" in self.rule.names:
+            adopt(group, self.names)
 
     # torch declares two overloads, one of them without a closure
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -124,7 +125,8 @@ class SpectralOptimizer(Mixin):
     def _uncompiled_step(self, closure: Callable[[], float] | None, compiling: bool) -> float | None:
         for group in self.param_groups:
             self.rule.check(group)
-            self._settle(group)
+            if "target" in self.rule.names:
+                settle(group, self.names)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -311,10 +313,6 @@ class SpectralOptimizer(Mixin):
     def names(self) -> Mapping[Tensor, str]:
         """A name for every parameter: its own where the optimizer was built from named ones, else its place."""
         return names_in(self.param_groups)
-
-    def _settle(self, group: dict[str, Any]) -> None:
-        if "target" in self.rule.names:
-            settle(group, self.names)
 
 
 SpectralOptimizer.front = SpectralOptimizer

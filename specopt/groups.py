@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
-from .reading import Kind, Owned, Reading, readings_of
-from .recording import LayerShapes, record_call
-from .settling import entry_of, is_settled
-from .targets import check_target, is_individual, target_sigma
+from .deciding import Decided, Overrides, decide
+from .reading import Kind
+from .recording import LayerShapes
+from .targets import target_sigma
 from .telling import listing, outside
-from .views import could_be_controlled, is_controlled
-from .views.parts import parse, piece_shape
-
-Overrides = Mapping[Any, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -129,27 +124,15 @@ def param_groups(
         print(groups)
         optimizer = specopt.NormScaleAdamW(groups)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    overrides = _checked(overrides or {})
     groups: list[dict[str, Any]] = []
-    decisions: list[Decision] = []
     doubtful: list[Decision] = []
-    readings = readings_of(model)
-    _check_common(group_options)
-    _check_patterns(overrides, [owned for places, _ in readings for owned in places])
-    sizes = _sizes(model, inputs, shapes)
-    for places, reading in readings:
-        given = _given(overrides, places)
-        own = _own_options(places[0], reading, given, embeddings)
-        matrices = _matrices(places[0], {**group_options, **own})
-        options, beside = _settled(places[0], {**group_options, **own}, matrices, sizes)
-        _put(groups, places[0], options, beside)
-        decisions.append(_decision(places, reading, matrices, {**options, **beside}, own))
-        silenced = "spectral" in given or "view" in given or not group_options.get("spectral", True)
-        if reading.kind in (Kind.COMPUTED_FROM, Kind.UNKNOWN) and not silenced:
-            doubtful.append(decisions[-1])
-    _check_reached(overrides, readings, {decision.name for decision in decisions if decision.matrices})
+    decided = decide(model, overrides, group_options, embeddings=embeddings, inputs=inputs, shapes=shapes)
+    decisions = [_decision(one) for one in decided]
+    for one, decision in zip(decided, decisions, strict=True):
+        _put(groups, one)
+        silenced = "spectral" in one.given or "view" in one.given or not group_options.get("spectral", True)
+        if one.reading.kind in (Kind.COMPUTED_FROM, Kind.UNKNOWN) and not silenced:
+            doubtful.append(decision)
     _warn(doubtful)
     return ParamGroups(groups, decisions)
 
@@ -200,132 +183,11 @@ def _nameless(entry: Any) -> list[dict[str, Any]]:
     return [{**group, "params": [param for _, param in group["params"]]} for group in _named(entry)]
 
 
-# --- overrides ------------------------------------------------------------------------------------------------------
+# --- what was decided -------------------------------------------------------------------------------------------------
 
 
-def _checked(overrides: Overrides) -> Overrides:
-    for key, options in overrides.items():
-        if not (isinstance(key, str) or _is_type(key) or callable(key)):
-            raise TypeError(f"a key of overrides must be a module type, a pattern or a predicate, got {key!r}")
-        if not isinstance(options, Mapping):
-            raise TypeError(f"overrides[{key!r}] must be a dict of group options, got {options!r}")
-        if options.get("spectral") is False and is_individual(options.get("target")):
-            raise ValueError(
-                f"overrides[{key!r}] must not give a target to what it turns off, got target={options['target']!r} and "
-                "spectral=False: leave one of them out"
-            )
-    return overrides
-
-
-def _is_type(key: Any) -> bool:
-    types = key if isinstance(key, tuple) else (key,)
-    return bool(types) and all(isinstance(kind, type) for kind in types)
-
-
-def _check_patterns(overrides: Overrides, everywhere: Sequence[Owned]) -> None:
-    for key in overrides:
-        if isinstance(key, str) and not any(_matches(key, owned) for owned in everywhere):
-            raise ValueError(f"the pattern {key!r} of overrides matches no parameter and no module of the model")
-
-
-def _check_common(options: Mapping[str, Any]) -> None:
-    """The options of all groups."""
-    if "view" in options:
-        raise ValueError(f"view must be given in overrides, by module, got {options['view']!r} for all")
-    if isinstance(options.get("target"), list | tuple):
-        raise ValueError(f"target must be one for all groups, or given in overrides, got {options['target']!r} for all")
-
-
-def _check_reached(
-    overrides: Overrides, readings: Sequence[tuple[Sequence[Owned], Reading]], controlled: Collection[str]
-) -> None:
-    """Whoever gives a number to a layer means that layer: it is an error where none of those that match is on."""
-    for key, options in overrides.items():
-        if is_individual(options.get("target")):
-            names = [places[0].name for places, _ in readings if any(_matches(key, owned) for owned in places)]
-            if names and not any(name in controlled for name in names):
-                raise ValueError(
-                    f"overrides[{key!r}] must not give a target to what is not controlled, got "
-                    f"target={options['target']!r} for {listing(names)}: print(specopt.param_groups(model)) tells why"
-                )
-
-
-def _sizes(model: nn.Module, inputs: Any, shapes: Mapping[str, LayerShapes] | None) -> Mapping[str, LayerShapes] | None:
-    if shapes is None:
-        return None if inputs is None else record_call(model, inputs)
-    if inputs is not None:
-        raise ValueError("inputs must not be given beside shapes: they are what those are recorded from")
-    if not isinstance(shapes, Mapping) or not all(isinstance(found, LayerShapes) for found in shapes.values()):
-        raise TypeError(f"shapes must be what specopt.record_shapes returns, got {shapes!r}")
-    return shapes
-
-
-def _matches(key: Any, owned: Owned) -> bool:
-    if isinstance(key, str):
-        return any(fnmatchcase(name, key) for name in (owned.name, *(name for name, _ in owned.path[1:])))
-    if _is_type(key):
-        return any(isinstance(module, key) for _, module in owned.path)
-    return bool(key(owned.name, owned.module, owned.param))
-
-
-def _given(overrides: Overrides, places: Sequence[Owned]) -> dict[str, Any]:
-    given: dict[str, Any] = {}
-    for key, options in overrides.items():
-        if any(_matches(key, owned) for owned in places):
-            given.update(options)
-    return given
-
-
-# --- decisions ------------------------------------------------------------------------------------------------------
-
-
-def _own_options(owned: Owned, reading: Reading, given: Mapping[str, Any], embeddings: bool) -> dict[str, Any]:
-    """The options that a parameter's group has beside those of all groups."""
-    decay = {"weight_decay": 0.0} if reading.kind is Kind.VECTOR else {}
-    rest = {name: value for name, value in given.items() if name not in ("spectral", "view")}
-    view = given.get("view", reading.view)
-    wanted = reading.kind is Kind.MATRIX or (reading.kind is Kind.EMBEDDING and embeddings) or "view" in given
-    never = not could_be_controlled(owned.param) or (reading.kind is Kind.VECTOR and view is None)
-    if never or not given.get("spectral", wanted):
-        return {"spectral": False, **decay, **rest}
-    if reading.kind is Kind.COMPUTED_FROM:
-        raise ValueError(f"{owned.name} cannot be controlled: {reading.why}; leave it out of overrides that ask for it")
-    if view is None:
-        raise ValueError(f"overrides ask for control of {owned.name}, but {reading.why}: give a view as well")
-    asked = {"spectral": True} if "spectral" in given or "view" in given else {}
-    return {"view": view, **asked, **decay, **rest}
-
-
-def _matrices(owned: Owned, options: Mapping[str, Any]) -> tuple[int, tuple[int, ...]] | None:
-    """How many a parameter holds, and the shape of each; None where it is not controlled."""
-    if not is_controlled(owned.param, {"spectral": True, "view": "auto", **options}):
-        return None
-    try:
-        return piece_shape(tuple(owned.param.shape), parse(options["view"]))
-    except ValueError as error:
-        raise ValueError(f"{owned.name}: {error}") from None
-
-
-def _settled(
-    owned: Owned,
-    options: dict[str, Any],
-    matrices: tuple[int, tuple[int, ...]] | None,
-    sizes: Mapping[str, LayerShapes] | None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of a parameter's group, and what that has beside its ``params``, an entry for each."""
-    if "target" not in options:
-        return options, {}
-    others = {name: value for name, value in options.items() if name != "target"}
-    if matrices is None:
-        return others, {}
-    target = options["target"]
-    check_target(target)
-    if is_settled(target):
-        return options, {}
-    return others, {"target": entry_of(target, owned.name, owned.param, options["view"], sizes)}
-
-
-def _put(groups: list[dict[str, Any]], owned: Owned, options: dict[str, Any], beside: dict[str, Any]) -> None:
+def _put(groups: list[dict[str, Any]], decided: Decided) -> None:
+    options, beside = decided.options, decided.beside
     for group in groups:
         lists = [group.get(name) for name in beside]
         rest = {name: value for name, value in group.items() if name != "params" and name not in beside}
@@ -334,7 +196,7 @@ def _put(groups: list[dict[str, Any]], owned: Owned, options: dict[str, Any], be
     else:
         group = {"params": [], **options, **{name: [] for name in beside}}
         groups.append(group)
-    group["params"].append((owned.name, owned.param))
+    group["params"].append((decided.name, decided.places[0].param))
     for name, entry in beside.items():
         group[name].append(entry)
 
@@ -346,25 +208,19 @@ def _same(mine: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
     return all(a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in pairs)
 
 
-def _decision(
-    places: Sequence[Owned],
-    reading: Reading,
-    matrices: tuple[int, tuple[int, ...]] | None,
-    options: Mapping[str, Any],
-    own: Mapping[str, Any],
-) -> Decision:
-    name, param = places[0].name, places[0].param
-    tied = [owned.name for owned in places[1:]]
-    why = f"{reading.why}, tied to {', '.join(tied)}" if tied else reading.why
-    shown = {key: value for key, value in own.items() if key not in ("spectral", "view")}
+def _decision(decided: Decided) -> Decision:
+    shape, matrices = tuple(decided.places[0].param.shape), decided.matrices
+    tied = [owned.name for owned in decided.places[1:]]
+    why = f"{decided.reading.why}, tied to {', '.join(tied)}" if tied else decided.reading.why
+    shown = {key: value for key, value in decided.own.items() if key not in ("spectral", "view")}
     if matrices is None:
-        return Decision(name, tuple(param.shape), None, None, None, shown, why)
-    target = options.get("target", "channels")
+        return Decision(decided.name, shape, None, None, None, shown, why)
+    target = {**decided.options, **decided.beside}.get("target", "channels")
     if isinstance(target, list):
         target = target[0] if len(set(target)) == 1 else tuple(target)
     elif target != "initial":
         target = target_sigma(matrices[1], target)
-    return Decision(name, tuple(param.shape), options["view"], matrices, target, shown, why)
+    return Decision(decided.name, shape, decided.options["view"], matrices, target, shown, why)
 
 
 def _row(decision: Decision) -> tuple[str, ...]:

@@ -39,6 +39,14 @@ def settle(group: dict[str, Any], names: Names) -> None:
         ]
 
 
+def adopt(group: dict[str, Any], names: Names) -> None:
+    """:func:`settle` for a group that is new: its list of numbers is then its own, also where another optimizer, or
+    whoever gave it, has the same one."""
+    settle(group, names)
+    if isinstance(group["target"], list | tuple):
+        group["target"] = [list(entry) if isinstance(entry, list | tuple) else entry for entry in group["target"]]
+
+
 def is_settled(target: Any) -> bool:
     """Whether it is a name that shapes or weights explain, or a number: nothing that differs by parameter."""
     return not (callable(target) or isinstance(target, list | tuple) or target == "size")

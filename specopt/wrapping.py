@@ -22,7 +22,7 @@ from .control import IN_FRONT, SpectralOptimizer
 from .options import Shared
 from .rules import NormScale, SpectralDecay, SpectralPenalty
 from .session import Rule
-from .settling import refuse_target_of_off, settle
+from .settling import adopt, refuse_target_of_off
 from .sgd import SNRSGD
 from .telling import names_in, warn_of_unclear
 from .views import Matrix, check_readable
@@ -70,7 +70,7 @@ def wrap(optimizer: AnyOptimizer, rule: SpectralPenalty | SpectralDecay | NormSc
             check_readable(param, group)
         if "target" in rule.names:
             refuse_target_of_off(given, rule.names)
-            settle(group, lambda: names_in(merged))
+            adopt(group, lambda: names_in(merged))
     counted = _drop_step(optimizer)
     optimizer.__dict__[FOUND] = [set(rule.names) & group.keys() for group in optimizer.param_groups]
     optimizer.__class__ = class_of(base, rule)  # type: ignore[assignment]
