@@ -11,6 +11,7 @@ from .recording import LayerShapes, record_shapes
 from .report import SpectralRow, spectral_report
 from .rules import NormScale, SpectralDecay, SpectralPenalty
 from .sgd import SNRSGD
+from .targets import MatrixInfo
 from .wrapping import unwrap, wrap
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SNRSGD",
     "LayerShapes",
+    "MatrixInfo",
     "NormScale",
     "NormScaleAdamW",
     "SpectralDecay",
