@@ -33,8 +33,8 @@ NOT_COMPILED = (
     "torch.compile leaves the step of specopt's optimizers as it is: it runs between the graphs of what comes before "
     "and after, with the same result. Call it outside of the compiled function to be rid of the break and this warning."
 )
-UNSIGNED = ("params", "lr", "param_names", "initial_lr")
-"""What a group holds that is no option, or may change from step to step."""
+UNSIGNED = ("params", "lr", "param_names", "initial_lr", "target", "snr_lambda", "decay_lambda")
+"""What a group holds that is no option, or may change from step to step: schedules."""
 
 
 if TYPE_CHECKING:
@@ -186,7 +186,9 @@ class SpectralOptimizer(Mixin):
         for group in self.param_groups:
             held.append(group)
             signature.append(id(group))
-            read = [*self.rule.names, *(name for name in known if name in group)]
+            signature.append(self.rule.is_on(group))
+            read = [name for name in self.rule.names if name not in UNSIGNED]
+            read += [name for name in known if name in group]
             signature += [id(group[name]) if isinstance(group[name], Tensor) else group[name] for name in read]
             rate = group.get("lr")
             signature += [id(rate) if isinstance(rate, Tensor) else None, group.get("maximize")]

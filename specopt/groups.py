@@ -212,7 +212,7 @@ def _decision(decided: Decided) -> Decision:
     shape, matrices = tuple(decided.places[0].param.shape), decided.matrices
     tied = [owned.name for owned in decided.places[1:]]
     why = f"{decided.reading.why}, tied to {', '.join(tied)}" if tied else decided.reading.why
-    shown = {key: value for key, value in decided.own.items() if key not in ("spectral", "view")}
+    shown = {key: decided.options[key] for key in decided.own if key in decided.options.keys() - {"spectral", "view"}}
     if matrices is None:
         return Decision(decided.name, shape, None, None, None, shown, why)
     target = {**decided.options, **decided.beside}.get("target", "channels")

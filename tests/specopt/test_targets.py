@@ -567,6 +567,34 @@ def test_scheduled_lambda_holds_from_the_next_step_on_without_a_cold_restart(bac
         assert objects(optimizer) == kept and counts(optimizer) == [done + 1] * 2
 
 
+def test_schedules_leave_the_batches_of_a_step_as_they_are_until_control_is_switched_off(backend: str) -> None:
+    for optimizer, option in (
+        (specopt.NormScaleAdamW(weights(), lr=1e-3, mode="cap", max_passes=1, **FEW), "target"),
+        (specopt.SNRSGD(weights(), lr=1e-3, max_passes=1, **FEW), "snr_lambda"),
+    ):
+        made = []
+        for done in range(5):
+            optimizer.param_groups[0][option] = 0.1 + done
+            step(optimizer, done)
+            made.append(id(optimizer.__dict__["_workspace"]["batches"]))
+        assert len(set(made[2:])) == 1
+        optimizer.param_groups[0]["spectral"] = False
+        step(optimizer, 5)
+        assert optimizer.__dict__["_workspace"]["batches"] == []
+
+
+def test_lambda_of_0_is_off_and_back_on_finds_its_way_again() -> None:
+    params = weights()
+    optimizer = specopt.SNRSGD(params, lr=1.0, **FEW)
+    for done, strength in enumerate([0.1, 0.1, 0.1, 0.0, 0.0, 0.2]):
+        optimizer.param_groups[0]["snr_lambda"] = strength
+        before, exact = params[0].detach().double(), float(torch.linalg.matrix_norm(params[0].detach().double(), 2))
+        step(optimizer, done)
+        plain = before - params[0].grad.double()  # type: ignore[union-attr]
+        assert float((plain - params[0].detach()).norm()) == pytest.approx(strength * exact, rel=2e-2, abs=1e-6)
+    assert counts(optimizer) == [1, 1]
+
+
 def test_target_in_a_tensor_is_refused_with_a_word_on_what_to_give() -> None:
     optimizer = specopt.NormScaleAdamW(weights())
     optimizer.param_groups[0]["target"] = torch.tensor(0.7)
