@@ -180,11 +180,11 @@ def _settled(
     """The options of a parameter's group, and what that has beside its ``params``, an entry for each."""
     if "target" not in options:
         return options, {}
-    others = {name: value for name, value in options.items() if name != "target"}
-    if matrices is None:
-        return others, {}
     target = options["target"]
     check_target(target)
+    others = {name: value for name, value in options.items() if name != "target"}
+    if matrices is None:
+        return others if is_individual(target) or target == "size" else options, {}
     if is_settled(target):
         return options, {}
     return others, {"target": entry_of(target, owned.name, owned.param, options["view"], sizes)}

@@ -105,8 +105,8 @@ def param_groups(
         shapes: what that function has returned, in place of ``inputs``.
         **group_options: of every group, such as ``lr``, ``weight_decay``, ``target`` or ``snr_lambda``. A target that
             is ``"size"`` or a callable, ``(MatrixInfo) -> float``, is settled here: groups hold the numbers, in a list
-            beside their ``params``. So are the numbers that an override gives to each of a parameter's matrices. What
-            is not controlled has no target.
+            beside their ``params``. So are the numbers that an override gives to each of a parameter's matrices. A
+            target other than by name is left out of groups that are not controlled.
 
     Returns:
         A list of groups with named parameters, in torch's form. ``print`` shows what was decided, and why.

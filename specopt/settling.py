@@ -26,7 +26,8 @@ def settle(group: dict[str, Any], names: Names) -> None:
 
     Raises:
         ValueError: ``"size"``, of which a group knows nothing; a number that is none; a list of another length than
-            ``params``, or in it one of another length than the parameter has matrices. Names the parameter.
+            ``params``, or in it one of another length than the parameter has matrices. Names the parameter. What a
+            list says of parameters that are off is not looked at.
     """
     target, params = group["target"], group["params"]
     if isinstance(target, list | tuple):
@@ -44,7 +45,7 @@ def adopt(group: dict[str, Any], names: Names) -> None:
     whoever gave it, has the same one."""
     settle(group, names)
     if isinstance(group["target"], list | tuple):
-        group["target"] = [list(entry) if isinstance(entry, list | tuple) else entry for entry in group["target"]]
+        group["target"] = _plain(group["target"])
 
 
 def is_settled(target: Any) -> bool:
@@ -125,6 +126,13 @@ def _positions(name: str, shape: tuple[int, ...], sizes: Mapping[str, LayerShape
     return sizes[name].positions
 
 
+def _plain(entry: Any) -> Any:
+    """Lists and floats, of whatever kinds of sequences and numbers there were: what a file can hold."""
+    if isinstance(entry, list | tuple):
+        return [_plain(value) for value in entry]
+    return float(entry) if is_positive(entry) else entry
+
+
 def _check_list(group: Mapping[str, Any], names: Names) -> None:
     target, params = group["target"], group["params"]
     if len(target) != len(params):
@@ -134,12 +142,11 @@ def _check_list(group: Mapping[str, Any], names: Names) -> None:
             f"{len(target)}: {target!r}"
         )
     for entry, param in zip(target, params, strict=True):
-        if type(entry) is float and is_positive(entry):
+        if is_positive(entry) or not is_controlled(param, group):
             continue
-        controlled = is_controlled(param, group)
-        if isinstance(entry, list | tuple) and controlled:
+        if isinstance(entry, list | tuple):
             _check_numbers(entry, piece_shape(tuple(param.shape), parse(group["view"]))[0], names()[param])
-        elif not is_positive(entry) and (controlled or entry is not None):
+        else:
             why = "; it was off when the targets of its group were settled" if entry is None else ""
             raise ValueError(f"target of {names()[param]} must be a positive finite number, got {entry!r}{why}")
 

@@ -6,14 +6,17 @@ import copy
 import io
 import math
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -382,6 +385,23 @@ def test_wrong_list_is_refused_by_name_wherever_it_is_given_and_nothing_has_chan
     assert other.param_groups[0]["target"] == "channels"
 
 
+def test_list_stays_where_control_is_switched_off_and_on_again() -> None:
+    optimizer = lstm()
+    (group, *_) = optimizer.param_groups
+    group["target"] = [[0.5, 1.0, 1.5, 2.0], 0.7]
+    for seed, spectral in enumerate((True, False, True)):
+        group["spectral"] = spectral
+        step(optimizer, seed)
+    assert norms(optimizer)["weight_ih_l0[2]"] == pytest.approx(1.5, rel=1e-4)
+
+
+def test_groups_hold_plain_floats_whatever_numbers_were_given() -> None:
+    weight = nn.Parameter(torch.ones(2, 2))
+    for given in ((np.float64(2.0),), [np.float32(2.0)], [2], [Fraction(2)]):
+        (entry,) = specopt.NormScaleAdamW([{"params": [weight], "target": given}]).param_groups[0]["target"]
+        assert type(entry) is float and entry == 2.0
+
+
 def test_list_as_the_default_of_a_rule_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a list in a group alone.*\[1\.0\]"):
         specopt.NormScale(target=[1.0])
@@ -410,15 +430,20 @@ def test_targets_travel_with_state_dict_deepcopy_and_a_weights_only_file() -> No
         assert norms(other)["grouped.weight[1]"] == pytest.approx(0.9375, rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("target", [None, lambda matrix: 7.0], ids=["named", "callable"])
 @pytest.mark.parametrize("flat", [False, True])
-def test_targets_travel_with_torch_distributed_checkpoint(flat: bool) -> None:
+def test_targets_travel_with_torch_distributed_checkpoint(flat: bool, target: Any, tmp_path: Path) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     model = Net()
     optimizer = specopt.NormScaleAdamW(model, target=of_shape)
     step(optimizer, 0)
-    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
-    resumed = specopt.NormScaleAdamW(model)
-    set_optimizer_state_dict(model, resumed, saved, options=options)
+    saved = {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
+    state_dict_saver.save(saved, checkpoint_id=tmp_path)
+    resumed = specopt.NormScaleAdamW(model, **({} if target is None else {"target": target}))
+    loaded = {"optimizer": get_optimizer_state_dict(model, resumed, options=options)}
+    state_dict_loader.load(loaded, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(model, resumed, loaded["optimizer"], options=options)
     assert entries(resumed) == entries(optimizer)
 
 
