@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from hashlib import blake2b
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from specopt.kernels import accumulation_dtype
 from .deciding import Decided, Overrides, decide
 from .reading import Kind
 from .recording import LayerShapes
-from .targets import Target, target_sigma
+from .targets import Target, is_positive, target_sigma
 from .views.parts import parse, pieces
 
 
@@ -51,9 +52,10 @@ def scaled_orthogonal_(
         overrides, inputs, shapes: see :func:`specopt.param_groups`.
 
     Raises:
-        ValueError: a gain that is not a positive finite number; ``"initial"``; a generator and a seed; a parameter not
-            yet initialized; a weight that is parametrized (it is computed from other tensors, which this would leave as
-            they are), unless an override turns it off; and what ``param_groups`` raises.
+        ValueError: a gain that is not a positive finite number; a seed that is no integer, or beside a generator;
+            ``"initial"``; a parameter not yet initialized; a weight that is parametrized (it is computed from other
+            tensors, which this would leave as they are), unless an override turns it off; and what ``param_groups``
+            raises.
 
     Source: Norm Scaling (December 2023); Saxe et al., arXiv 1312.6120.
 
@@ -61,10 +63,9 @@ def scaled_orthogonal_(
 
         specopt.init.scaled_orthogonal_(model, seed=0, target="size", inputs=images)
     """
-    if not 0 < gain < math.inf:
+    if not is_positive(gain):
         raise ValueError(f"gain must be a positive finite number, got {gain!r}")
-    if generator is not None and seed is not None:
-        raise ValueError(f"seed must not be given beside a generator, got {seed!r}")
+    _check_seed(seed, generator)
     decided = decide(module, overrides, {"target": target}, inputs=inputs, shapes=shapes)
     for one in decided:
         _check(one)
@@ -75,6 +76,13 @@ def scaled_orthogonal_(
                 own = generator if seed is None else _seeded(seed, f"{one.name}[{index}]", part.device)
                 _fill(part, gain * sigma, own)
     return module
+
+
+def _check_seed(seed: Any, generator: torch.Generator | None) -> None:
+    if seed is not None and generator is not None:
+        raise ValueError(f"seed must not be given beside a generator, got {seed!r}")
+    if seed is not None and (not isinstance(seed, Integral) or isinstance(seed, bool)):
+        raise ValueError(f"seed must be an integer, got {seed!r}")
 
 
 def _check(decided: Decided) -> None:
@@ -94,7 +102,9 @@ def _targets(decided: Decided) -> list[float]:
     return list(entry) if isinstance(entry, list) else [entry] * count
 
 
-def _seeded(seed: int, name: str, device: torch.device) -> torch.Generator:
+def _seeded(seed: int, name: str, device: torch.device) -> torch.Generator | None:
+    if device.type == "meta":  # where nothing is drawn
+        return None
     digest = blake2b(f"{seed} {name}".encode(), digest_size=7).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 

@@ -60,8 +60,13 @@ def target_frobenius(shape: Sequence[int], target: str | float) -> float:
 
 
 def is_positive(value: Any) -> bool:
-    """Whether it is a positive finite number, and no bool."""
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+    """Whether it is a positive number that a float can hold, and no bool."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return 0 < float(value) < math.inf
+    except OverflowError:  # of an integer
+        return False
 
 
 def check_target(target: Any) -> None:

@@ -208,6 +208,8 @@ def test_what_makes_no_sense_is_refused_and_nothing_has_changed() -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"gain": 0.0}, "gain must be .* got 0.0"),
         ({"gain": math.nan}, "gain must be .* got nan"),
+        ({"gain": "large"}, "gain must be .* got 'large'"),
+        ({"seed": 1.5}, r"seed must be an integer, got 1\.5"),
         ({"target": "initial"}, r"target of conv\.weight .* 'initial'"),
         ({"target": "chanels"}, "target must be one of .* 'chanels'"),
         ({"target": "size"}, r'target="size" of conv\.weight needs .* inputs='),
@@ -221,6 +223,12 @@ def test_what_makes_no_sense_is_refused_and_nothing_has_changed() -> None:
         with pytest.raises(ValueError, match=match):
             specopt.init.scaled_orthogonal_(model, **options)
     assert equal(before, weights(model))
+
+
+def test_weights_without_memory_are_passed_over() -> None:
+    without: list[dict[str, Any]] = [{}, {"seed": 0}]
+    for options in without:
+        specopt.init.scaled_orthogonal_(nn.Linear(3, 2, device="meta"), **options)
 
 
 def test_parametrized_weight_is_refused_by_name_unless_it_is_turned_off() -> None:

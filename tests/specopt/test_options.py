@@ -30,6 +30,7 @@ WRONG: list[tuple[type, str, Any]] = [
     (specopt.NormScaleAdamW, "target", -1.0),
     (specopt.NormScaleAdamW, "target", math.nan),
     (specopt.NormScaleAdamW, "target", math.inf),
+    (specopt.NormScaleAdamW, "target", 10**400),
     (specopt.NormScaleAdamW, "target", 1j),
     (specopt.NormScaleAdamW, "target", b"fan"),
     (specopt.NormScaleAdamW, "target", {"weight": 1.0}),
