@@ -112,17 +112,11 @@ def _called(owned: Owned) -> nn.Module:
 
 @contextmanager
 def _eager() -> Iterator[None]:
-    """Where modules are called as such: not as what torch.compile made of them before there were hooks, nor as the
-    kernel that stands for a whole layer of a Transformer."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with ExitStack() as stack:
-            if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes a second
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    """Where modules are called as such: torch.compile would compile them again, with the hooks."""
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes a second
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 @contextmanager
