@@ -9,7 +9,7 @@ from .adamw import NormScaleAdamW
 from .groups import param_groups
 from .recording import LayerShapes, record_shapes
 from .report import SpectralRow, spectral_report
-from .rules import NormScale, SpectralDecay, SpectralPenalty
+from .rules import Compose, NormScale, SpectralDecay, SpectralPenalty
 from .sgd import SNRSGD
 from .targets import MatrixInfo
 from .wrapping import unwrap, wrap
@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SNRSGD",
+    "Compose",
     "LayerShapes",
     "MatrixInfo",
     "NormScale",

@@ -35,6 +35,8 @@ NOT_COMPILED = (
 )
 UNSIGNED = ("params", "lr", "param_names", "initial_lr", "target", "snr_lambda", "decay_lambda")
 """What a group holds that is no option, or may change from step to step: schedules."""
+SWITCHES = ("snr_lambda", "decay_lambda")
+"""Those of them that make a difference where they are 0: it means off."""
 
 
 if TYPE_CHECKING:
@@ -168,10 +170,11 @@ class SpectralOptimizer(Mixin):
                     stack.enter_context(gradients({matrix.param: None for matrix in batch.matrices}))
             self._blind_step([matrix.param for batch in batches if not batch.ours for matrix in batch.matrices])
         for batch, session in zip(batches, sessions, strict=True):
-            with written_back(batch.copied) if batch.copied and session.penalty is None else nullcontext():
+            with written_back(batch.copied) if batch.copied and session.writes else nullcontext():
                 session.finish()
         for state in kept:
             state.put_back(cast(Tensor, gate.found_inf).reshape(()) != 0)
+        gate.workspace["versions"] = {id(param): param._version for param in gate.written}
         if not same:
             self._complete_state()
             signature, held = self._signature()
@@ -186,7 +189,7 @@ class SpectralOptimizer(Mixin):
         for group in self.param_groups:
             held.append(group)
             signature.append(id(group))
-            signature.append(self.rule.is_on(group))
+            signature += [group[name] == 0 for name in SWITCHES if name in group]
             read = [name for name in self.rule.names if name not in UNSIGNED]
             read += [name for name in known if name in group]
             signature += [id(group[name]) if isinstance(group[name], Tensor) else group[name] for name in read]
@@ -255,15 +258,15 @@ class SpectralOptimizer(Mixin):
         for matrix in self.matrices():
             if not self.rule.is_on(matrix.group):
                 continue
-            here, ours = runs_on(matrix), self._is_ours(matrix)
+            ours, fused = self._is_ours(matrix), self.rule.is_fused(matrix)
             kind: tuple[Any, ...] = (kernels.accumulation_dtype(matrix.param.dtype), matrix.complete)
-            if here:
-                kind = (matrix.param.dtype, matrix.group.get("norm"))
-            batch = batches.setdefault((matrix.param.device, ours, *kind), Batch([], ours))
+            if fused:
+                kind = (matrix.param.dtype,)
+            batch = batches.setdefault((matrix.param.device, ours, *kind, self.rule.sort(matrix)), Batch([], ours))
             batch.matrices.append(matrix)
             if matrix.copy is not None:
                 batch.copied.append(matrix)
-            if here and ours:
+            if fused and ours:
                 batch.base = OnDeviceBase(batch.matrices)
         return list(batches.values())
 

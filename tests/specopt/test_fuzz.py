@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specopt.rules import norm_scale, penalty
+from specopt.rules import penalty, steering
 from tests.specopt.fuzz import Case
 from tests.specopt.judge import rounding, run
 
@@ -99,7 +99,7 @@ def group_options(case: Case) -> dict[str, Any]:
     return {name: value for name, value in case.options.items() if name != "target" or case.options["spectral"]}
 
 
-@pytest.mark.parametrize(("module", "name"), [(norm_scale, "shape_target"), (penalty, "Penalty")])
+@pytest.mark.parametrize(("module", "name"), [(steering, "shape_target"), (penalty, "Penalty")])
 def test_the_judge_finds_a_rule_that_is_off_by_one_percent(
     module: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 import specopt
 from specopt import LayerShapes, MatrixInfo
-from specopt.rules.norm_scale import shape_target
+from specopt.rules.steering import shape_target
 from specopt.tracker.common import STATS, STEP, Stat
 from specopt.views.parts import parse, pieces
 from tests.specopt.helpers import with_spectrum
@@ -618,6 +618,22 @@ def test_lambda_of_0_is_off_and_back_on_finds_its_way_again() -> None:
         plain = before - params[0].grad.double()  # type: ignore[union-attr]
         assert float((plain - params[0].detach()).norm()) == pytest.approx(strength * exact, rel=2e-2, abs=1e-6)
     assert counts(optimizer) == [1, 1]
+
+
+def test_a_lambda_of_0_in_one_group_of_composed_rules_counts_for_that_group_alone() -> None:
+    params = weights()
+    rule = specopt.Compose(specopt.SpectralPenalty(0.5), specopt.NormScale(mode="rescale", block=4, target=of_shape))
+    optimizer: Any = specopt.wrap(torch.optim.SGD([{"params": [param]} for param in params], lr=0.5), rule)
+    for done, target in enumerate([0.5, [0.6], 0.7]):
+        first, second = optimizer.param_groups
+        first["target"], second["target"] = target, 0.9
+        second["snr_lambda"] = 0.0 if done == 2 else 0.5
+        before = params[1].detach().double()
+        step(optimizer, done)
+        assert sigma(optimizer) == pytest.approx([0.5 + done / 10, 0.9], rel=1e-3)
+    plain = before - 0.5 * params[1].grad.double()  # type: ignore[union-attr]
+    plain *= 0.9 / torch.linalg.matrix_norm(plain, 2)
+    assert float((params[1].detach() - plain).norm()) <= 1e-5
 
 
 def test_target_in_a_tensor_is_refused_with_a_word_on_what_to_give() -> None:
