@@ -621,19 +621,22 @@ def test_lambda_of_0_is_off_and_back_on_finds_its_way_again() -> None:
 
 
 def test_a_lambda_of_0_in_one_group_of_composed_rules_counts_for_that_group_alone() -> None:
-    params = weights()
+    params = [weights()[1], nn.Parameter(weights()[1].detach().clone())]
     rule = specopt.Compose(specopt.SpectralPenalty(0.5), specopt.NormScale(mode="rescale", block=4, target=of_shape))
     optimizer: Any = specopt.wrap(torch.optim.SGD([{"params": [param]} for param in params], lr=0.5), rule)
-    for done, target in enumerate([0.5, [0.6], 0.7]):
-        first, second = optimizer.param_groups
+    first, second = optimizer.param_groups
+    for done, target in enumerate([0.5, [0.6], 0.7, 0.8]):
         first["target"], second["target"] = target, 0.9
-        second["snr_lambda"] = 0.0 if done == 2 else 0.5
-        before = params[1].detach().double()
+        first["snr_lambda"] = 0.0 if done == 3 else 0.5
+        before = [param.detach().double() for param in params]
         step(optimizer, done)
         assert sigma(optimizer) == pytest.approx([0.5 + done / 10, 0.9], rel=1e-3)
-    plain = before - 0.5 * params[1].grad.double()  # type: ignore[union-attr]
-    plain *= 0.9 / torch.linalg.matrix_norm(plain, 2)
-    assert float((params[1].detach() - plain).norm()) <= 1e-5
+    moved = []
+    for param, old, wanted in zip(params, before, (0.8, 0.9), strict=True):
+        assert param.grad is not None
+        plain = old - 0.5 * param.grad.double()
+        moved.append(float((param.detach() - plain * (wanted / torch.linalg.matrix_norm(plain, 2))).norm()))
+    assert moved[0] <= 1e-5 and moved[1] >= 0.1
 
 
 def test_target_in_a_tensor_is_refused_with_a_word_on_what_to_give() -> None:
