@@ -189,7 +189,7 @@ class SpectralOptimizer(Mixin):
         for group in self.param_groups:
             held.append(group)
             signature.append(id(group))
-            signature += [group[name] == 0 for name in SWITCHES if name in group]
+            signature += [group[name] == 0 for name in SWITCHES if name in self.rule.names]
             read = [name for name in self.rule.names if name not in UNSIGNED]
             read += [name for name in known if name in group]
             signature += [id(group[name]) if isinstance(group[name], Tensor) else group[name] for name in read]
