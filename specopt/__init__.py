@@ -7,9 +7,11 @@ Swap the optimizer class, and every weight matrix' largest singular value is reg
 from . import init
 from .adamw import NormScaleAdamW
 from .groups import param_groups
+from .recording import LayerShapes, record_shapes
 from .report import SpectralRow, spectral_report
 from .rules import Compose, NormScale, SpectralDecay, SpectralPenalty
 from .sgd import SNRSGD
+from .targets import MatrixInfo
 from .wrapping import unwrap, wrap
 
 __version__ = "0.1.0"
@@ -17,6 +19,8 @@ __version__ = "0.1.0"
 __all__ = [
     "SNRSGD",
     "Compose",
+    "LayerShapes",
+    "MatrixInfo",
     "NormScale",
     "NormScaleAdamW",
     "SpectralDecay",
@@ -24,6 +28,7 @@ __all__ = [
     "SpectralRow",
     "init",
     "param_groups",
+    "record_shapes",
     "spectral_report",
     "unwrap",
     "wrap",

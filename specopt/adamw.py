@@ -34,8 +34,11 @@ class NormScaleAdamW(SpectralOptimizer, AdamW):
         params: what torch takes, or a Module, which means ``specopt.param_groups(module)``: matrices by module type.
         norm: ``"spectral"`` or ``"frobenius"``.
         mode: ``"set"``, ``"cap"`` or (spectral) ``"rescale"``.
-        target: σ*: ``"channels"`` is ``sqrt(out/in)``, ``"fan"`` ``sqrt(out/(in·k·k))``, ``"initial"`` the norm of the
-            weight before the first step, or a positive number.
+        target: σ*: ``"channels"`` is ``sqrt(out/in)``, ``"fan"`` ``sqrt(out/(in·k·k))``, ``"size"``
+            ``sqrt(size_out/size_in)`` of the layer with size ``C·H·W``, which :func:`specopt.param_groups` records,
+            ``"initial"`` the norm of the weight before the first step; or a positive number; or a callable,
+            ``(specopt.MatrixInfo) -> float``, which is asked when a group is added. A group may hold a list, with a
+            number for each of its parameters, or with a list of them for one that holds several matrices.
         rank: how many triplets are corrected, 1 to 16, or (under "cap") ``"full"``: every singular value, by products
             of whole matrices, after which none is above ``σ*(1 + 1e-5)`` in float32. Under "set" each of them becomes
             σ*.

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from specopt.kernels import accumulation_dtype
 
 from .base_step import own_entries
+from .settling import settle
 from .tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, Stat
 from .views import Matrix, is_controlled, matrices_of
 
@@ -78,6 +79,8 @@ def _check_saved(optimizer: SpectralOptimizer, saved: dict[str, Any], options: S
         group = {**now, **saved_group}
         _check_options(getattr(optimizer, "defaults", {}), group, type(optimizer).__name__)
         optimizer.rule.check(group)
+        if "target" in optimizer.rule.names:
+            settle({**group, "params": mine["params"]}, optimizer.names)
         for param, key in zip(mine["params"], group["params"], strict=True):
             state = saved["state"].get(key, {})
             for kept in optimizer.like_weight:

@@ -22,7 +22,8 @@ from .base_step import gradients, out_of_sight, own_entries, penalized
 from .checkpoint import guarded
 from .groups import resolve
 from .session import Gate, OnDevice, Rule
-from .telling import tell_of_first_steps, warn_of_unclear
+from .settling import adopt, refuse_target_of_off, settle
+from .telling import names_in, tell_of_first_steps, warn_of_unclear
 from .tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, Kept, rounding_seeds
 from .tracker.device import runs_on
 from .updates import OnDeviceBase
@@ -32,8 +33,10 @@ NOT_COMPILED = (
     "torch.compile leaves the step of specopt's optimizers as it is: it runs between the graphs of what comes before "
     "and after, with the same result. Call it outside of the compiled function to be rid of the break and this warning."
 )
-UNSIGNED = ("params", "lr", "param_names", "initial_lr")
-"""What a group holds that is no option, or may change from step to step."""
+UNSIGNED = ("params", "lr", "param_names", "initial_lr", "target", "snr_lambda", "decay_lambda")
+"""What a group holds that is no option, or may change from step to step: schedules."""
+SWITCHES = ("snr_lambda", "decay_lambda")
+"""Those of them that make a difference where they are 0: it means off."""
 
 
 if TYPE_CHECKING:
@@ -90,7 +93,7 @@ class SpectralOptimizer(Mixin):
         try:
             for group in resolve([param_group], beside=self.param_groups):
                 self._add_group(group)
-        except (TypeError, ValueError):
+        except Exception:
             del self.param_groups[before:]
             raise
         if "_options" not in self.__dict__:
@@ -100,12 +103,16 @@ class SpectralOptimizer(Mixin):
         if isinstance(param_group, dict):
             merged = {**getattr(self, "defaults", {}), **self._own_options(), **param_group}
             self.rule.check(merged)
+            if "target" in self.rule.names:
+                refuse_target_of_off(param_group, self.rule.names)
             for name in self.rule.names:
                 param_group.setdefault(name, merged[name])
         self._base.add_param_group(param_group)
         group = self.param_groups[-1]
         for param in group["params"]:
             check_readable(param, group)
+        if "target" in self.rule.names:
+            adopt(group, self.names)
 
     # torch declares two overloads, one of them without a closure
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -120,6 +127,8 @@ class SpectralOptimizer(Mixin):
     def _uncompiled_step(self, closure: Callable[[], float] | None, compiling: bool) -> float | None:
         for group in self.param_groups:
             self.rule.check(group)
+            if "target" in self.rule.names:
+                settle(group, self.names)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -181,7 +190,9 @@ class SpectralOptimizer(Mixin):
         for group in self.param_groups:
             held.append(group)
             signature.append(id(group))
-            read = [*self.rule.names, *(name for name in known if name in group)]
+            signature += [group[name] == 0 for name in SWITCHES if name in self.rule.names]
+            read = [name for name in self.rule.names if name not in UNSIGNED]
+            read += [name for name in known if name in group]
             signature += [id(group[name]) if isinstance(group[name], Tensor) else group[name] for name in read]
             rate = group.get("lr")
             signature += [id(rate) if isinstance(rate, Tensor) else None, group.get("maximize")]
@@ -232,7 +243,7 @@ class SpectralOptimizer(Mixin):
     def matrices(self, *, with_grad: bool = True) -> Iterator[Matrix]:
         """The controlled weights, those that have a gradient alone or all."""
         for group in self.param_groups:
-            for param in group["params"]:
+            for place, param in enumerate(group["params"]):
                 if not is_controlled(param, group) or (with_grad and param.grad is None):
                     continue
                 if with_grad and param.grad.is_sparse:
@@ -241,7 +252,7 @@ class SpectralOptimizer(Mixin):
                         "with spectral=False"
                     )
                 state = self.state[param] if with_grad else self.state.get(param, {})
-                yield from matrices_of(param, group, state, self.rule.columns(group))
+                yield from matrices_of(param, group, state, self.rule.columns(group), place)
 
     def _batches(self) -> list[Batch]:
         batches: dict[Any, Batch] = {}
@@ -307,11 +318,7 @@ class SpectralOptimizer(Mixin):
 
     def names(self) -> Mapping[Tensor, str]:
         """A name for every parameter: its own where the optimizer was built from named ones, else its place."""
-        names: dict[Tensor, str] = {}
-        for i, group in enumerate(self.param_groups):
-            known: Iterable[str] = group.get("param_names") or (f"{i}.{j}" for j in range(len(group["params"])))
-            names.update(zip(group["params"], known, strict=True))
-        return names
+        return names_in(self.param_groups)
 
 
 SpectralOptimizer.front = SpectralOptimizer

@@ -5,18 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
-from .reading import Kind, Owned, Reading, readings_of
+from .deciding import Decided, Overrides, decide
+from .reading import Kind
+from .recording import LayerShapes
 from .targets import target_sigma
 from .telling import listing, outside
-from .views import could_be_controlled, is_controlled
-from .views.parts import parse, pieces
-
-Overrides = Mapping[Any, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,8 @@ class Decision:
     """None: not controlled."""
     matrices: tuple[int, tuple[int, ...]] | None
     """How many, and the ``(out, in, *kernel)`` of each."""
-    target: str | float | None
-    """σ* of each under Norm Scaling, as far as the options given here tell it."""
+    target: str | float | tuple[float, ...] | None
+    """σ* of each under Norm Scaling, as far as the options given here tell it; all of them where they differ."""
     options: Mapping[str, Any]
     """Those of its group that are not of all groups."""
     why: str
@@ -56,7 +53,13 @@ class ParamGroups(list[dict[str, Any]]):
 
 
 def param_groups(
-    model: nn.Module, *, overrides: Overrides | None = None, embeddings: bool = False, **group_options: Any
+    model: nn.Module,
+    *,
+    overrides: Overrides | None = None,
+    embeddings: bool = False,
+    inputs: Any = None,
+    shapes: Mapping[str, LayerShapes] | None = None,
+    **group_options: Any,
 ) -> ParamGroups:
     """Groups for any optimizer of this package, from the types of a model's modules.
 
@@ -97,7 +100,13 @@ def param_groups(
             that owns the parameter. Later ones win. ``{"spectral": False}`` turns control off, ``{"view": ...}`` on,
             also for what is not known by itself; ``lr``, ``target`` and all other options of a group go as well.
         embeddings: control embeddings too.
-        **group_options: of every group, such as ``lr``, ``weight_decay``, ``target`` or ``snr_lambda``.
+        inputs: what the model is called with, for ``target="size"``: a dict is the keywords of the call, a tuple or
+            list its arguments, all else the only one. One forward is made, see :func:`specopt.record_shapes`.
+        shapes: what that function has returned, in place of ``inputs``.
+        **group_options: of every group, such as ``lr``, ``weight_decay``, ``target`` or ``snr_lambda``. A target that
+            is ``"size"`` or a callable, ``(MatrixInfo) -> float``, is settled here: groups hold the numbers, in a list
+            beside their ``params``. So are the numbers that an override gives to each of a parameter's matrices. A
+            target other than by name is left out of groups that are not controlled.
 
     Returns:
         A list of groups with named parameters, in torch's form. ``print`` shows what was decided, and why.
@@ -106,7 +115,7 @@ def param_groups(
         TypeError: a model that is no Module; an override's key or options of another type.
         ValueError: a parameter not yet initialized; a view for all groups, or one that does not fit; a pattern that
             matches nothing; control asked for where a weight is computed from the parameter, or where nothing tells how
-            to read it.
+            to read it; an override with a target for what is not controlled; ``"size"`` of a layer of unknown sizes.
 
     Example::
 
@@ -115,24 +124,15 @@ def param_groups(
         print(groups)
         optimizer = specopt.NormScaleAdamW(groups)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    overrides = _checked(overrides or {})
     groups: list[dict[str, Any]] = []
-    decisions: list[Decision] = []
     doubtful: list[Decision] = []
-    readings = readings_of(model)
-    if "view" in group_options:
-        raise ValueError(f"view must be given in overrides, by module, got {group_options['view']!r} for all")
-    _check_patterns(overrides, [owned for places, _ in readings for owned in places])
-    for places, reading in readings:
-        given = _given(overrides, places)
-        own = _own_options(places[0], reading, given, embeddings)
-        _put(groups, places[0], {**group_options, **own})
-        decisions.append(_decision(places, reading, {**group_options, **own}, own))
-        silenced = "spectral" in given or "view" in given or not group_options.get("spectral", True)
-        if reading.kind in (Kind.COMPUTED_FROM, Kind.UNKNOWN) and not silenced:
-            doubtful.append(decisions[-1])
+    decided = decide(model, overrides, group_options, embeddings=embeddings, inputs=inputs, shapes=shapes)
+    decisions = [_decision(one) for one in decided]
+    for one, decision in zip(decided, decisions, strict=True):
+        _put(groups, one)
+        silenced = "spectral" in one.given or "view" in one.given or not group_options.get("spectral", True)
+        if one.reading.kind in (Kind.COMPUTED_FROM, Kind.UNKNOWN) and not silenced:
+            doubtful.append(decision)
     _warn(doubtful)
     return ParamGroups(groups, decisions)
 
@@ -183,71 +183,22 @@ def _nameless(entry: Any) -> list[dict[str, Any]]:
     return [{**group, "params": [param for _, param in group["params"]]} for group in _named(entry)]
 
 
-# --- overrides ------------------------------------------------------------------------------------------------------
+# --- what was decided -------------------------------------------------------------------------------------------------
 
 
-def _checked(overrides: Overrides) -> Overrides:
-    for key, options in overrides.items():
-        if not (isinstance(key, str) or _is_type(key) or callable(key)):
-            raise TypeError(f"a key of overrides must be a module type, a pattern or a predicate, got {key!r}")
-        if not isinstance(options, Mapping):
-            raise TypeError(f"overrides[{key!r}] must be a dict of group options, got {options!r}")
-    return overrides
-
-
-def _is_type(key: Any) -> bool:
-    types = key if isinstance(key, tuple) else (key,)
-    return bool(types) and all(isinstance(kind, type) for kind in types)
-
-
-def _check_patterns(overrides: Overrides, everywhere: Sequence[Owned]) -> None:
-    for key in overrides:
-        if isinstance(key, str) and not any(_matches(key, owned) for owned in everywhere):
-            raise ValueError(f"the pattern {key!r} of overrides matches no parameter and no module of the model")
-
-
-def _matches(key: Any, owned: Owned) -> bool:
-    if isinstance(key, str):
-        return any(fnmatchcase(name, key) for name in (owned.name, *(name for name, _ in owned.path[1:])))
-    if _is_type(key):
-        return any(isinstance(module, key) for _, module in owned.path)
-    return bool(key(owned.name, owned.module, owned.param))
-
-
-def _given(overrides: Overrides, places: Sequence[Owned]) -> dict[str, Any]:
-    given: dict[str, Any] = {}
-    for key, options in overrides.items():
-        if any(_matches(key, owned) for owned in places):
-            given.update(options)
-    return given
-
-
-# --- decisions ------------------------------------------------------------------------------------------------------
-
-
-def _own_options(owned: Owned, reading: Reading, given: Mapping[str, Any], embeddings: bool) -> dict[str, Any]:
-    """The options that a parameter's group has beside those of all groups."""
-    decay = {"weight_decay": 0.0} if reading.kind is Kind.VECTOR else {}
-    rest = {name: value for name, value in given.items() if name not in ("spectral", "view")}
-    view = given.get("view", reading.view)
-    wanted = reading.kind is Kind.MATRIX or (reading.kind is Kind.EMBEDDING and embeddings) or "view" in given
-    never = not could_be_controlled(owned.param) or (reading.kind is Kind.VECTOR and view is None)
-    if never or not given.get("spectral", wanted):
-        return {"spectral": False, **decay, **rest}
-    if reading.kind is Kind.COMPUTED_FROM:
-        raise ValueError(f"{owned.name} cannot be controlled: {reading.why}; leave it out of overrides that ask for it")
-    if view is None:
-        raise ValueError(f"overrides ask for control of {owned.name}, but {reading.why}: give a view as well")
-    asked = {"spectral": True} if "spectral" in given or "view" in given else {}
-    return {"view": view, **asked, **decay, **rest}
-
-
-def _put(groups: list[dict[str, Any]], owned: Owned, options: dict[str, Any]) -> None:
+def _put(groups: list[dict[str, Any]], decided: Decided) -> None:
+    options, beside = decided.options, decided.beside
     for group in groups:
-        if _same(options, {name: value for name, value in group.items() if name != "params"}):
-            group["params"].append((owned.name, owned.param))
-            return
-    groups.append({"params": [(owned.name, owned.param)], **options})
+        lists = [group.get(name) for name in beside]
+        rest = {name: value for name, value in group.items() if name != "params" and name not in beside}
+        if all(isinstance(entries, list) for entries in lists) and _same(options, rest):
+            break
+    else:
+        group = {"params": [], **options, **{name: [] for name in beside}}
+        groups.append(group)
+    group["params"].append((decided.name, decided.places[0].param))
+    for name, entry in beside.items():
+        group[name].append(entry)
 
 
 def _same(mine: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
@@ -257,22 +208,19 @@ def _same(mine: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
     return all(a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in pairs)
 
 
-def _decision(
-    places: Sequence[Owned], reading: Reading, options: Mapping[str, Any], own: Mapping[str, Any]
-) -> Decision:
-    name, param = places[0].name, places[0].param
-    tied = [owned.name for owned in places[1:]]
-    why = f"{reading.why}, tied to {', '.join(tied)}" if tied else reading.why
-    shown = {key: value for key, value in own.items() if key not in ("spectral", "view")}
-    if not is_controlled(param, {"spectral": True, "view": "auto", **options}):
-        return Decision(name, tuple(param.shape), None, None, None, shown, why)
-    try:
-        found = pieces(param.detach(), parse(options["view"]))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    target = options.get("target", "channels")
-    sigma = target_sigma(found[0], target) if target != "initial" else target
-    return Decision(name, tuple(param.shape), options["view"], (len(found), tuple(found[0].shape)), sigma, shown, why)
+def _decision(decided: Decided) -> Decision:
+    shape, matrices = tuple(decided.places[0].param.shape), decided.matrices
+    tied = [owned.name for owned in decided.places[1:]]
+    why = f"{decided.reading.why}, tied to {', '.join(tied)}" if tied else decided.reading.why
+    shown = {key: decided.options[key] for key in decided.own if key in decided.options.keys() - {"spectral", "view"}}
+    if matrices is None:
+        return Decision(decided.name, shape, None, None, None, shown, why)
+    target = {**decided.options, **decided.beside}.get("target", "channels")
+    if isinstance(target, list):
+        target = target[0] if len(set(target)) == 1 else tuple(target)
+    elif target != "initial":
+        target = target_sigma(matrices[1], target)
+    return Decision(decided.name, shape, decided.options["view"], matrices, target, shown, why)
 
 
 def _row(decision: Decision) -> tuple[str, ...]:
@@ -280,7 +228,8 @@ def _row(decision: Decision) -> tuple[str, ...]:
     if decision.matrices is not None:
         count, shape = decision.matrices
         matrices = f"{count} x {shape}" if count > 1 else str(shape)
-        target = decision.target if isinstance(decision.target, str) else f"{decision.target:.4g}"
+        sigmas = decision.target if isinstance(decision.target, tuple) else (decision.target,)
+        target = ", ".join(sigma if isinstance(sigma, str) else f"{sigma:.4g}" for sigma in sigmas)
     options = ", ".join(f"{key}={value!r}" for key, value in decision.options.items())
     why = f"{decision.why}; {options}" if options else decision.why
     return decision.name, str(decision.shape), matrices, decision.view or "-", target, why

@@ -10,7 +10,7 @@ from typing import Any
 
 from specopt.kernels import MAX_COLUMNS
 
-from .targets import NAMED_TARGETS
+from .targets import check_target, is_positive
 from .views.parts import parse
 
 
@@ -52,7 +52,7 @@ def check_shared(group: Mapping[str, Any]) -> None:
         raise ValueError(f"spectral must be True or False, got {group['spectral']!r}")
     parse(group["view"])
     check_count("block", group["block"], MAX_COLUMNS)
-    if not _positive(group["tolerance"]):
+    if not is_positive(group["tolerance"]):
         raise ValueError(f"tolerance must be a positive finite number, got {group['tolerance']!r}")
     if group["max_passes"] is not None:
         check_count("max_passes", group["max_passes"])
@@ -74,8 +74,7 @@ def check_norm_scale(group: Mapping[str, Any]) -> None:
     check_choice("norm", group["norm"], NORMS)
     check_choice(f"mode (with norm={group['norm']!r})", group["mode"], MODES[group["norm"]])
     _check_rank(group)
-    if not _positive(group["target"]):
-        check_choice("target", group["target"], NAMED_TARGETS, " or a positive number")
+    check_target(group["target"])
     if not isinstance(group["raise_small"], bool):
         raise ValueError(f"raise_small must be True or False, got {group['raise_small']!r}")
 
@@ -100,15 +99,11 @@ def _check_rank(group: Mapping[str, Any]) -> None:
         )
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...], more: str = "") -> None:
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}{more}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_count(name: str, value: Any, most: int | None = None) -> None:
     if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= int(value) <= (most or int(value)):
         raise ValueError(f"{name} must be an integer from 1{f' to {most}' if most else ' up'}, got {value!r}")
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf

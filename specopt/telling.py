@@ -28,6 +28,15 @@ def outside() -> int:
     return level
 
 
+def names_in(groups: Iterable[Mapping[str, Any]]) -> Mapping[Tensor, str]:
+    """A name for every parameter: its own where the groups have names, else its place."""
+    names: dict[Tensor, str] = {}
+    for i, group in enumerate(groups):
+        known: Iterable[str] = group.get("param_names") or (f"{i}.{j}" for j in range(len(group["params"])))
+        names.update(zip(group["params"], known, strict=True))
+    return names
+
+
 def listing(names: Sequence[str], between: str = ", ") -> str:
     return between.join([*names[:LISTED], *(["..."] if len(names) > LISTED else [])])
 

@@ -21,8 +21,9 @@ from .adamw import NormScaleAdamW
 from .control import IN_FRONT, SpectralOptimizer
 from .rules import Compose, NormScale, SpectralDecay, SpectralPenalty, find
 from .session import Rule
+from .settling import adopt, refuse_target_of_off
 from .sgd import SNRSGD
-from .telling import warn_of_unclear
+from .telling import names_in, warn_of_unclear
 from .views import Matrix, check_readable
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
@@ -64,10 +65,13 @@ def wrap(optimizer: AnyOptimizer, rule: AnyRule) -> AnyOptimizer:
     _check_base(optimizer, rule)
     options = rule.options
     merged = [{**options, **group} for group in optimizer.param_groups]
-    for group in merged:
+    for group, given in zip(merged, optimizer.param_groups, strict=True):
         rule.check(group)
         for param in group["params"]:
             check_readable(param, group)
+        if "target" in rule.names:
+            refuse_target_of_off(given, rule.names)
+            adopt(group, lambda: names_in(merged))
     counted = _drop_step(optimizer)
     optimizer.__dict__[FOUND] = [set(rule.names) & group.keys() for group in optimizer.param_groups]
     optimizer.__class__ = class_of(base, rule)  # type: ignore[assignment]

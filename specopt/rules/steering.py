@@ -12,6 +12,7 @@ from specopt.kernels import accumulation_dtype
 
 from .. import options
 from ..session import Gate
+from ..settling import own_target
 from ..targets import target_frobenius, target_sigma
 from ..tracker.common import PREFIX, STEP, HostCopy, Stat, constant
 from ..tracker.measure import measure
@@ -41,7 +42,7 @@ def noted_norm(matrix: Matrix) -> Tensor | None:
 def shape_target(matrix: Matrix) -> float:
     """The target as far as the shape and the options tell it; nan for ``"initial"``."""
     shape_rule = target_frobenius if matrix.group["norm"] == "frobenius" else target_sigma
-    return shape_rule(matrix.piece, matrix.group["target"])
+    return shape_rule(matrix.shape, own_target(matrix))
 
 
 class InitialNorms:

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from specopt.kernels import MAX_COLUMNS
 
 from .part_state import PartState
-from .parts import parse, piece, pieces
+from .parts import parse, piece, piece_shape, pieces
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -112,6 +112,13 @@ class Matrix:
     """Which of the matrices of its parameter; None for the only one."""
     copy: Tensor | None = None
     """The piece once more, in memory of its own, where only so it can be read as a matrix."""
+    place: int = 0
+    """Of the parameter in its group."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(out, in, *kernel)``; where the parameter is sharded, of the whole of it."""
+        return piece_shape(tuple(self.param.shape), parse(self.group["view"]))[1]
 
     @property
     def complete(self) -> bool:
@@ -181,7 +188,9 @@ class Matrix:
         return piece(tensor, parse(self.group["view"]), self.part or 0)
 
 
-def matrices_of(param: Tensor, group: dict[str, Any], state: MutableMapping[str, Any], columns: int) -> list[Matrix]:
+def matrices_of(
+    param: Tensor, group: dict[str, Any], state: MutableMapping[str, Any], columns: int, place: int = 0
+) -> list[Matrix]:
     """The matrices of a controlled weight, each with a block of ``columns`` columns, or a complete one.
 
     Complete where the smaller side is at most twice the block: one product as wide as that side costs no more than a
@@ -190,10 +199,10 @@ def matrices_of(param: Tensor, group: dict[str, Any], state: MutableMapping[str,
     view = parse(group["view"])
     parts = pieces(param.detach(), view)
     if len(parts) == 1:
-        return [_matrix(param, group, state, parts[0], None, columns, view.moves_dimensions)]
+        return [_matrix(param, group, state, parts[0], None, columns, view.moves_dimensions, place)]
     states = PartState.of(state, len(parts))
     return [
-        _matrix(param, group, state, found, part, columns, view.moves_dimensions)
+        _matrix(param, group, state, found, part, columns, view.moves_dimensions, place)
         for part, (found, state) in enumerate(zip(parts, states, strict=True))
     ]
 
@@ -206,6 +215,7 @@ def _matrix(
     part: int | None,
     columns: int,
     copies: bool,
+    place: int = 0,
 ) -> Matrix:
     copy = None if _readable(found, copies=copies) else found.clone(memory_format=torch.contiguous_format)
     view = matrix_view(found if copy is None else copy)
@@ -213,7 +223,7 @@ def _matrix(
     flipped = view.shape[0] < view.shape[1] and view.shape[0] <= limit
     weight = view.mT if flipped else view
     width = weight.shape[1]
-    return Matrix(param, group, state, found, weight, width if width <= limit else columns, flipped, part, copy)
+    return Matrix(param, group, state, found, weight, width if width <= limit else columns, flipped, part, copy, place)
 
 
 def with_options(matrix: Matrix, options: dict[str, Any], columns: int) -> Matrix:

@@ -22,6 +22,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 PLAIN = ("auto", "flatten", "transposed", "stack", "stack-transposed", "bilinear")
@@ -91,6 +92,17 @@ def piece(tensor: Tensor, view: View, index: int) -> Tensor:
         length = tensor.shape[cut] // view.groups
         part = tensor.narrow(cut, index * length, length)
     return part.transpose(0, 1) if view.moves_dimensions else part
+
+
+@cache
+def piece_shape(shape: tuple[int, ...], view: View) -> tuple[int, tuple[int, ...]]:
+    """How many :func:`pieces` a parameter of this shape has, and the shape of each.
+
+    Raises:
+        ValueError: a shape that the view does not fit.
+    """
+    found = pieces(torch.empty(shape, device="meta"), view)
+    return len(found), tuple(found[0].shape)
 
 
 def _cut(view: View) -> int:

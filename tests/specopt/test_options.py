@@ -29,6 +29,11 @@ WRONG: list[tuple[type, str, Any]] = [
     (specopt.NormScaleAdamW, "target", 0.0),
     (specopt.NormScaleAdamW, "target", -1.0),
     (specopt.NormScaleAdamW, "target", math.nan),
+    (specopt.NormScaleAdamW, "target", math.inf),
+    (specopt.NormScaleAdamW, "target", 10**400),
+    (specopt.NormScaleAdamW, "target", 1j),
+    (specopt.NormScaleAdamW, "target", b"fan"),
+    (specopt.NormScaleAdamW, "target", {"weight": 1.0}),
     (specopt.NormScaleAdamW, "target", "chanels"),
     (specopt.NormScaleAdamW, "target", True),
     (specopt.NormScaleAdamW, "target", None),
@@ -148,9 +153,10 @@ def test_kernel_with_gaps_in_memory_is_refused_in_the_constructor() -> None:
 
 
 def test_targets_follow_their_formulas() -> None:
-    kernel = torch.zeros(64, 16, 3, 3)
+    kernel = (64, 16, 3, 3)
     assert target_sigma(kernel, "channels") == 2.0
     assert target_sigma(kernel, "fan") == pytest.approx(math.sqrt(64 / 144))
+    assert target_sigma(kernel, "size", positions=1 / 4) == 1.0
     assert target_sigma(kernel, 0.5) == 0.5
     assert math.isnan(target_sigma(kernel, "initial"))
     assert target_frobenius(kernel, "channels") == pytest.approx(8 * 2.0)

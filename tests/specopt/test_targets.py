@@ -1,0 +1,719 @@
+"""Targets of every kind: what they are, where they are kept, and how they change while training runs."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+import specopt
+from specopt import LayerShapes, MatrixInfo
+from specopt.rules.steering import shape_target
+from specopt.tracker.common import STATS, STEP, Stat
+from specopt.views.parts import parse, pieces
+from tests.specopt.helpers import with_spectrum
+
+pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.grouped = nn.Conv2d(8, 12, 3, groups=4)
+        self.up = nn.ConvTranspose2d(12, 4, 2, stride=2)
+        self.norm = nn.BatchNorm2d(4)
+        self.lstm = nn.LSTM(4, 5, batch_first=True)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.up(self.grouped(self.conv(x))))
+        return self.head(self.lstm(x.flatten(2).mT)[0])  # type: ignore[no-any-return]
+
+
+IMAGES = torch.randn(2, 3, 16, 20, generator=torch.Generator().manual_seed(0))
+
+
+def size(*shape: int) -> int:
+    return math.prod(shape)
+
+
+SIZES = {
+    "conv.weight": (1, math.sqrt(size(8, 8, 10) / size(3, 16, 20))),
+    "grouped.weight": (4, math.sqrt(size(12, 6, 8) / size(8, 8, 10))),
+    "up.weight": (1, math.sqrt(size(4, 12, 16) / size(12, 6, 8))),
+    "lstm.weight_ih_l0": (4, math.sqrt(5 / 4)),
+    "lstm.weight_hh_l0": (4, 1.0),
+    "head.weight": (1, math.sqrt(2 / 5)),
+}
+
+
+def of_shape(matrix: MatrixInfo) -> float:
+    """Another number for each matrix."""
+    return 0.5 + matrix.shape[0] / 8 + (matrix.part or 0) / 16
+
+
+def entries(optimizer: Any) -> dict[str, Any]:
+    """What the groups hold for each parameter."""
+    found: dict[str, Any] = {}
+    for group in optimizer.param_groups:
+        each = group["target"] if isinstance(group["target"], list) else [group["target"]] * len(group["params"])
+        names = group.get("param_names") or [str(place) for place in range(len(each))]
+        found.update(zip(names, each, strict=True))
+    return found
+
+
+def step(optimizer: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = 0.1 * torch.randn(param.shape, generator=generator)
+    optimizer.step()
+
+
+def norms(optimizer: Any) -> dict[str, float]:
+    """The largest singular value of every controlled matrix, by float64 SVD."""
+    found: dict[str, Any] = {}
+    for matrix in optimizer.matrices(with_grad=False):
+        part = pieces(matrix.param.detach().double(), parse(matrix.group["view"]))[matrix.part or 0]
+        found[optimizer.names()[matrix.param] + matrix.suffix] = float(torch.linalg.svdvals(part.flatten(1))[0])
+    return found
+
+
+def reported(optimizer: Any) -> dict[str, float | None]:
+    return {row.name: row.target for row in specopt.spectral_report(optimizer)}
+
+
+# --- "size" ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["inputs", "arguments", "keywords", "shapes"])
+def test_size_is_the_root_of_the_layers_output_size_over_its_input_size(given: str) -> None:
+    model = Net()
+    options: dict[str, dict[str, Any]] = {
+        "inputs": {"inputs": IMAGES},
+        "arguments": {"inputs": (IMAGES,)},
+        "keywords": {"inputs": {"x": IMAGES}},
+        "shapes": {"shapes": specopt.record_shapes(model, IMAGES)},
+    }
+    groups = specopt.param_groups(model, target="size", **options[given])
+    found: dict[str, Any] = {one.name: (one.matrices[0], one.target) for one in groups.decisions if one.matrices}
+    assert found == {name: (count, pytest.approx(sigma)) for name, (count, sigma) in SIZES.items()}
+    assert f"{SIZES['conv.weight'][1]:.4g}" in str(groups)
+    optimizer = specopt.NormScaleAdamW(groups, mode="rescale")
+    step(optimizer, 0)
+    for name, sigma in norms(optimizer).items():
+        assert sigma == pytest.approx(SIZES[name.split("[")[0]][1], rel=1e-4), name
+
+
+def test_groups_are_not_split_by_target_and_hold_numbers_beside_their_params() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(140, 2))
+    (matrices, biases) = specopt.param_groups(model, target="size", inputs=IMAGES)
+    assert [name for name, _ in matrices["params"]] == ["0.weight", "1.weight", "3.weight"]
+    assert matrices["target"] == pytest.approx([math.sqrt(4 * 63 / 960), math.sqrt(35 / 63), math.sqrt(2 / 140)])
+    assert "target" not in biases and len(biases["params"]) == 3
+
+
+def test_size_under_the_frobenius_norm_is_the_norm_of_a_flat_spectrum_there() -> None:
+    optimizer = specopt.NormScaleAdamW(specopt.param_groups(Net(), target="size", inputs=IMAGES), norm="frobenius")
+    step(optimizer, 0)
+    for row in specopt.spectral_report(optimizer):
+        smaller = min(row.shape[0], math.prod(row.shape[1:]))
+        expected = math.sqrt(smaller) * SIZES[row.name.split("[")[0]][1]
+        assert row.target == pytest.approx(expected) and row.frobenius == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_size_without_sizes_says_how_to_give_them(bare: bool) -> None:
+    model = Net()
+    params: Any = list(model.head.parameters()) if bare else model
+    with pytest.raises(ValueError, match=r'specopt\.param_groups\(model, target="size", inputs=\.\.\.\)'):
+        specopt.NormScaleAdamW(params, target="size")
+    with pytest.raises(ValueError, match=r'target="size" of .*weight'):
+        specopt.param_groups(model, target="size")
+    with pytest.raises(ValueError, match=r"inputs=\.\.\."):
+        specopt.wrap(torch.optim.SGD(model.parameters(), lr=0.1), specopt.NormScale(target="size"))
+
+
+def test_size_of_a_convolution_that_is_not_called_is_refused_by_name_and_an_override_helps() -> None:
+    class Unused(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other, self.plain = nn.Conv2d(3, 4, 3), nn.Linear(3, 12)
+
+    with pytest.raises(ValueError, match=r"other\.weight .* overrides"):
+        specopt.param_groups(Unused(), target="size", inputs=IMAGES)
+    groups = specopt.param_groups(Unused(), target="size", inputs=IMAGES, overrides={"other": {"target": "fan"}})
+    targets = {one.name: one.target for one in groups.decisions}
+    assert targets["other.weight"] == pytest.approx(math.sqrt(4 / 27)) and targets["plain.weight"] == 2.0
+
+
+def test_size_in_an_override_alone() -> None:
+    groups = specopt.param_groups(Net(), inputs=IMAGES, overrides={nn.Conv2d: {"target": "size"}})
+    targets = {one.name: one.target for one in groups.decisions}
+    assert targets["conv.weight"] == pytest.approx(SIZES["conv.weight"][1])
+    assert targets["up.weight"] == pytest.approx(math.sqrt(4 / 12))
+
+
+def test_inputs_beside_shapes_and_shapes_of_another_kind_are_refused() -> None:
+    shapes = {"head.weight": LayerShapes((5,), (2,))}
+    with pytest.raises(ValueError, match="inputs must not be given beside shapes"):
+        specopt.param_groups(Net(), target="size", inputs=IMAGES, shapes=shapes)
+    with pytest.raises(TypeError, match=r"shapes must be what .*record_shapes"):
+        specopt.param_groups(Net(), target="size", shapes={"head.weight": (5, 2)})  # type: ignore[dict-item]
+
+
+# --- callables -------------------------------------------------------------------------------------------------------
+
+
+def test_callable_is_told_name_shape_part_and_the_shape_of_the_parameter() -> None:
+    seen: list[MatrixInfo] = []
+
+    def note(matrix: MatrixInfo) -> float:
+        seen.append(matrix)
+        return 1.0
+
+    specopt.param_groups(Net(), target=note)
+    expected = [
+        MatrixInfo("conv.weight", (8, 3, 3, 3), None, (8, 3, 3, 3)),
+        *(MatrixInfo("grouped.weight", (3, 2, 3, 3), part, (12, 2, 3, 3)) for part in range(4)),
+        MatrixInfo("up.weight", (4, 12, 2, 2), None, (12, 4, 2, 2)),
+        *(MatrixInfo("lstm.weight_ih_l0", (5, 4), part, (20, 4)) for part in range(4)),
+        *(MatrixInfo("lstm.weight_hh_l0", (5, 5), part, (20, 5)) for part in range(4)),
+        MatrixInfo("head.weight", (2, 5), None, (2, 5)),
+    ]
+    assert seen == expected
+
+
+def with_constructor(model: nn.Module) -> Any:
+    return specopt.NormScaleAdamW(model, target=of_shape)
+
+
+def with_param_groups(model: nn.Module) -> Any:
+    return specopt.NormScaleAdamW(specopt.param_groups(model, target=of_shape))
+
+
+def with_override(model: nn.Module) -> Any:
+    return specopt.NormScaleAdamW(specopt.param_groups(model, overrides={"*.weight*": {"target": of_shape}}))
+
+
+def with_group(model: nn.Module) -> Any:
+    return specopt.NormScaleAdamW([{"params": model, "target": of_shape}])
+
+
+def with_add_param_group(model: nn.Module) -> Any:
+    optimizer = specopt.NormScaleAdamW([("first", nn.Parameter(torch.ones(2, 2)))])
+    optimizer.add_param_group({"params": model, "target": of_shape})
+    return optimizer
+
+
+def with_wrap(model: nn.Module) -> Any:
+    base = torch.optim.RMSprop(specopt.param_groups(model), lr=1e-2)
+    return specopt.wrap(base, specopt.NormScale(target=of_shape))
+
+
+WAYS = [with_constructor, with_param_groups, with_override, with_group, with_add_param_group, with_wrap]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_callable_is_settled_to_numbers_when_a_group_is_added(way: Callable[[nn.Module], Any]) -> None:
+    optimizer = way(Net())
+    found = entries(optimizer)
+    assert found["conv.weight"] == 1.5 and found["head.weight"] == 0.75
+    assert found["grouped.weight"] == [0.875, 0.9375, 1.0, 1.0625]
+    assert found["lstm.weight_hh_l0"] == [1.125, 1.1875, 1.25, 1.3125]
+    assert not any(callable(group["target"]) for group in optimizer.param_groups)
+    for group in optimizer.param_groups:
+        group["mode"] = "rescale"
+    step(optimizer, 0)
+    found = norms(optimizer)
+    assert found["grouped.weight[2]"] == pytest.approx(1.0, rel=1e-4)
+    assert found["up.weight"] == pytest.approx(1.0, rel=1e-4)
+    assert found["lstm.weight_ih_l0[3]"] == pytest.approx(1.3125, rel=1e-4)
+
+
+def test_bare_parameters_have_their_place_for_a_name_and_what_is_off_is_not_asked_for() -> None:
+    seen = []
+
+    def note(matrix: MatrixInfo) -> float:
+        seen.append(matrix.name)
+        return 2.0
+
+    params = [nn.Parameter(torch.ones(shape)) for shape in ((3, 4), (3,), (2, 2))]
+    optimizer = specopt.NormScaleAdamW(params, target=note)
+    assert seen == ["0.0", "0.2"] and optimizer.param_groups[0]["target"] == [2.0, None, 2.0]
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))], "spectral": False})
+    assert seen[2:] == ["1.0"] and [group["target"] for group in optimizer.param_groups[1:]] == [[2.0], [None]]
+
+
+def fails(matrix: MatrixInfo) -> float:
+    return {"other": 1.0}[matrix.name]
+
+
+NONSENSE: list[tuple[Any, str]] = [
+    (lambda matrix: math.nan, "must be a positive finite number, got nan"),
+    (lambda matrix: math.inf, "got inf"),
+    (lambda matrix: 0, "got 0"),
+    (lambda matrix: -1.5, r"got -1\.5"),
+    (lambda matrix: "fan", "got 'fan'"),
+    (lambda matrix: None, "got None"),
+    (lambda matrix: True, "got True"),
+    (lambda matrix: torch.ones(2), r"got tensor\(\[1\., 1\.\]\)"),
+    (lambda matrix: torch.tensor(math.nan), r"got tensor\(nan\)"),
+    (lambda matrix: torch.tensor(True), r"got tensor\(True\)"),
+    (fails, r"fails for .* of shape \(2, 5\).*KeyError"),
+]
+
+
+@pytest.mark.parametrize(("target", "match"), NONSENSE)
+def test_callable_that_returns_nonsense_is_refused_by_name_and_no_group_is_added(target: Any, match: str) -> None:
+    head = nn.Linear(5, 2)
+    with pytest.raises(ValueError, match=f"head.weight.*{match}|{match}"):
+        specopt.param_groups(nn.ModuleDict({"head": head}), target=target)
+    with pytest.raises(ValueError, match=match) as error:
+        specopt.NormScaleAdamW([("head.weight", head.weight)], target=target)
+    assert "head.weight" in str(error.value)
+    optimizer = specopt.NormScaleAdamW([nn.Parameter(torch.ones(2, 2))])
+    with pytest.raises(ValueError, match=rf"1\.0.*{match}|{match}"):
+        optimizer.add_param_group({"params": [head.weight], "target": target})
+    assert len(optimizer.param_groups) == 1
+    base = torch.optim.SGD([head.weight], lr=0.1)
+    with pytest.raises(ValueError, match=match):
+        specopt.wrap(base, specopt.NormScale(target=target))
+    assert type(base) is torch.optim.SGD and "target" not in base.param_groups[0]
+
+
+def constant(value: Any, _: MatrixInfo) -> Any:
+    return value
+
+
+def test_callable_may_return_any_number() -> None:
+    for value in (2, 2.0, torch.tensor(2.0), torch.tensor([2.0], dtype=torch.float64), torch.tensor(2)):
+        optimizer = specopt.NormScaleAdamW(nn.Linear(3, 3), target=partial(constant, value))
+        (entry,) = optimizer.param_groups[0]["target"]
+        assert type(entry) is float and entry == 2.0
+
+
+def test_callable_is_read_again_by_hand_where_it_is_set_during_training() -> None:
+    optimizer = specopt.NormScaleAdamW(nn.Linear(3, 3, bias=False), mode="rescale")
+    step(optimizer, 0)
+    optimizer.param_groups[0]["target"] = lambda matrix: 3.0
+    step(optimizer, 1)
+    assert optimizer.param_groups[0]["target"] == [3.0]
+    assert norms(optimizer)["weight"] == pytest.approx(3.0, rel=1e-4)
+
+
+# --- lists -----------------------------------------------------------------------------------------------------------
+
+
+def lstm() -> Any:
+    return specopt.NormScaleAdamW(specopt.param_groups(nn.LSTM(4, 5)), mode="rescale")
+
+
+def test_list_has_a_number_for_each_parameter_or_for_each_of_its_matrices() -> None:
+    optimizer = lstm()
+    optimizer.param_groups[0]["target"] = [[0.5, 1.0, 1.5, 2.0], 0.7]
+    step(optimizer, 0)
+    found = norms(optimizer)
+    assert [found[f"weight_ih_l0[{gate}]"] for gate in range(4)] == pytest.approx([0.5, 1.0, 1.5, 2.0], rel=1e-4)
+    assert [found[f"weight_hh_l0[{gate}]"] for gate in range(4)] == pytest.approx([0.7] * 4, rel=1e-4)
+    assert reported(optimizer) == {name: pytest.approx(sigma, rel=1e-4) for name, sigma in found.items()}
+
+
+def test_override_gives_a_number_to_each_matrix_of_a_parameter() -> None:
+    groups = specopt.param_groups(nn.LSTM(4, 5), overrides={"weight_ih*": {"target": [0.5, 1.0, 1.5, 2]}})
+    (decision, *_) = groups.decisions
+    assert decision.target == (0.5, 1.0, 1.5, 2.0) and "0.5, 1, 1.5, 2" in str(groups)
+    assert groups[0]["target"] == [[0.5, 1.0, 1.5, 2.0]]
+    with pytest.raises(ValueError, match=r"weight_ih_l0 must have a number for each of its 4 matrices, got \[1.0\]"):
+        specopt.param_groups(nn.LSTM(4, 5), overrides={"weight_ih*": {"target": [1.0]}})
+
+
+WRONG_LISTS: list[tuple[Any, str]] = [
+    ([1.0], r"entry for each parameter of its group, 2 \(the last is weight_hh_l0\), got 1"),
+    ([1.0, 1.0, 1.0], "got 3"),
+    ([], "got 0"),
+    ([1.0, [1.0, 1.0]], r"target of weight_hh_l0 must have a number for each of its 4 matrices, got \[1.0, 1.0\]"),
+    ([1.0, 0.0], r"target of weight_hh_l0 must be .* got 0\.0"),
+    ([math.nan, 1.0], "target of weight_ih_l0 must be .* got nan"),
+    (["fan", 1.0], "target of weight_ih_l0 must be .* got 'fan'"),
+    ([None, 1.0], "target of weight_ih_l0 must be .* got None"),
+    ([True, 1.0], "target of weight_ih_l0 must be .* got True"),
+    ([[1.0, 1.0, 1.0, -1.0], 1.0], "target of weight_ih_l0 must hold .* got -1.0"),
+    ([torch.tensor(1.0), 1.0], r"target of weight_ih_l0 must be .* got tensor\(1\.\)"),
+]
+
+
+@pytest.mark.parametrize(("target", "match"), WRONG_LISTS)
+def test_wrong_list_is_refused_by_name_wherever_it_is_given_and_nothing_has_changed(target: Any, match: str) -> None:
+    optimizer = lstm()
+    step(optimizer, 0)
+    before = [param.detach().clone() for group in optimizer.param_groups for param in group["params"]]
+    optimizer.param_groups[0]["target"] = target
+    with pytest.raises(ValueError, match=match):
+        step(optimizer, 1)
+    after = [param for group in optimizer.param_groups for param in group["params"]]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    (group, *_) = specopt.param_groups(nn.LSTM(4, 5))
+    with pytest.raises(ValueError, match=match):
+        specopt.NormScaleAdamW([{**group, "target": target}])
+    saved = lstm().state_dict()
+    saved["param_groups"][0]["target"] = target
+    other = lstm()
+    with pytest.raises(ValueError, match=match):
+        other.load_state_dict(saved)
+    assert other.param_groups[0]["target"] == "channels"
+
+
+def test_list_stays_where_control_is_switched_off_and_on_again() -> None:
+    optimizer = lstm()
+    (group, *_) = optimizer.param_groups
+    group["target"] = [[0.5, 1.0, 1.5, 2.0], 0.7]
+    for seed, spectral in enumerate((True, False, True)):
+        group["spectral"] = spectral
+        step(optimizer, seed)
+    assert norms(optimizer)["weight_ih_l0[2]"] == pytest.approx(1.5, rel=1e-4)
+
+
+def test_groups_hold_plain_floats_whatever_numbers_were_given() -> None:
+    weight = nn.Parameter(torch.ones(2, 2))
+    for given in ((np.float64(2.0),), [np.float32(2.0)], [2], [Fraction(2)]):
+        (entry,) = specopt.NormScaleAdamW([{"params": [weight], "target": given}]).param_groups[0]["target"]
+        assert type(entry) is float and entry == 2.0
+
+
+def test_list_as_the_default_of_a_rule_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a list in a group alone.*\[1\.0\]"):
+        specopt.NormScale(target=[1.0])
+
+
+def test_optimizers_from_the_same_groups_have_lists_of_their_own() -> None:
+    groups = specopt.param_groups(nn.Linear(3, 3, bias=False), target=lambda matrix: 2.0)
+    first, second = specopt.NormScaleAdamW(groups), specopt.NormScaleAdamW(groups)
+    first.param_groups[0]["target"][0] = 5.0
+    assert second.param_groups[0]["target"] == groups[0]["target"] == [2.0]
+
+
+def test_targets_travel_with_state_dict_deepcopy_and_a_weights_only_file() -> None:
+    model = Net()
+    optimizer = specopt.NormScaleAdamW(model, target=of_shape, mode="rescale")
+    step(optimizer, 0)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = specopt.NormScaleAdamW(specopt.param_groups(copy.deepcopy(model)), mode="rescale")
+    resumed.load_state_dict(saved)
+    for other in (resumed, copy.deepcopy(optimizer)):
+        assert entries(other) == entries(optimizer)
+        step(other, 1)
+        assert norms(other)["grouped.weight[1]"] == pytest.approx(0.9375, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("target", [None, lambda matrix: 7.0], ids=["named", "callable"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_targets_travel_with_torch_distributed_checkpoint(flat: bool, target: Any, tmp_path: Path) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model = Net()
+    optimizer = specopt.NormScaleAdamW(model, target=of_shape)
+    step(optimizer, 0)
+    saved = {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
+    state_dict_saver.save(saved, checkpoint_id=tmp_path)
+    resumed = specopt.NormScaleAdamW(model, **({} if target is None else {"target": target}))
+    loaded = {"optimizer": get_optimizer_state_dict(model, resumed, options=options)}
+    state_dict_loader.load(loaded, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(model, resumed, loaded["optimizer"], options=options)
+    assert entries(resumed) == entries(optimizer)
+
+
+# --- a target for what is off ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [2.0, of_shape, [2.0]], ids=["number", "callable", "list"])
+def test_target_of_its_own_for_a_group_that_is_off_is_refused(target: Any) -> None:
+    group = {"params": [nn.Parameter(torch.ones(2, 2))], "spectral": False, "target": target}
+    with pytest.raises(ValueError, match=r"target must not be given to a group that is off.*spectral=False"):
+        specopt.NormScaleAdamW([group])
+    optimizer = specopt.NormScaleAdamW([nn.Parameter(torch.ones(2, 2))])
+    with pytest.raises(ValueError, match="group that is off"):
+        optimizer.add_param_group(group)
+    with pytest.raises(ValueError, match="group that is off"):
+        specopt.wrap(torch.optim.SGD([group], lr=0.1), specopt.NormScale())
+
+
+def test_target_of_all_groups_does_not_mean_those_that_are_off() -> None:
+    off: dict[str, Any] = {"params": [nn.Parameter(torch.ones(2, 2))], "spectral": False}
+    for target in (2.0, of_shape, "fan"):
+        on: dict[str, Any] = {"params": [nn.Parameter(torch.ones(2, 2))]}
+        optimizer = specopt.NormScaleAdamW([on, dict(off)], target=target)
+        again = specopt.NormScaleAdamW(optimizer.param_groups)
+        assert [group["spectral"] for group in again.param_groups] == [True, False]
+        specopt.NormScaleAdamW(specopt.param_groups(Net(), target=target, overrides={"head": {"spectral": False}}))
+
+
+def test_control_that_is_switched_on_without_a_target_is_refused_by_name() -> None:
+    off = {"params": [nn.Parameter(torch.ones(2, 2))], "spectral": False}
+    optimizer = specopt.NormScaleAdamW([off], target=of_shape)
+    step(optimizer, 0)
+    optimizer.param_groups[0]["spectral"] = True
+    with pytest.raises(ValueError, match=r"target of 0\.0 must be .* got None; it was off"):
+        step(optimizer, 1)
+    optimizer.param_groups[0]["target"] = [2.0]
+    step(optimizer, 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        ({"head": {"spectral": False, "target": 2.0}}, r"overrides\['head'\].*target=2\.0 and spectral=False"),
+        ({"norm": {"target": 2.0}}, r"overrides\['norm'\].*target=2\.0 for norm\.weight, norm\.bias"),
+        ({"head.bias": {"target": 2.0}}, r"target=2\.0 for head\.bias"),
+        ({nn.Embedding: {"target": of_shape}}, r"for tokens\.weight"),
+        ({"head": {"target": 2.0}, "*": {"spectral": False}}, r"for head\.weight, head\.bias"),
+    ],
+)
+def test_override_with_a_target_for_what_is_not_controlled_is_refused(overrides: Any, match: str) -> None:
+    model = Net()
+    model.tokens = nn.Embedding(3, 3)
+    with pytest.raises(ValueError, match=match):
+        specopt.param_groups(model, overrides=overrides)
+
+
+def test_override_that_reaches_what_is_on_and_what_is_off_is_meant_for_the_former() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    overrides: dict[Any, dict[str, Any]] = {nn.Linear: {"target": 2.0}, "1": {"spectral": False}}
+    targets = {one.name: one.target for one in specopt.param_groups(model, overrides=overrides).decisions}
+    assert targets == {"0.weight": 2.0, "0.bias": None, "1.weight": None, "1.bias": None}
+
+
+# --- scheduled -------------------------------------------------------------------------------------------------------
+
+BACKENDS = ["reference", "triton"]
+SHAPES = [(24, 20), (6, 9)]
+"""With blocks of 4 columns a tracked matrix, and a complete one."""
+FEW: dict[str, Any] = {"block": 4}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("SPECOPT_BACKEND", request.param)
+    return str(request.param)
+
+
+def weights() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(with_spectrum(shape, torch.float32, 0.3, generator)) for shape in SHAPES]
+
+
+def sigma(optimizer: Any) -> list[float]:
+    return list(norms(optimizer).values())
+
+
+def counts(optimizer: Any) -> list[int]:
+    return [optimizer.state[param][STEP] for group in optimizer.param_groups for param in group["params"]]
+
+
+def objects(optimizer: Any) -> list[int]:
+    """The tracker's tensors: the same ones while it goes on."""
+    states = [optimizer.state[param] for group in optimizer.param_groups for param in group["params"]]
+    return [id(state[key]) for state in states for key in sorted(state) if key.startswith("spectral_") and key != STEP]
+
+
+def test_scheduled_targets_hold_from_the_next_step_on_without_a_cold_restart(backend: str) -> None:
+    optimizer = specopt.NormScaleAdamW(weights(), lr=1e-4, mode="rescale", **FEW)
+    (group,) = optimizer.param_groups
+    channels, fan = [math.sqrt(m / n) for m, n in SHAPES], [math.sqrt(m / n) for m, n in SHAPES]
+    schedule: list[tuple[Any, list[float]]] = [
+        ("channels", channels),
+        (0.7, [0.7, 0.7]),
+        (0.9, [0.9, 0.9]),
+        ([0.5, 0.6], [0.5, 0.6]),
+        ("fan", fan),
+        ([2.0, [3.0]], [2.0, 3.0]),
+    ]
+    kept: list[int] = []
+    for done, (target, expected) in enumerate(schedule):
+        group["target"] = target
+        step(optimizer, done)
+        assert sigma(optimizer) == pytest.approx(expected, rel=1e-3), target
+        assert counts(optimizer) == [done + 1] * 2
+        kept = kept or objects(optimizer)
+        assert objects(optimizer) == kept
+    group["target"][0] = 4.0
+    step(optimizer, 6)
+    assert sigma(optimizer) == pytest.approx([4.0, 3.0], rel=1e-3) and objects(optimizer) == kept
+
+
+def test_switching_from_initial_to_others_and_back_returns_to_the_norm_of_the_start(backend: str) -> None:
+    optimizer = specopt.NormScaleAdamW(weights(), lr=1e-4, mode="rescale", target="initial", **FEW)
+    start = sigma(optimizer)
+    for seed, (target, expected) in enumerate([("initial", start), (0.7, [0.7, 0.7]), ([0.5, 0.6], [0.5, 0.6])] * 2):
+        optimizer.param_groups[0]["target"] = target
+        step(optimizer, seed)
+        assert sigma(optimizer) == pytest.approx(expected, rel=2e-3), target
+
+
+def test_scheduled_lambda_holds_from_the_next_step_on_without_a_cold_restart(backend: str) -> None:
+    params = weights()
+    optimizer = specopt.SNRSGD(params, lr=1.0, snr_lambda=0.1, **FEW)
+    kept: list[int] = []
+    for done, strength in enumerate([0.1, 0.3, 0.05]):
+        optimizer.param_groups[0]["snr_lambda"] = strength
+        exact = [torch.linalg.svd(param.detach().double()) for param in params]
+        before = [param.detach().double() for param in params]
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        optimizer.step()
+        for param, old, (u, s, vh) in zip(params, before, exact, strict=True):
+            change = strength * s[0] * torch.outer(u[:, 0], vh[0])
+            assert float((old - param.detach() - change).norm()) <= 2e-2 * float(change.norm())
+        kept = kept or objects(optimizer)
+        assert objects(optimizer) == kept and counts(optimizer) == [done + 1] * 2
+
+
+def test_schedules_leave_the_batches_of_a_step_as_they_are_until_control_is_switched_off(backend: str) -> None:
+    for optimizer, option in (
+        (specopt.NormScaleAdamW(weights(), lr=1e-3, mode="cap", max_passes=1, **FEW), "target"),
+        (specopt.SNRSGD(weights(), lr=1e-3, max_passes=1, **FEW), "snr_lambda"),
+    ):
+        made = []
+        for done in range(5):
+            optimizer.param_groups[0][option] = 0.1 + done
+            step(optimizer, done)
+            made.append(id(optimizer.__dict__["_workspace"]["batches"]))
+        assert len(set(made[2:])) == 1
+        optimizer.param_groups[0]["spectral"] = False
+        step(optimizer, 5)
+        assert optimizer.__dict__["_workspace"]["batches"] == []
+
+
+def test_lambda_of_0_is_off_and_back_on_finds_its_way_again() -> None:
+    params = weights()
+    optimizer = specopt.SNRSGD(params, lr=1.0, **FEW)
+    for done, strength in enumerate([0.1, 0.1, 0.1, 0.0, 0.0, 0.2]):
+        optimizer.param_groups[0]["snr_lambda"] = strength
+        before, exact = params[0].detach().double(), float(torch.linalg.matrix_norm(params[0].detach().double(), 2))
+        step(optimizer, done)
+        plain = before - params[0].grad.double()  # type: ignore[union-attr]
+        assert float((plain - params[0].detach()).norm()) == pytest.approx(strength * exact, rel=2e-2, abs=1e-6)
+    assert counts(optimizer) == [1, 1]
+
+
+def test_a_lambda_of_0_in_one_group_of_composed_rules_counts_for_that_group_alone() -> None:
+    params = [weights()[1], nn.Parameter(weights()[1].detach().clone())]
+    rule = specopt.Compose(specopt.SpectralPenalty(0.5), specopt.NormScale(mode="rescale", block=4, target=of_shape))
+    optimizer: Any = specopt.wrap(torch.optim.SGD([{"params": [param]} for param in params], lr=0.5), rule)
+    first, second = optimizer.param_groups
+    for done, target in enumerate([0.5, [0.6], 0.7, 0.8]):
+        first["target"], second["target"] = target, 0.9
+        first["snr_lambda"] = 0.0 if done == 3 else 0.5
+        before = [param.detach().double() for param in params]
+        step(optimizer, done)
+        assert sigma(optimizer) == pytest.approx([0.5 + done / 10, 0.9], rel=1e-3)
+    moved = []
+    for param, old, wanted in zip(params, before, (0.8, 0.9), strict=True):
+        assert param.grad is not None
+        plain = old - 0.5 * param.grad.double()
+        moved.append(float((param.detach() - plain * (wanted / torch.linalg.matrix_norm(plain, 2))).norm()))
+    assert moved[0] <= 1e-5 and moved[1] >= 0.1
+
+
+def test_target_in_a_tensor_is_refused_with_a_word_on_what_to_give() -> None:
+    optimizer = specopt.NormScaleAdamW(weights())
+    optimizer.param_groups[0]["target"] = torch.tensor(0.7)
+    with pytest.raises(ValueError, match=r"target must be .* got tensor\(0\.7000\) \(give float\(target\)"):
+        step(optimizer, 0)
+
+
+def test_lambda_lr_like_code_drives_targets() -> None:
+    optimizer = specopt.NormScaleAdamW(Net(), target=of_shape, mode="cap")
+    start = [copy.deepcopy(group["target"]) for group in optimizer.param_groups]
+    assert start[0] == [1.5, 0.75]
+    for done in range(3):
+        for group in optimizer.param_groups:
+            if group["spectral"]:
+                group["mode"] = "rescale"
+                group["target"] = [[t / 2 for t in e] if isinstance(e, list) else e / 2 for e in group["target"]]
+        step(optimizer, done)
+        assert norms(optimizer)["conv.weight"] == pytest.approx(1.5 / 2 ** (done + 1), rel=1e-3)
+
+
+# --- sharded ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def sharded(shape: tuple[int, ...], mesh: DeviceMesh) -> nn.Parameter:
+    """A quarter of the rows of a weight, as one of four ranks has them."""
+    whole = torch.randn(shape)
+    local = whole[: shape[0] // 4].clone()
+    return nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], shape=whole.shape, stride=whole.stride()))
+
+
+def test_targets_of_a_sharded_weight_are_those_of_the_whole(mesh: DeviceMesh) -> None:
+    class Sharded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.lstm, self.head = nn.Conv2d(8, 16, 3), nn.LSTM(4, 8), nn.Linear(4, 32)
+            self.conv.weight = sharded((16, 8, 3, 3), mesh)
+            self.head.weight = sharded((32, 4), mesh)
+            self.lstm.weight_ih_l0 = sharded((32, 4), mesh)
+
+    model = Sharded()
+    assert isinstance(model.head.weight, DTensor) and model.head.weight.to_local().shape == (8, 4)
+    seen: list[MatrixInfo] = []
+
+    def note(matrix: MatrixInfo) -> float:
+        seen.append(matrix)
+        return 1.0
+
+    specopt.param_groups(model, target=note)
+    shapes = {(info.name, info.part): info.shape for info in seen}
+    assert shapes["conv.weight", None] == (16, 8, 3, 3) and shapes["head.weight", None] == (32, 4)
+    assert shapes["lstm.weight_ih_l0", 3] == (8, 4)
+    recorded = {"conv.weight": LayerShapes((8, 16, 16), (16, 8, 8))}
+    for target, conv in (("channels", 2**0.5), ("fan", (16 / 72) ** 0.5), ("size", 0.5**0.5)):
+        groups = specopt.param_groups(model, target=target, shapes=recorded)
+        found = {one.name: one.target for one in groups.decisions}
+        assert found["conv.weight"] == pytest.approx(conv) and found["head.weight"] == pytest.approx(8**0.5)
+    optimizer = specopt.NormScaleAdamW([model.head.weight, sharded((4, 36), mesh)])
+    assert [shape_target(matrix) for matrix in optimizer.matrices(with_grad=False)] == pytest.approx([8**0.5, 1 / 3])
+
+
+# --- with a value that is not finite ---------------------------------------------------------------------------------
+
+
+def test_a_list_leaves_a_matrix_with_a_non_finite_entry_as_the_base_left_it() -> None:
+    params = weights()
+    with torch.no_grad():
+        params[0][0, 0] = math.nan
+    optimizer = specopt.NormScaleAdamW(params, mode="rescale", target=[0.5, 0.6])
+    step(optimizer, 0)
+    assert float(optimizer.state[params[0]][STATS][Stat.VALID]) == 0 and int(params[0].isnan().sum()) == 1
+    assert float(torch.linalg.svdvals(params[1].detach())[0]) == pytest.approx(0.6, rel=1e-4)
