@@ -7,8 +7,8 @@ Swap the optimizer class, and every weight matrix' largest singular value is reg
 from . import init
 from .adamw import NormScaleAdamW
 from .groups import param_groups
-from .report import SpectralRow, spectral_report
 from .rules import NormScale, SpectralDecay, SpectralPenalty
+from .seeing import SpectralReport, SpectralRow, spectral_report
 from .sgd import SNRSGD
 from .wrapping import unwrap, wrap
 
@@ -20,6 +20,7 @@ __all__ = [
     "NormScaleAdamW",
     "SpectralDecay",
     "SpectralPenalty",
+    "SpectralReport",
     "SpectralRow",
     "init",
     "param_groups",
