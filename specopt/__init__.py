@@ -8,7 +8,7 @@ from . import init
 from .adamw import NormScaleAdamW
 from .groups import param_groups
 from .rules import NormScale, SpectralDecay, SpectralPenalty
-from .seeing import SpectralReport, SpectralRow, spectral_report
+from .seeing import SpectralHistory, SpectralMonitor, SpectralReport, SpectralRow, spectral_report
 from .sgd import SNRSGD
 from .wrapping import unwrap, wrap
 
@@ -19,6 +19,8 @@ __all__ = [
     "NormScale",
     "NormScaleAdamW",
     "SpectralDecay",
+    "SpectralHistory",
+    "SpectralMonitor",
     "SpectralPenalty",
     "SpectralReport",
     "SpectralRow",

@@ -78,7 +78,7 @@ def targets(optimizer: SpectralOptimizer, matrices: Sequence[Matrix], like: Tens
     """sigma*, or F* under Frobenius scaling, of each matrix (B,); nan where there is none."""
     if not isinstance(optimizer.rule, NormScale):
         return like.new_full((len(matrices),), torch.nan)
-    return torch.stack([targets_of([matrix], like)[0] for matrix in matrices])
+    return targets_of(matrices, like)
 
 
 def _capped(matrix: Matrix, like: Tensor) -> Tensor:
