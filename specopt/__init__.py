@@ -4,6 +4,8 @@ Swap the optimizer class, and every weight matrix' largest singular value is reg
 (:class:`NormScaleAdamW`), with no term in the loss and no layer wrapper.
 """
 
+from typing import TYPE_CHECKING
+
 from . import init
 from .adamw import NormScaleAdamW
 from .groups import param_groups
@@ -30,3 +32,14 @@ __all__ = [
     "unwrap",
     "wrap",
 ]
+
+if TYPE_CHECKING:
+    from . import plots as plots
+else:
+
+    def __getattr__(name: str) -> object:
+        if name == "plots":  # not before it is asked for: it takes matplotlib
+            import importlib
+
+            return importlib.import_module(".plots", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
