@@ -44,7 +44,7 @@ def spectra(
 
     Args:
         layers: a report (``spectral_report(optimizer, top=16)``), or singular values by name, largest first.
-        relative: divide by the layer's σ₁.
+        relative: divide by the layer's σ₁; a layer of zeros is left out.
         names: the layers to show; all by default.
         ax: axes to draw into.
         path: where to save the figure.

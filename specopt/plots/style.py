@@ -142,7 +142,8 @@ def labels_of(names: Sequence[str], width: int = LABEL) -> list[str]:
     names = list(names)
     while max(map(len, names), default=0) > width and _share_a_module(names):
         names = [name.partition(".")[2] for name in names]
-    return shortened([name.replace("$", r"\$") for name in names], width)
+    names = shortened([name.replace("$", r"\$") for name in names], width)
+    return [f" {name}" if name.startswith("_") else name for name in names]  # matplotlib's legends leave those out
 
 
 def _share_a_module(names: Sequence[str]) -> bool:

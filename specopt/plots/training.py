@@ -59,7 +59,8 @@ def spectral_norms(
     if quantity not in symbols:
         raise ValueError(f"quantity must be one of {', '.join(symbols)}, got {quantity!r}")
     history = _read(history)
-    values, target = (_columns(history, name, names) for name in (quantity, "target"))
+    values, target, sigma = (_columns(history, name, names) for name in (quantity, "target", "sigma"))
+    target = np.where(np.isnan(sigma) == (quantity == "frobenius"), target, np.nan)  # F* where no sigma is tracked
     if relative:
         values = values / np.where(target > 0, target, np.nan)
         return _over_training(history, values, f"{symbols[quantity]} / target", names, None, ax, path)

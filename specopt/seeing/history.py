@@ -20,7 +20,9 @@ QUANTITIES = ("sigma", "sigma_after", "target", "residual", "valid", "capped", "
 
 - ``sigma``: σ₁ as the tracker measured it, before the correction; under a penalty that of the weight which the update
   was about to change. Not known under ``norm="frobenius"``.
-- ``sigma_after``: the largest singular value after the correction (the largest Ritz value); under a penalty ``sigma``.
+- ``sigma_after``: the largest singular value after the correction, as far as the step knows it: the largest Ritz value
+  on the CPU. The kernels of a GPU resolve the first direction alone, so where another comes to lie above it, this is a
+  lower bound there, low by 2 % in a test. Under a penalty it is ``sigma``.
 - ``target``: sigma*, or F* under Frobenius scaling; not known under a rule that has none.
 - ``residual``: ``‖Wᵀu₁ − σ₁v₁‖ / σ₁`` of the measured triplet.
 - ``valid``: 0 where the weight was not finite and so left alone, else 1.

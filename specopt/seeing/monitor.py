@@ -9,6 +9,7 @@ from contextlib import ExitStack, suppress
 from os import PathLike
 from typing import Any
 
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from specopt.kernels import tables
@@ -165,6 +166,7 @@ class _Hook:
     def __init__(self, function: Callable[[Any], None] | None = None) -> None:
         self.function = function
 
+    @_disable_dynamo  # what it does is of no use in a graph
     def __call__(self, optimizer: Any, *_: object) -> None:
         if self.function is not None:
             self.function(optimizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -110,7 +110,7 @@ def sinks_of(to: Any) -> list[Sink]:
         OSError, ValueError: a file that cannot be written to.
         TypeError: something else.
     """
-    several = isinstance(to, Iterable) and not isinstance(to, str) and not hasattr(to, "add_scalar")
+    several = isinstance(to, Iterable) and not isinstance(to, (str, Mapping)) and not hasattr(to, "add_scalar")
     sinks: list[Sink] = []
     try:
         for one in to if several else [] if to is None else [to]:

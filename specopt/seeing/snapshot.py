@@ -68,7 +68,8 @@ class Snapshot:
             table[places] = copy.wait().numpy()
         values: dict[str, Array] = {name: table[:, stat] for name, stat in STORED.items()}
         values |= {"target": table[:, -2], "frobenius": table[:, -1]}
-        after = values["sigma_after"]
+        # where the step knew no sigma, the stored value is an older one, or none
+        after = values["sigma_after"] = np.where(np.isfinite(values["sigma"]), values["sigma_after"], np.nan)
         with np.errstate(over="ignore"):
             ratio = values["frobenius"] / np.where(after > 0, after, np.nan)
             values["stable_rank"] = ratio**2

@@ -104,7 +104,7 @@ class SpectralReport(list[SpectralRow]):
 
 
 def _cells(name: str, row: SpectralRow, lower: int) -> list[str]:
-    ratios = (f"{value / row.sigma:.2f}" if row.sigma > 0 else "-" for value in row.spectrum[1:])
+    ratios = [f"{value / row.sigma:.2f}" if 0 < row.sigma < math.inf else "-" for value in row.spectrum[1:]]
     notes = ([] if row.finite else ["not finite"]) + (["capped"] if row.capped else [])
     return [
         name,

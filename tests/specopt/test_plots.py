@@ -189,6 +189,23 @@ def test_relative_norms_are_divided_by_the_target() -> None:
     assert ax.get_ylabel() == "σ₁ / target"
 
 
+def test_frobenius_norms_are_shown_with_the_targets_of_frobenius_norms_alone() -> None:
+    seen = history(2)
+    assert len(plots.spectral_norms(seen, quantity="frobenius").axes[0].lines) == 2
+    for record in seen.records:
+        record.values["sigma"][1] = np.nan  # as under norm="frobenius"
+    ax = plots.spectral_norms(seen, quantity="frobenius").axes[0]
+    np.testing.assert_array_equal(ax.lines[2].get_ydata(), seen["target"][:, 1])
+    assert len(ax.lines) == 4 and "targets" in [line.get_label() for line in ax.lines]
+
+
+def test_names_that_matplotlib_would_hide_or_read_as_formulas_are_shown() -> None:
+    names = ["_orig_mod.0.weight", "_orig_mod.1.weight", "cost $a$ and $b_$"]
+    legend = plots.spectra({name: [2.0, 1.0] for name in names}).axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text().strip().replace("\\", "") for text in legend.get_texts()] == names
+
+
 def test_spectra_show_a_report() -> None:
     weights = [torch.nn.Parameter(torch.randn(20 + i, 30)) for i in range(3)]
     report = specopt.spectral_report(specopt.SNRSGD(weights), top=5)
