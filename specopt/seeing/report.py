@@ -13,7 +13,7 @@ from specopt import kernels
 from ..control import SpectralOptimizer
 from ..rules import NormScale, targets_of
 from ..tracker.common import STATS, Stat
-from ..tracker.measure import LARGEST, measure_spectrum
+from ..tracker.measure import LARGEST, measure_spectrum, ritz_values
 from ..views import Matrix
 from .table import SpectralReport, SpectralRow
 
@@ -38,27 +38,32 @@ def spectral_report(optimizer: Optimizer, top: int = 8) -> SpectralReport:
         raise TypeError(f"spectral_report takes an optimizer of specopt, got {type(optimizer).__name__}")
     if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= LARGEST:
         raise ValueError(f"top must be a whole number from 1 to {LARGEST}, got {top!r}")
+    with optimizer._without_autocast():
+        return _report(optimizer, top)
+
+
+def _report(optimizer: SpectralOptimizer, top: int) -> SpectralReport:
     matrices = list(optimizer.matrices(with_grad=False))
     if not matrices:
         return SpectralReport()
-    stats, spectrum = measure_spectrum(matrices, top)
+    stats, (grams, scales) = measure_spectrum(matrices)
     columns = [
         stats[:, Stat.RESIDUAL],
         torch.stack([kernels.frobenius_norms([matrix.weight])[0].to(stats) for matrix in matrices]),
         targets(optimizer, matrices, stats),
         torch.stack([_capped(matrix, stats) for matrix in matrices]),
-        *spectrum.unbind(1),
     ]
+    found = torch.cat([torch.stack(columns, 1), scales[:, None], grams.flatten(1)], 1).cpu().numpy()
+    spectra = ritz_values(found[:, len(columns) + 1 :].reshape(grams.shape), found[:, len(columns)])[:, :top]
     names = optimizer.names()
-    found = torch.stack(columns, 1).tolist()
     return SpectralReport(
-        _row(names[matrix.param] + matrix.suffix, matrix, values)
-        for matrix, values in zip(matrices, found, strict=True)
+        _row(names[matrix.param] + matrix.suffix, matrix, values.tolist(), spectrum.tolist())
+        for matrix, values, spectrum in zip(matrices, found[:, : len(columns)], spectra, strict=True)
     )
 
 
-def _row(name: str, matrix: Matrix, values: Sequence[float]) -> SpectralRow:
-    residual, frobenius, target, capped, *spectrum = values
+def _row(name: str, matrix: Matrix, values: Sequence[float], spectrum: Sequence[float]) -> SpectralRow:
+    residual, frobenius, target, capped = values
     sigma = spectrum[0]
     return SpectralRow(
         name=name,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -12,7 +14,9 @@ from specopt import kernels
 
 from ..views import Matrix, with_options
 from . import pairs
-from .common import BLOCK, PROBE, STATS, exact_triplets, noise_like, probe_columns, restart
+from .common import BLOCK, PROBE, STATS, noise_like, probe_columns, restart
+
+Array = npt.NDArray[np.float64]
 
 OPTIONS: dict[str, Any] = {"block": 32, "tolerance": 1e-3, "max_passes": 64}
 
@@ -26,28 +30,44 @@ def measure(weights: Sequence[Matrix]) -> Tensor:
     return _measured(weights)[1]
 
 
-def measure_spectrum(weights: Sequence[Matrix], top: int) -> tuple[Tensor, Tensor]:
-    """:func:`measure`, and from one product more with the block that it ends with the leading singular values
-    (B, top), by size; 0 where a matrix has no more, non-finite where it is."""
+class Grams(NamedTuple):
+    """What tells the leading singular values of B matrices, once it is on the host: solving it on a device would wait
+    for it there."""
+
+    grams: Tensor
+    """``(Y / s)ᵀ (Y / s)`` (B, K, K) in float64, zero beyond a matrix' columns, of ``Y = W V`` for the block V."""
+    scales: Tensor
+    """``s = max |Y|`` (B,), or 1."""
+
+
+def measure_spectrum(weights: Sequence[Matrix]) -> tuple[Tensor, Grams]:
+    """:func:`measure`, and from one product more with the block that it ends with what :func:`ritz_values` takes."""
     matrices, stats = _measured(weights)
-    spectra: list[Tensor] = [stats] * len(matrices)
-    for chosen in _buckets(matrices):
-        bucket = [matrices[i] for i in chosen]
-        sigma = (_exact(bucket) if bucket[0].complete else _ritz_values(bucket)).to(stats)
-        sigma = torch.nn.functional.pad(sigma[:, :top], (0, max(0, top - sigma.shape[1])))
-        for i, row in zip(chosen, sigma, strict=True):
-            spectra[i] = row
-    return stats, torch.stack(spectra)
+    width = max(matrix.columns for matrix in matrices)
+    grams, scales = [], []
+    for matrix in matrices:
+        product = matrix.weight if matrix.complete else _product(matrix)
+        product = product.to(torch.float64)
+        peak = product.abs().amax()
+        scale = torch.where(peak > 0, peak, 1.0)
+        product = product / scale
+        gram = torch.nn.functional.pad(product.mT @ product, (0, width - matrix.columns) * 2)
+        grams.append(gram.to(stats.device))
+        scales.append(scale.to(stats.device))
+    return stats, Grams(torch.stack(grams), torch.stack(scales))
 
 
-def _exact(bucket: Sequence[Matrix]) -> Tensor:
-    return exact_triplets(bucket, bucket[0].state[STATS]).sigma
+def ritz_values(grams: Array, scales: Array) -> Array:
+    """The singular values (B, K) of ``Y``, by size: Ritz values of W, and all of them for a complete matrix; nan where
+    the weight is not finite. On the host: arrays as of :class:`Grams`."""
+    finite = np.isfinite(grams).all((1, 2)) & np.isfinite(scales)
+    squares = np.linalg.eigvalsh(np.where(finite[:, None, None], grams, 0.0))[:, ::-1]
+    return np.where(finite[:, None], np.sqrt(np.maximum(squares, 0.0)) * scales[:, None], np.nan)
 
 
-def _ritz_values(bucket: Sequence[Matrix]) -> Tensor:
-    blocks = [matrix.state[BLOCK] for matrix in bucket]
-    products = kernels.skinny_products([matrix.weight for matrix in bucket], blocks)
-    return kernels.ritz_triplets(products, blocks).sigma
+def _product(matrix: Matrix) -> Tensor:
+    (product,) = kernels.skinny_products([matrix.weight], [matrix.state[BLOCK]])
+    return product
 
 
 def _measured(weights: Sequence[Matrix]) -> tuple[list[Matrix], Tensor]:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import specopt
 from specopt.seeing.naming import distinct, shortened
-from tests.specopt.helpers import clones, exact, parameters, set_gradients, train
+from tests.specopt.helpers import DEVICE, clones, exact, parameters, set_gradients, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
 
@@ -119,6 +120,35 @@ def test_spectrum_in_other_precisions_and_layouts(dtype: torch.dtype) -> None:
     params = [nn.Parameter(weight.to(dtype)) for weight in weights]
     for row, param in zip(specopt.spectral_report(specopt.SNRSGD(params), top=16), params, strict=True):
         assert row.spectrum == pytest.approx(exact(param)[1][:16].tolist(), rel=1e-2)
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_spectrum_by_the_kernels_of_a_device() -> None:
+    params = [nn.Parameter(torch.randn(shape).to(DEVICE)) for shape in ((70, 66), (9, 4))]
+    for row, param in zip(specopt.spectral_report(specopt.SNRSGD(params)), params, strict=True):
+        assert row.spectrum == pytest.approx(exact(param)[1][:8].tolist(), rel=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_report_waits_for_a_gpu_once() -> None:
+    params = [param.detach().to(DEVICE).requires_grad_() for param in parameters(torch.float32)]
+    optimizer = specopt.NormScaleAdamW(params, lr=1e-2)
+    specopt.spectral_report(optimizer)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            specopt.spectral_report(optimizer)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchronizing CUDA operation" in str(warning.message) for warning in seen) == 1
+
+
+def test_report_inside_of_autocast_is_that_outside() -> None:
+    optimizer = specopt.SNRSGD([nn.Parameter(torch.randn(90, 100))])
+    outside = specopt.spectral_report(optimizer)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert specopt.spectral_report(optimizer) == outside
 
 
 @pytest.mark.parametrize("top", [1, 3, 16])
