@@ -53,7 +53,8 @@ def spectral_norms(
         path: where to save the figure.
 
     Raises:
-        ValueError: another quantity, an unknown name, or nothing to show.
+        TypeError: a history that is neither.
+        ValueError: another quantity, an unknown name, nothing to show, or a file of something else.
     """
     symbols = {"sigma_after": "σ₁", "sigma": "σ₁ before the correction", "frobenius": "‖W‖_F"}
     if quantity not in symbols:
@@ -79,7 +80,8 @@ def stable_ranks(
     Args: see :func:`spectral_norms`; the monitor needs ``weights=True``.
 
     Raises:
-        ValueError: an unknown name, or nothing to show, as without ``weights=True``.
+        TypeError: a history that is neither.
+        ValueError: an unknown name, nothing to show, as without ``weights=True``, or a file of something else.
     """
     history = _read(history)
     values = _columns(history, "stable_rank", names)
@@ -115,7 +117,7 @@ def _over_training(
     path: Path | None,
 ) -> Figure:
     if not np.isfinite(values).any():
-        needs = "; the monitor needs weights=True for it" if what in ("stable rank", "‖W‖_F") else ""
+        needs = "; the monitor needs weights=True for it" if what.startswith(("stable rank", "‖W‖_F")) else ""
         raise ValueError(f"history must hold values of {what}, and has none{needs}")
     shown = list(history.names if names is None else names)
     if len(shown) <= FEW:
