@@ -4,12 +4,14 @@ Swap the optimizer class, and every weight matrix' largest singular value is reg
 (:class:`NormScaleAdamW`), with no term in the loss and no layer wrapper.
 """
 
+from typing import TYPE_CHECKING
+
 from . import init
 from .adamw import NormScaleAdamW
 from .groups import param_groups
 from .recording import LayerShapes, record_shapes
-from .report import SpectralRow, spectral_report
 from .rules import Compose, NormScale, SpectralDecay, SpectralPenalty
+from .seeing import SpectralHistory, SpectralMonitor, SpectralReport, SpectralRow, spectral_report
 from .sgd import SNRSGD
 from .targets import MatrixInfo
 from .wrapping import unwrap, wrap
@@ -24,7 +26,10 @@ __all__ = [
     "NormScale",
     "NormScaleAdamW",
     "SpectralDecay",
+    "SpectralHistory",
+    "SpectralMonitor",
     "SpectralPenalty",
+    "SpectralReport",
     "SpectralRow",
     "init",
     "param_groups",
@@ -33,3 +38,14 @@ __all__ = [
     "unwrap",
     "wrap",
 ]
+
+if TYPE_CHECKING:
+    from . import plots as plots
+else:
+
+    def __getattr__(name: str) -> object:
+        if name == "plots":  # not before it is asked for: it takes matplotlib
+            import importlib
+
+            return importlib.import_module(".plots", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -192,6 +192,12 @@ class HostCopy:
     def peek(self) -> Tensor | None:
         return self.value if self.arrived is None or self.arrived.query() else None
 
+    def wait(self) -> Tensor:
+        """The value, waited for."""
+        if self.arrived is not None and not self.arrived.query():
+            self.arrived.synchronize()
+        return self.value
+
 
 class Limits(NamedTuple):
     """What options and step counts say of the pairs of each matrix (B,)."""

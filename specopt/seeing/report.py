@@ -1,0 +1,91 @@
+"""What the weights of an optimizer look like now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from specopt import kernels
+
+from ..control import SpectralOptimizer
+from ..rules import NormScale, find, targets_of
+from ..tracker.common import STATS, Stat
+from ..tracker.measure import LARGEST, measure_spectrum, ritz_values
+from ..views import Matrix
+from .table import SpectralReport, SpectralRow
+
+
+@torch.no_grad()
+def spectral_report(optimizer: Optimizer, top: int = 8) -> SpectralReport:
+    """A row for each matrix that ``optimizer`` controls, in the order of its groups: a list that prints as a table.
+
+    One host sync; changes neither weights nor state, and draws no random number. Everything is measured afresh, from
+    the weights as they are now: σ₁ within 1e-4 of float64 SVD. The lower singular values are Ritz values of the same
+    block, and so lie below the true ones: up to the eighth by at most 1e-3 in the spectrum of a random matrix or one
+    that falls off, by at most 2e-2 in the flattest, where the first has 1 % on average above each of the next.
+
+    Args:
+        top: how many leading singular values a row holds, from 1 to 16.
+
+    Raises:
+        TypeError: an optimizer that controls nothing by design, such as a plain ``torch.optim`` one.
+        ValueError: ``top`` is not such a number.
+    """
+    if not isinstance(optimizer, SpectralOptimizer):
+        raise TypeError(f"spectral_report takes an optimizer of specopt, got {type(optimizer).__name__}")
+    if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= LARGEST:
+        raise ValueError(f"top must be a whole number from 1 to {LARGEST}, got {top!r}")
+    with optimizer._without_autocast():
+        return _report(optimizer, top)
+
+
+def _report(optimizer: SpectralOptimizer, top: int) -> SpectralReport:
+    matrices = list(optimizer.matrices(with_grad=False))
+    if not matrices:
+        return SpectralReport()
+    stats, (grams, scales) = measure_spectrum(matrices)
+    columns = [
+        stats[:, Stat.RESIDUAL],
+        torch.stack([kernels.frobenius_norms([matrix.weight])[0].to(stats) for matrix in matrices]),
+        targets(optimizer, matrices, stats),
+        torch.stack([_capped(matrix, stats) for matrix in matrices]),
+    ]
+    found = torch.cat([torch.stack(columns, 1), scales[:, None], grams.flatten(1)], 1).cpu().numpy()
+    spectra = ritz_values(found[:, len(columns) + 1 :].reshape(grams.shape), found[:, len(columns)])[:, :top]
+    names = optimizer.names()
+    return SpectralReport(
+        _row(names[matrix.param] + matrix.suffix, matrix, values.tolist(), spectrum.tolist())
+        for matrix, values, spectrum in zip(matrices, found[:, : len(columns)], spectra, strict=True)
+    )
+
+
+def _row(name: str, matrix: Matrix, values: Sequence[float], spectrum: Sequence[float]) -> SpectralRow:
+    residual, frobenius, target, capped = values
+    sigma = spectrum[0]
+    return SpectralRow(
+        name=name,
+        shape=tuple(matrix.piece.shape),
+        sigma=sigma,
+        target=None if target != target else target,
+        residual=residual,
+        stable_rank=(frobenius / sigma) ** 2 if sigma > 0 else float("nan"),
+        frobenius=frobenius,
+        finite=sigma == sigma and abs(frobenius) != float("inf"),
+        capped=capped > 0,
+        spectrum=tuple(spectrum[: min(matrix.weight.shape)]),
+    )
+
+
+def targets(optimizer: SpectralOptimizer, matrices: Sequence[Matrix], like: Tensor) -> Tensor:
+    """sigma*, or F* under Frobenius scaling, of each matrix (B,); nan where there is none."""
+    if find(optimizer.rule, NormScale) is None:
+        return like.new_full((len(matrices),), torch.nan)
+    return targets_of(matrices, like)
+
+
+def _capped(matrix: Matrix, like: Tensor) -> Tensor:
+    stats = matrix.state.get(STATS)
+    return like.new_zeros(()) if stats is None else stats[Stat.CAPPED].to(like)

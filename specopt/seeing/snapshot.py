@@ -1,0 +1,113 @@
+"""A record on its way to the host: tensors that are copied behind the step's work, and not waited for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specopt import kernels
+
+from ..control import SpectralOptimizer
+from ..tracker.common import STATS, HostCopy, Stat, has_stats
+from ..views import Matrix
+from .history import QUANTITIES, Array, Record
+from .naming import distinct
+from .report import targets
+
+STORED = {
+    "sigma": Stat.SIGMA,
+    "sigma_after": Stat.TOP,
+    "residual": Stat.RESIDUAL,
+    "valid": Stat.VALID,
+    "capped": Stat.CAPPED,
+    "pairs": Stat.PAIRS,
+}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is known of a step once everything of it has arrived."""
+
+    step: int
+    names: tuple[str, ...]
+    parts: list[tuple[list[int], HostCopy]]
+    """Places of matrices of one device and dtype, and their table ``[ stats | target | ‖W‖_F ]``."""
+    gradients: list[HostCopy]
+    """Norms of the gradients of one device and dtype, of no dimensions."""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, optimizer: SpectralOptimizer, step: int, *, weights: bool, gradients: bool) -> Snapshot:
+        """Of the step just made. Enqueues a few small operations for each device and dtype, whatever the number of
+        matrices, and none that waits; ``weights`` and ``gradients`` add a read of each."""
+        matrices = [m for m in optimizer.matrices(with_grad=False) if optimizer.rule.is_on(m.group)]
+        names = optimizer.names()
+        buckets: dict[Any, list[int]] = {}
+        for i, matrix in enumerate(matrices):
+            buckets.setdefault((matrix.param.device, matrix.param.dtype), []).append(i)
+        parts = []
+        for places in buckets.values():
+            table = _table(optimizer, [matrices[i] for i in places], weights=weights)
+            parts.append((places, HostCopy.of(table)))
+        norms = [HostCopy.of(norm) for norm in _gradient_norms(optimizer)] if gradients else []
+        return cls(step, tuple(distinct([names[m.param] + m.suffix for m in matrices])), parts, norms)
+
+    def arrived(self) -> bool:
+        return all(copy.peek() is not None for copy in [*(copy for _, copy in self.parts), *self.gradients])
+
+    def record(self) -> Record:
+        """Waits for what has not arrived."""
+        table = np.full((len(self.names), len(Stat) + 2), np.nan)
+        for places, copy in self.parts:
+            table[places] = copy.wait().numpy()
+        values: dict[str, Array] = {name: table[:, stat] for name, stat in STORED.items()}
+        values |= {"target": table[:, -2], "frobenius": table[:, -1]}
+        # where the step knew no sigma, the stored value is an older one, or none
+        after = values["sigma_after"] = np.where(np.isfinite(values["sigma"]), values["sigma_after"], np.nan)
+        with np.errstate(over="ignore"):
+            ratio = values["frobenius"] / np.where(after > 0, after, np.nan)
+            values["stable_rank"] = ratio**2
+        norms = [float(copy.wait()) for copy in self.gradients]
+        total = math.hypot(*norms) if norms else math.nan
+        return Record(self.step, self.names, {name: values[name] for name in QUANTITIES}, total)
+
+
+def _table(optimizer: SpectralOptimizer, matrices: Sequence[Matrix], *, weights: bool) -> Tensor:
+    dtype = kernels.accumulation_dtype(matrices[0].param.dtype)
+    unknown = torch.full((len(Stat),), torch.nan, dtype=dtype, device=matrices[0].param.device)
+    stats = torch.stack([matrix.state[STATS] if has_stats(matrix) else unknown for matrix in matrices])
+    norms = (
+        kernels.frobenius_norms([m.weight for m in matrices]) if weights else torch.full_like(stats[:, 0], torch.nan)
+    )
+    return torch.cat([stats, targets(optimizer, matrices, stats)[:, None], norms.to(stats)[:, None]], 1)
+
+
+def _gradient_norms(optimizer: SpectralOptimizer) -> list[Tensor]:
+    """``‖g‖₂`` over the gradients of each device and dtype, without a gradient scaler's factor; nan where they are
+    sparse, and have no norm before entries of one place are summed up."""
+    buckets: dict[Any, list[Tensor]] = {}
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.grad is not None and param.numel():
+                grad = param.grad
+                buckets.setdefault((grad.device, grad.dtype, grad.layout), []).append(grad)
+    scale = cast("Tensor | None", getattr(optimizer, "grad_scale", None))
+    norms = [_norm(grads) for grads in buckets.values()]
+    return norms if scale is None else [norm / scale.reshape(()).to(norm) for norm in norms]
+
+
+def _norm(grads: Sequence[Tensor]) -> Tensor:
+    first = grads[0]
+    # squares of float32 overflow from 1e19 up; mps has no float64
+    dtype = torch.float32 if first.device.type == "mps" else torch.float64
+    if first.layout != torch.strided:
+        return torch.full((), torch.nan, dtype=dtype, device=first.device)
+    real = [torch.view_as_real(grad) if grad.is_complex() else grad for grad in grads]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(real, 2, dtype=dtype)))
+    return total
