@@ -6,6 +6,7 @@ Swap the optimizer class, and every weight matrix' largest singular value is reg
 
 from . import init
 from .adamw import NormScaleAdamW
+from .certify import Certificate, CertificateRow, certify
 from .groups import param_groups
 from .report import SpectralRow, spectral_report
 from .rules import NormScale, SpectralDecay, SpectralPenalty
@@ -16,11 +17,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SNRSGD",
+    "Certificate",
+    "CertificateRow",
     "NormScale",
     "NormScaleAdamW",
     "SpectralDecay",
     "SpectralPenalty",
     "SpectralRow",
+    "certify",
     "init",
     "param_groups",
     "spectral_report",
