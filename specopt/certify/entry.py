@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from .certificate import Certificate, CertificateRow
 from .convolution import Bound
-from .gram import TOLERANCE, largest_norm
+from .gram import TOLERANCE, in_double, largest_norm
 from .layers import Layer, Norms, layers_of, matrix_bound
 from .modules import spatial
 from .network import lipschitz
@@ -114,8 +114,10 @@ def _copy(given: Any) -> Any:
 
 @contextmanager
 def _untouched(model: nn.Module, training: Mapping[nn.Module, bool]) -> Iterator[None]:
-    """Eval mode for a while; buffers, modes and random states are put back after it."""
+    """Eval mode for a while; buffers, attributes, modes and random states are put back after it."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    attributes = [(module.__dict__, {**module.__dict__}) for module in model.modules()]
+    registered = [(module._buffers, {**module._buffers}) for module in model.modules()]
     devices = sorted(
         {t.device.index for t in model.parameters() if t.device.type == "cuda" and t.device.index is not None}
     )
@@ -124,6 +126,9 @@ def _untouched(model: nn.Module, training: Mapping[nn.Module, bool]) -> Iterator
         try:
             yield
         finally:
+            for now, before in (*attributes, *registered):
+                now.clear()
+                now.update(before)
             for module, mode in training.items():
                 module.training = mode
             for buffer, old in buffers:
@@ -177,7 +182,7 @@ def _rows(layer: Layer, seen: Seen, norms: Norms) -> Iterator[CertificateRow]:
 
 def _convolution_row(layer: Layer, module: _ConvNd, seen: Seen, norms: Norms) -> CertificateRow:
     bound: Bound = norms.over_sizes(module)
-    stacked = torch.stack([piece.flatten(1) for piece in layer.pieces]).double()
+    stacked = torch.stack([in_double(piece).flatten(1) for piece in layer.pieces])
     shape = (module.out_channels, layer.pieces[0].shape[1], *module.kernel_size)
     matrices = largest_norm(stacked, norms.tolerance)
     sigma = max((s for s in seen.values), key=lambda s: math.inf if s != s else s)

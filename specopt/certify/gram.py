@@ -164,7 +164,7 @@ def _roundings(factor: Tensor) -> float:
 
 def _square_norms(matrices: Tensor) -> Tensor:
     """``‖A_b‖_F²`` (B,), rounded up."""
-    norms = torch.linalg.vector_norm(matrices, dim=(1, 2))
+    norms: Tensor = torch.linalg.vector_norm(matrices, dim=(1, 2))
     return norms * norms * (1 + gamma(4 * matrices[0].numel() + 16))
 
 

@@ -72,7 +72,7 @@ def layers_of(model: nn.Module) -> Iterator[Layer]:
             reading = _reading(module, name, weight)
             if reading is None:
                 continue
-            view = reading.view if _is_real(weight) else None
+            view = reading.view if is_real(weight) else None
             full = f"{prefix}.{name}" if prefix else name
             yield Layer(full, reading.why, module, name, _whole(weight.detach()), view)
 
@@ -107,7 +107,8 @@ def _reading(module: nn.Module, name: str, weight: Tensor) -> Reading | None:
     return Reading(Kind.UNKNOWN, type(module).__name__)
 
 
-def _is_real(weight: Tensor) -> bool:
+def is_real(weight: Tensor) -> bool:
+    """Whether it is a dense tensor of floating-point numbers."""
     return weight.is_floating_point() and weight.layout == torch.strided
 
 

@@ -21,7 +21,7 @@ from ..reading import is_transformers_conv1d
 from .activations import ACTIVATIONS
 from .gram import in_double, times, up
 from .known import Call, NotKnown
-from .layers import OLD_STYLE, Sizes
+from .layers import OLD_STYLE, Sizes, is_real
 from .windows import WINDOWS
 
 Gain = Callable[[Any, Call], float]
@@ -72,14 +72,23 @@ def spatial(given: Tensor, module: _ConvNd) -> tuple[int, ...]:
 
 
 def _matrix(module: nn.Module, call: Call) -> float:
+    _check_real(module)
     return call.norms.of(module).value
 
 
 def _convolution(module: _ConvNd, call: Call) -> float:
+    _check_real(module)
     sizes: Sizes | None = None
     if call.input is not None and call.output is not None:
         sizes = spatial(call.input, module), spatial(call.output, module)
     return call.norms.of(module, sizes).value
+
+
+def _check_real(module: nn.Module) -> None:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if not is_real(weight):
+        raise NotKnown(f"has a weight of {weight.dtype}, {weight.layout}")
 
 
 def _dropout(module: dropout._DropoutNd, call: Call) -> float:

@@ -186,9 +186,9 @@ class _Walk(fx.Interpreter):
             return execute(*args, **kwargs)
         result, changed = None, in_place
         if all(value.example is not None for value in values):
-            before = [value.example._version for value in values if isinstance(value.example, Tensor)]
+            before = _versions((args, kwargs))
             result = execute(*_examples(args), **_examples(kwargs))
-            changed = before != [value.example._version for value in values if isinstance(value.example, Tensor)]
+            changed = before != _versions((args, kwargs))
         if all(value.constant == 0 for value in values):
             return map_aggregate(_listed(result), lambda leaf: Value(0.0, leaf))
         constant: float | None = None
@@ -196,28 +196,32 @@ class _Walk(fx.Interpreter):
             known = [1.0 if value.constant is None else value.constant for value in values]
             constant = gain(known, values[0].example, result)
             if changed:
-                self._check_change(values, constant)
+                self._check_change(args[0], values, constant)
         except NotKnown as reason:
             self.unknown.append(f"{label} {reason}")
         if any(value.constant is None for value in values):
             constant = None
         return map_aggregate(_listed(result), lambda leaf: Value(constant, leaf))
 
-    def _check_change(self, values: Sequence[Value], constant: float) -> None:
+    def _check_change(self, target: Any, values: Sequence[Value], constant: float) -> None:
         """A value changed in place must not be read again under its old constant."""
-        if len(values) == 1 and constant <= (1.0 if values[0].constant is None else values[0].constant):
+        if not isinstance(target, Value):
+            raise NotKnown("writes what depends on the inputs into a constant")
+        if len(values) == 1 and constant <= (1.0 if target.constant is None else target.constant):
             return
         assert self.node is not None
         done = self.user_to_last_uses.get(self.node, [])
         living = [value for node, held in self.env.items() if node not in done for value in _values(held)]
-        if any(value.example is None for value in living) or values[0].example is None:
+        if any(value.example is None for value in (target, *living)):
             raise NotKnown("changes its input in place; give inputs= to see who else reads it")
-        if any(_memory(value.example) == _memory(values[0].example) for value in living):
+        if any(_memory(value.example) == _memory(target.example) for value in living):
             raise NotKnown("changes in place what is read again")
 
     # --- functions ---
 
     def _of_function(self, key: Any, args: Any, kwargs: Any, constants: list[float], given: Any, result: Any) -> float:
+        if "out" in kwargs:
+            raise NotKnown("writes into out=")
         if key in functions.AS_MODULE:
             _only_first(args, kwargs)
             try:
@@ -349,6 +353,13 @@ def _values(tree: Any) -> list[Value]:
 
 def _examples(tree: Any) -> Any:
     return map_aggregate(tree, lambda leaf: leaf.example if isinstance(leaf, Value) else leaf)
+
+
+def _versions(tree: Any) -> list[int]:
+    """Of all tensors: a change in place raises it."""
+    found: list[int] = []
+    map_aggregate(_examples(tree), lambda leaf: found.append(leaf._version) if isinstance(leaf, Tensor) else None)
+    return found
 
 
 def _listed(result: Any) -> Any:
