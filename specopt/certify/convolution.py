@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import product
+from itertools import combinations, product
 from typing import NamedTuple
 
 import torch
@@ -91,12 +91,7 @@ def _least(kernel: Tensor, axes: Sequence[Axis], tolerance: float) -> Bound:
     if grids is not None:
         found.append(_symbol(folded, axes, grids, tolerance))
     else:
-        spread = [i for i, axis in enumerate(axes) if axis.folds > 1]
-        sets = [
-            frozenset(i for i, chosen in zip(spread, bits, strict=True) if chosen)
-            for bits in product((False, True), repeat=len(spread))
-        ]
-        found += [_flattened(folded, axes, rows, tolerance) for rows in sets if rows]
+        found += [_flattened(folded, axes, rows, tolerance) for rows in _affordable_rows(folded, axes)]
     return min(found, key=lambda bound: bound.value)
 
 
@@ -114,14 +109,32 @@ def fold(kernel: Tensor, axes: Sequence[Axis]) -> Tensor:
 # --- flattened ------------------------------------------------------------------------------------------------------
 
 
+def _affordable_rows(folded: Tensor, axes: Sequence[Axis]) -> list[frozenset[int]]:
+    """Sets R but the empty one, whose matrices' products are within the budget."""
+    several = [i for i, axis in enumerate(axes) if axis.folds > 1]
+    sets = [frozenset(chosen) for size in range(len(several)) for chosen in combinations(several, size + 1)]
+    return [rows for rows in sets if _cost(*_sides(folded, axes, rows)) * folded.shape[0] <= BUDGET]
+
+
+def _sides(folded: Tensor, axes: Sequence[Axis], rows: frozenset[int]) -> tuple[int, int]:
+    height = folded.shape[1] * math.prod(axes[i].folds for i in rows)
+    return height, folded[0].numel() // height
+
+
+def _cost(rows: int, columns: int) -> int:
+    """Operations of a Gram iteration, near enough."""
+    smaller, larger = sorted((rows, columns))
+    return 2 * smaller**2 * (larger + 10 * smaller)
+
+
 def _flattened(folded: Tensor, axes: Sequence[Axis], rows: frozenset[int], tolerance: float) -> Bound:
     """With the dimensions in ``rows`` on the side of the outputs."""
     order = [0, 1, *(3 + i for i in sorted(rows)), 2, *(3 + i for i in range(len(axes)) if i not in rows)]
-    height = folded.shape[1] * math.prod(axes[i].folds for i in rows)
-    matrices = folded.permute(order).reshape(folded.shape[0], height, -1)
+    height, width = _sides(folded, axes, rows)
+    matrices = folded.permute(order).reshape(folded.shape[0], height, width)
     counts = [axis.folds * axis.copies if i in rows else axis.most_reads for i, axis in enumerate(axes)]
     count = math.prod(counts)
-    how = f"flattened {height}x{matrices.shape[2]}, times sqrt({count})"
+    how = f"flattened {height}x{width}, times sqrt({count})"
     return Bound(times(largest_norm(matrices, tolerance), root(count)), how)
 
 
@@ -198,9 +211,8 @@ def _unrolls(kernel: Tensor, axes: Sequence[Axis]) -> bool:
     groups, out, width = kernel.shape[:3]
     rows = out * math.prod(axis.outputs or 0 for axis in axes)
     columns = width * math.prod(axis.size or 0 for axis in axes)
-    smaller, larger = sorted((rows, columns))
-    cost = 2 * groups * smaller**2 * (larger + 10 * smaller)
-    return smaller <= UNROLLED_SIDE and groups * rows * columns <= UNROLLED_ENTRIES and cost <= BUDGET
+    fits = min(rows, columns) <= UNROLLED_SIDE and groups * rows * columns <= UNROLLED_ENTRIES
+    return fits and groups * _cost(rows, columns) <= BUDGET
 
 
 def unrolled(kernel: Tensor, axes: Sequence[Axis]) -> Tensor:

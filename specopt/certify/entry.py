@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ from .convolution import Bound
 from .gram import TOLERANCE, in_double, largest_norm
 from .layers import Layer, Norms, layers_of, matrix_bound
 from .modules import spatial
-from .network import lipschitz
+from .network import lipschitz, map_aggregate
 from .tracked import Seen, seen_norms, tracked_norms
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def certify(
     model: nn.Module,
@@ -109,7 +110,7 @@ def _arguments(inputs: Any) -> tuple[Sequence[Any] | None, Mapping[str, Any]]:
 
 
 def _copy(given: Any) -> Any:
-    return given.detach().clone() if isinstance(given, Tensor) else given
+    return map_aggregate(given, lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf)
 
 
 @contextmanager
@@ -118,10 +119,11 @@ def _untouched(model: nn.Module, training: Mapping[nn.Module, bool]) -> Iterator
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     attributes = [(module.__dict__, {**module.__dict__}) for module in model.modules()]
     registered = [(module._buffers, {**module._buffers}) for module in model.modules()]
-    devices = sorted(
-        {t.device.index for t in model.parameters() if t.device.type == "cuda" and t.device.index is not None}
-    )
-    with torch.random.fork_rng(devices):
+    devices = {param.device for param in model.parameters()}
+    with torch.random.fork_rng([device for device in devices if device.type == "cuda"]), ExitStack() as stack:
+        for kind in {"cpu", *(device.type for device in devices)}:
+            if torch.amp.autocast_mode.is_autocast_available(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         model.eval()
         try:
             yield
@@ -142,11 +144,13 @@ def _record_sizes(model: nn.Module, norms: Norms, args: Sequence[Any], named: Ma
         ValueError: inputs that the model does not take.
     """
 
-    def note(module: nn.Module, given: tuple[Any, ...], result: Any) -> None:
-        if given and isinstance(module, _ConvNd) and isinstance(result, Tensor):
-            norms.sizes.setdefault(module, set()).add((spatial(given[0], module), spatial(result, module)))
+    def note(module: nn.Module, given: tuple[Any, ...], by_name: dict[str, Any], result: Any) -> None:
+        source = given[0] if given else by_name.get("input")
+        if isinstance(module, _ConvNd) and isinstance(source, Tensor) and isinstance(result, Tensor):
+            norms.sizes.setdefault(module, set()).add((spatial(source, module), spatial(result, module)))
 
-    handles = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, _ConvNd)]
+    convolutions = [module for module in model.modules() if isinstance(module, _ConvNd)]
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in convolutions]
     try:
         model(*map(_copy, args), **{name: _copy(value) for name, value in named.items()})
     except Exception as error:

@@ -140,6 +140,7 @@ JOINED = frozenset([torch.cat, torch.concat, torch.concatenate, torch.stack, tor
 MEANS = frozenset([torch.mean, "mean", torch.sum, "sum"])
 EXPANDED = frozenset(["expand", "expand_as", "repeat", torch.broadcast_to, torch.tile])
 SHAPES = frozenset(["size", "dim", "numel", "ndimension", "stride", "is_contiguous", "new_zeros", "new_ones"])
+TRANSPOSES = frozenset(["T", "mT"])
 SHAPES_OF = frozenset(["shape", "ndim", "dtype", "device", "is_cuda"])
 """What tells of a tensor without its values."""
 MATRIX_PRODUCTS = frozenset([F.linear, torch.matmul, torch.mm, operator.matmul, "matmul", "mm"])

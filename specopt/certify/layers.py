@@ -16,7 +16,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ..reading import READERS, Kind, Reading, is_transformers_conv1d
+from ..reading import NORMS, READERS, Kind, Reading, is_transformers_conv1d
 from ..views.parts import parse, pieces
 from .axes import Axis
 from .convolution import Bound, operator_bound
@@ -99,10 +99,11 @@ def _reading(module: nn.Module, name: str, weight: Tensor) -> Reading | None:
     for types, read in READERS:
         if isinstance(module, types):
             found = read(module, name)
-            return found if found is not None and found.kind in (Kind.MATRIX, Kind.EMBEDDING) else None
+            if found is not None:
+                return found if found.kind in (Kind.MATRIX, Kind.EMBEDDING) else None
     if is_transformers_conv1d(module) and name == "weight":
         return Reading(Kind.MATRIX, "Conv1D of transformers", "transposed")
-    if weight.ndim < 2 or type(module).__module__.startswith("torch.nn.modules"):  # a norm's scale
+    if weight.ndim < 2 or isinstance(module, NORMS):
         return None
     return Reading(Kind.UNKNOWN, type(module).__name__)
 

@@ -143,7 +143,7 @@ RULES: dict[type[nn.Module], Gain] = {
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _convolution),
     **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), _dropout),
     **dict.fromkeys((nn.AlphaDropout, nn.FeatureAlphaDropout), _alpha_dropout),
-    _BatchNorm: _batch_norm,
+    **dict.fromkeys((_BatchNorm, nn.SyncBatchNorm), _batch_norm),
     **dict.fromkeys((nn.LayerNorm, nn.GroupNorm, nn.RMSNorm), _by_own_statistics),
     _InstanceNorm: _instance_norm,
     **dict.fromkeys((nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle), _isometry),

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,14 +48,15 @@ def lipschitz(
     """The network's constant, and what is not known of it.
 
     Args:
-        model: in eval mode, or as it is to be traced.
-        training: the modes its modules had.
+        model: in eval mode, in which its graph is run.
+        training: the modes of its modules, in which it is traced and bounded.
         args, named: inputs; None for none.
     """
     if hooks := hooks_of(model):
         return None, (f"{_kind(model)}: has hooks that may change what it computes: {', '.join(hooks)}",)
     try:
-        graph, root_module = _traced(model)
+        with _in_modes(training):
+            graph, root_module = _traced(model)
     except Exception as error:
         return None, (f"{_kind(model)}: {_untraceable(error)}",)
     walk = _Walk(root_module, graph, norms, training)
@@ -66,6 +68,18 @@ def lipschitz(
 
 
 # --- tracing --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _in_modes(training: Mapping[nn.Module, bool]) -> Iterator[None]:
+    before = {module: module.training for module in training}
+    try:
+        for module, mode in training.items():
+            module.training = mode
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
 
 
 class _Tracer(fx.Tracer):
@@ -231,7 +245,9 @@ class _Walk(fx.Interpreter):
             return times(gain_of(module, Call(self.norms, module.training, given, result)), *constants)
         if key in functions.REARRANGED:
             _only_first(args, kwargs)
-            _stays_real((args, kwargs))
+            _stays_real(key, (args, kwargs))
+            return constants[0]
+        if key is getattr and args[1] in functions.TRANSPOSES:
             return constants[0]
         if key is operator.getitem:
             return times(_of_index(args), *constants)
@@ -372,12 +388,14 @@ def _only_first(args: Any, kwargs: Any) -> None:
         raise NotKnown("has several arguments that depend on the inputs")
 
 
-def _stays_real(tree: Any) -> None:
-    """A rounding to integers is a jump."""
+def _stays_real(key: Any, tree: Any) -> None:
+    """A rounding to integers is a jump, and so is another reading of the same bits."""
     dtypes: list[torch.dtype] = []
     map_aggregate(tree, lambda leaf: dtypes.append(leaf) if isinstance(leaf, torch.dtype) else None)
     if not all(dtype.is_floating_point for dtype in dtypes):
-        raise NotKnown("is made of integers")
+        raise NotKnown("makes integers of it")
+    if dtypes and key == "view":
+        raise NotKnown("reads its bits as another dtype")
 
 
 def _tells_shape(key: Any, args: Any) -> bool:

@@ -166,7 +166,7 @@ def _upsample(module: nn.Upsample, call: Call) -> float:
     for n, scale, size in zip(given.shape[2:], scales, sizes, strict=True):
         options = {"size": size, "scale_factor": scale, "recompute_scale_factor": module.recompute_scale_factor}
         if module.mode in ("nearest", "nearest-exact"):
-            places = F.interpolate(torch.arange(float(n))[None, None], mode=module.mode, **options)
+            places = F.interpolate(torch.arange(n, dtype=torch.float64)[None, None], mode=module.mode, **options)
             gains.append(root(int(places.flatten().long().bincount().max())))
         elif module.mode in ("linear", "bilinear", "trilinear"):
             align = module.align_corners

@@ -319,6 +319,23 @@ def test_layers_read_otherwise_than_dense_real_ones_are_named() -> None:
     assert "complex64" in certificate.unknown[0]
 
 
+def test_a_matrix_that_a_layer_has_beside_its_weight_is_named() -> None:
+    layer = nn.Linear(3, 4)
+    layer.register_parameter("adapter", nn.Parameter(torch.randn(4, 3)))
+    rows = by_name(specopt.certify(layer))
+    assert rows["weight"].bound is not None and rows["adapter"].bound is None
+
+
+def test_modes_of_autograd_and_autocast_around_it_change_nothing() -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Conv1d(2, 40, 3), nn.ReLU(inplace=True), nn.Linear(6, 6)), torch.randn(1, 2, 8)
+    expected = specopt.certify(model, inputs)
+    with torch.inference_mode():
+        assert specopt.certify(model, torch.randn(1, 2, 8)) == expected
+    with torch.autocast("cpu", torch.bfloat16):
+        assert specopt.certify(model, inputs) == expected
+
+
 def test_class_that_computes_its_weight_is_bounded_by_what_it_computes() -> None:
     class Doubled(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:

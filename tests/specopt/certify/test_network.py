@@ -185,6 +185,7 @@ FUNCTIONS: list[tuple[Callable[[Any, Tensor], Any], float]] = [
     (lambda m, x: x @ m.constant, 3.60623),
     (lambda m, x: m.constant @ x, 3.60623),
     (lambda m, x: x.view(x.size(0), -1).repeat(3, 1), math.sqrt(3)),
+    (lambda m, x: x.T + x.mT.to(torch.float64), 2.0),
     (lambda m, x: x[None].expand(5, -1, -1), math.sqrt(5)),
     (lambda m, x: x.clamp(-1, 1).abs().neg(), 1.0),
     (lambda m, x: F.softmax(x, dim=-1), 0.5),
@@ -245,6 +246,8 @@ UNKNOWN: list[tuple[Callable[[Any, Tensor], Any], str]] = [
     (lambda m, x: x**2, "pow"),
     (lambda m, x: x.to(torch.int32), "integers"),
     (lambda m, x: x.long().float(), "long"),
+    (lambda m, x: x.view(torch.int32), "integers"),
+    (lambda m, x: x.view(torch.bfloat16), "bits"),
     (lambda m, x: x[torch.tensor([0, 0])], "several times"),
     (lambda m, x: torch.where(x > 0, x, -x), "gt"),
     (lambda m, x: F.normalize(x), "normalize"),
@@ -311,3 +314,6 @@ def test_training_mode_counts_dropout() -> None:
     nn.init.eye_(model[0].weight)  # type: ignore[arg-type]
     assert specopt.certify(model.train()).lipschitz == pytest.approx(2.0, rel=1e-3)
     assert specopt.certify(model.eval()).lipschitz == pytest.approx(1.0, rel=1e-3)
+    functional = Function(lambda m, x: F.dropout(x, 0.75, m.training))
+    assert specopt.certify(functional.train()).lipschitz == pytest.approx(4.0)
+    assert specopt.certify(functional.eval()).lipschitz == 1
