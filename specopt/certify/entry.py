@@ -18,8 +18,9 @@ from .convolution import Bound
 from .gram import TOLERANCE, in_double, largest_norm
 from .layers import Layer, Norms, layers_of, matrix_bound
 from .modules import spatial
-from .network import lipschitz, map_aggregate
+from .network import lipschitz
 from .tracked import Seen, seen_norms, tracked_norms
+from .values import map_aggregate
 
 
 @torch.inference_mode(False)
