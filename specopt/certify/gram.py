@@ -33,6 +33,7 @@ from torch import Tensor
 TOLERANCE = 1e-3
 """How far the bound may lie above the norm, relatively."""
 UNIT = 2.0**-52
+SMALLEST = 5e-324
 
 
 def gamma(count: int) -> float:
@@ -42,7 +43,7 @@ def gamma(count: int) -> float:
 
 def up(value: float) -> float:
     """At least what one or a few roundings of positive numbers have left of a value: four ulps more."""
-    return value * (1 + 2.0**-50)
+    return value * (1 + 2.0**-50) if value > 1e-290 or value == 0 else math.nextafter(value, 1)
 
 
 def times(*factors: float) -> float:
@@ -52,7 +53,7 @@ def times(*factors: float) -> float:
     others = [factor for factor in factors if factor != 1]
     product = others[0] if others else 1.0
     for factor in others[1:]:
-        product = up(product * factor)
+        product = up(product * factor or SMALLEST) if product and factor else 0.0
     return product
 
 
@@ -116,7 +117,7 @@ def times_power(matrices: Tensor, exponent: int) -> Tensor:
 def unscaled(bound: float, exponent: int) -> float:
     """``2^exponent`` times a bound, rounded up."""
     try:
-        return up(math.ldexp(bound, exponent)) if exponent > -900 else math.nextafter(math.ldexp(bound, exponent), 1)
+        return up(math.ldexp(bound, exponent) or (SMALLEST if bound else 0.0))
     except OverflowError:
         return math.inf
 

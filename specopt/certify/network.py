@@ -23,7 +23,7 @@ from .gram import times
 from .known import Call, NotKnown
 from .layers import Norms
 from .modules import gain_of, hooks_of, rule_of
-from .tracing import Errors, Tracer, in_modes, untraceable
+from .tracing import Errors, Tracer, first_line, in_modes, untraceable
 from .values import Value, examples, listed, map_aggregate, memory_of, values_in, versions
 
 
@@ -54,7 +54,7 @@ def lipschitz(
     try:
         constant = walk.whole(args, named)
     except Exception as error:
-        return None, (*walk.unknown, f"{_kind(model)}: its traced graph does not run: {type(error).__name__}: {error}")
+        return None, (*walk.unknown, f"{_kind(model)}: its traced graph does not run: {first_line(error)}")
     return (None if walk.unknown else constant), tuple(dict.fromkeys(walk.unknown))
 
 
@@ -97,7 +97,8 @@ class _Walk(fx.Interpreter):
         def gain(constants: list[float], given: Any, result: Any) -> float:
             if error := self.errors.get(module):
                 raise NotKnown(untraceable(error))
-            only_first(args, kwargs)
+            if rule_of(module) is not None:
+                only_first(args, kwargs)
             call = Call(self.norms, self.training.get(module, module.training), given, result)
             return times(gain_of(module, call), *constants)
 

@@ -46,4 +46,9 @@ class Tracer(fx.Tracer):
 
 
 def untraceable(error: Exception) -> str:
-    return f"cannot be traced: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    return f"cannot be traced: {first_line(error)}"
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without what torch.fx adds."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -313,6 +313,25 @@ def test_inputs_may_be_several_and_named() -> None:
     assert specopt.certify(Two(), (x, x, 5.0)).lipschitz == pytest.approx(6.0)
 
 
+def test_variable_arguments_and_attention_say_what_they_are() -> None:
+    class Variable(nn.Module):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return inputs[0]
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.attention(x, x, x)[0]
+            return result + x
+
+    assert specopt.certify(Variable(), torch.randn(2)).unknown[0].endswith("variable arguments")
+    unknown = specopt.certify(Attention(), torch.randn(3, 4)).unknown
+    assert len(unknown) == 1 and "dot-product attention" in unknown[0]
+
+
 def test_training_mode_counts_dropout() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
     nn.init.eye_(model[0].weight)  # type: ignore[arg-type]
