@@ -71,9 +71,7 @@ def joint_constant(constants: Sequence[float | None]) -> float | None:
     known = [constant for constant in constants if constant is not None]
     if len(known) != len(constants):
         return None
-    if len(known) <= 1:
-        return known[0] if known else 0.0
-    return math.inf if math.inf in known else root(total([up(c * c) if c not in (0, 1) else c for c in known]))
+    return known[0] if len(known) == 1 else up(math.hypot(*known))
 
 
 def _of_sum(args: Any, kwargs: Any, result: Any) -> float:

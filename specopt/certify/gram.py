@@ -66,7 +66,7 @@ def root(value: float) -> float:
 
 def total(values: list[float]) -> float:
     """A sum of bounds, rounded up."""
-    return values[0] if len(values) == 1 else up(math.fsum(values))
+    return values[0] if len(values) == 1 else up(sum(values) * (1 + gamma(len(values))))
 
 
 def in_double(weight: Tensor) -> Tensor:

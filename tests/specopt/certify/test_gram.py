@@ -122,6 +122,7 @@ def test_products_that_underflow_stay_above_zero() -> None:
     assert times(1e-200, 1e-200, 0.5) > 0
     assert times(1e-200, 0.0) == 0
     assert up(5e-324) > 5e-324 and up(0.0) == 0
+    assert total([1.7e308, 1.7e308]) == math.inf
 
 
 def test_infinity_outweighs_zero_and_gamma_exceeds_n_roundings() -> None:

@@ -313,6 +313,15 @@ def test_inputs_may_be_several_and_named() -> None:
     assert specopt.certify(Two(), (x, x, 5.0)).lipschitz == pytest.approx(6.0)
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_bounds_hold_at_the_ends_of_float64(scale: float) -> None:
+    def function(module: Any, x: Tensor) -> Any:
+        return torch.cat([scale * x, scale * x]), x + scale * x
+
+    bound = specopt.certify(Function(function), torch.randn(2, 2, dtype=torch.float64)).lipschitz
+    assert bound == pytest.approx(math.hypot(math.sqrt(2) * scale, 1 + scale), rel=1e-12)
+
+
 def test_variable_arguments_and_attention_say_what_they_are() -> None:
     class Variable(nn.Module):
         def forward(self, *inputs: Tensor) -> Tensor:
