@@ -88,7 +88,7 @@ def _log_softmax(module: nn.LogSoftmax, call: Call) -> float:
     given = call.example("the number of classes is")
     dim = module.dim
     if dim is None:
-        raise NotKnown("dim=None")
+        raise NotKnown("has dim=None, which depends on the shape")
     return root(given.shape[dim])
 
 

@@ -60,7 +60,7 @@ def certify(
         tolerance: what a Gram iteration may add to a norm.
 
     Raises:
-        TypeError: a model that is no Module; an optimizer that is not under a rule of ours.
+        TypeError: a model that is no Module, or holds a ScriptModule; an optimizer that is not under a rule of ours.
         ValueError: a tolerance that is not in (0, 1]; a parameter without values (lazy or on the meta device); inputs
             that the model does not take.
 
@@ -71,6 +71,7 @@ def certify(
         certificate.lipschitz
     """
     _check(model, optimizer, tolerance)
+    model = _eager(model)
     args, named = _arguments(inputs)
     training = {module: module.training for module in model.modules()}
     with _untouched(model, training):
@@ -93,11 +94,20 @@ def _check(model: Any, optimizer: Any, tolerance: Any) -> None:
         raise ValueError(f"tolerance must be a number in (0, 1], got {tolerance!r}")
     if optimizer is not None:
         tracked_norms(optimizer)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(f"model must be of Python modules, but {name or 'it'} is a {type(module).__name__}")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise ValueError(f"{name} is not initialized yet: run the model once before it is certified")
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device and has no values to certify")
+
+
+def _eager(model: nn.Module) -> nn.Module:
+    """What torch.compile was given, where that is the model."""
+    original = model._modules.get("_orig_mod") if type(model).__name__ == "OptimizedModule" else None
+    return model if original is None else original
 
 
 def _arguments(inputs: Any) -> tuple[Sequence[Any] | None, Mapping[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import dropout
+from torch.nn.modules import module as base
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -42,9 +43,10 @@ def gain_of(module: nn.Module, call: Call) -> float:
 
 
 def hooks_of(module: nn.Module) -> list[str]:
-    """Forward hooks but for those of torch.nn.utils, which compute a weight."""
+    """Forward hooks, of all modules or its own, but for those of torch.nn.utils, which compute a weight."""
     before = [hook for hook in module._forward_pre_hooks.values() if not isinstance(hook, OLD_STYLE)]
-    after = module._forward_hooks.values()
+    after = [*module._forward_hooks.values(), *base._global_forward_pre_hooks.values()]
+    after += base._global_forward_hooks.values()
     return [getattr(hook, "__qualname__", type(hook).__name__) for hook in (*before, *after)]
 
 
@@ -110,6 +112,8 @@ def _batch_norm(module: _BatchNorm | _InstanceNorm, call: Call) -> float:
     spread = in_double(module.running_var) + module.eps
     scale = torch.ones_like(spread) if module.weight is None else in_double(module.weight).abs()
     gains = scale / torch.sqrt(spread)
+    if not gains.numel():
+        return 0.0
     largest = float(gains.max())
     return times(up(largest), 1 + 2.0**-48) if bool(gains.isfinite().all()) and bool((spread > 0).all()) else math.inf
 

@@ -43,7 +43,8 @@ def lipschitz(
     """
     if hooks := hooks_of(model):
         return None, (f"{_kind(model)}: has hooks that may change what it computes: {', '.join(hooks)}",)
-    top = model if rule_of(model) is None else nn.Sequential(model)  # a graph needs more than a single layer
+    is_layer = rule_of(model) is not None or fx.Tracer().is_leaf_module(model, "")
+    top = nn.Sequential(model) if is_layer else model
     errors: Errors = {}
     try:
         with in_modes(training):

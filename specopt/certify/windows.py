@@ -131,7 +131,7 @@ def _adaptive_max(size: int, windows: list[range]) -> float:
 def _lp_pool(count: int) -> Callable[[Any, Call], float]:
     def gain(module: Any, call: Call) -> float:
         if module.norm_type != 2:
-            raise NotKnown(f"norm_type={module.norm_type}")
+            raise NotKnown(f"has norm_type={module.norm_type}, of which no constant is known")
         settings = zip(each(module.kernel_size, count), each(module.stride or module.kernel_size, count), strict=True)
         return times(*(root(Axis(k, s).folds) for k, s in settings))
 
@@ -175,7 +175,7 @@ def _upsample(module: nn.Upsample, call: Call) -> float:
             # two weights an output, each wrong by some ulps of a position below n
             gains.append(up(largest_norm(rows, 1e-6) + math.sqrt(rows.shape[1]) * n * 2.0**-46))
         else:
-            raise NotKnown(f"mode={module.mode!r}")
+            raise NotKnown(f"has mode={module.mode!r}, of which no constant is known")
     return times(*gains)
 
 

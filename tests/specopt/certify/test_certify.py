@@ -17,6 +17,7 @@ from specopt.certify import Certificate
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the first step moves"),
     pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is"),
 ]
 
 
@@ -334,6 +335,15 @@ def test_modes_of_autograd_and_autocast_around_it_change_nothing() -> None:
         assert specopt.certify(model, torch.randn(1, 2, 8)) == expected
     with torch.autocast("cpu", torch.bfloat16):
         assert specopt.certify(model, inputs) == expected
+
+
+def test_compiled_models_are_what_was_compiled_and_scripted_ones_are_refused() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    expected = specopt.certify(model)
+    assert specopt.certify(torch.compile(model)) == expected  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model must be of Python modules, but 0 is a RecursiveScriptModule"):
+        specopt.certify(nn.Sequential(torch.jit.script(model)))
 
 
 def test_class_that_computes_its_weight_is_bounded_by_what_it_computes() -> None:

@@ -283,6 +283,17 @@ def test_every_unknown_layer_is_listed_once() -> None:
     assert specopt.certify(model.eval()).unknown[0].startswith("3 (GLU)")
 
 
+def test_a_layer_without_constant_by_itself_says_why() -> None:
+    for layer, why in (
+        (nn.EmbeddingBag(3, 4), "takes indices"),
+        (nn.LSTM(3, 4), "recurrent"),
+        (nn.GLU(), "multiplies"),
+    ):
+        (reason,) = specopt.certify(layer).unknown
+        assert why in reason
+    assert specopt.certify(nn.BatchNorm1d(0).eval()).lipschitz == 0
+
+
 def test_a_part_that_cannot_be_traced_is_named_and_the_rest_is_followed() -> None:
     model = nn.Sequential(nn.Linear(2, 2), Function(branch), nn.BatchNorm1d(2)).train()
     unknown = specopt.certify(model, torch.randn(4, 2)).unknown
@@ -299,6 +310,15 @@ def test_hooks_on_the_model_and_on_its_parts_are_not_passed_over() -> None:
         model.get_submodule(path).register_forward_hook(lambda module, args, result: 3 * result)
         certificate = specopt.certify(model)
         assert certificate.lipschitz is None and any("hook" in reason for reason in certificate.unknown)
+
+
+def test_hooks_on_all_modules_are_not_passed_over() -> None:
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, result: 3 * result)
+    try:
+        certificate = specopt.certify(nn.Sequential(nn.Linear(2, 2)))
+    finally:
+        handle.remove()
+    assert certificate.lipschitz is None and all("hook" in reason for reason in certificate.unknown)
 
 
 def test_inputs_may_be_several_and_named() -> None:
