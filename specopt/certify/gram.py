@@ -124,12 +124,13 @@ def unscaled(bound: float, exponent: int) -> float:
 
 def _refined(tall: Tensor, tolerance: float, floor: float) -> float:
     """The iteration on (B, q, p), p <= q. Members leave it once they are tight or cannot be the largest."""
-    product, errors = tall.mH @ tall, [_square_norms(tall) * _roundings(tall)]
+    product, errors = tall.mH @ tall, [_rounding_errors(tall)]
     powers: list[Tensor] = []
     bound = 0.0
     for remaining in reversed(range(_most_products(tall.shape[2], tolerance) + 1)):
-        uppers = _taken_back(_upper(product), powers, errors)
-        lowers = _taken_back(_lower(product), powers, [torch.zeros_like(error) for error in errors])
+        norms = _frobenius(product)
+        uppers = _taken_back(_upper(product, norms), powers, errors)
+        lowers = _taken_back(_lower(product, norms), powers, [torch.zeros_like(error) for error in errors])
         floor = max(floor, (1 + tolerance) * float(lowers.max()))
         going = (uppers > floor) & (remaining > 0)
         bound = max([bound, *uppers[~going].tolist()])
@@ -137,10 +138,10 @@ def _refined(tall: Tensor, tolerance: float, floor: float) -> float:
             break
         product = product[going]
         powers, errors = [power[going] for power in powers], [error[going] for error in errors]
-        powers.append(_power_near(product))
+        powers.append(_power_near(norms[going]))
         half = product / powers[-1][:, None, None]
         product = half.mH @ half
-        errors.append(_square_norms(half) * _roundings(half))
+        errors.append(_rounding_errors(half))
     return bound
 
 
@@ -158,33 +159,34 @@ def _most_products(side: int, tolerance: float) -> int:
     return max(0, math.ceil(math.log2(math.log(side) / math.log1p(tolerance))) - 2)
 
 
-def _roundings(factor: Tensor) -> float:
-    """γ of a product of the adjoint of a factor (B, r, p) and the factor."""
-    return gamma((8 if factor.is_complex() else 1) * factor.shape[1])
+def _rounding_errors(factors: Tensor) -> Tensor:
+    """``γ ‖B‖_F²`` (B,), rounded up: of the products of the adjoints of factors (B, r, p) and the factors."""
+    norms = _frobenius(factors)
+    return norms * norms * (gamma((8 if factors.is_complex() else 1) * factors.shape[1]) * (1 + 2.0**-48))
 
 
-def _square_norms(matrices: Tensor) -> Tensor:
-    """``‖A_b‖_F²`` (B,), rounded up."""
-    norms: Tensor = torch.linalg.vector_norm(matrices, dim=(1, 2))
-    return norms * norms * (1 + gamma(4 * matrices[0].numel() + 16))
+def _frobenius(matrices: Tensor) -> Tensor:
+    """``‖A_b‖_F`` (B,), rounded up."""
+    parts = torch.view_as_real(matrices.resolve_conj()) if matrices.is_complex() else matrices
+    norms: Tensor = torch.linalg.vector_norm(parts.flatten(1), dim=1)
+    return norms * (1 + gamma(2 * matrices[0].numel() + 8))
 
 
-def _power_near(matrices: Tensor) -> Tensor:
-    """The power of two (B,) next above ``‖A_b‖_F``, exactly: written as its exponent's bits."""
-    exponents = torch.frexp(torch.linalg.vector_norm(matrices, dim=(1, 2)))[1].long()
+def _power_near(norms: Tensor) -> Tensor:
+    """The power of two (B,) next above a norm, exactly: written as its exponent's bits."""
+    exponents = torch.frexp(norms)[1].long()
     powers: Tensor = torch.bitwise_left_shift(exponents.clamp_min(-1000) + 1023, 52).view(torch.float64)
     return powers
 
 
-def _upper(matrices: Tensor) -> Tensor:
+def _upper(matrices: Tensor, norms: Tensor) -> Tensor:
     """``min(‖N‖_F, √(‖N‖_1 ‖N‖_∞))`` (B,), rounded up."""
     sizes = matrices.abs()
-    sums = torch.sqrt(sizes.sum(1).amax(1)) * torch.sqrt(sizes.sum(2).amax(1)) * (1 + gamma(matrices.shape[1] + 16))
-    return torch.minimum(torch.sqrt(_square_norms(matrices)) * (1 + 2.0**-49), sums)
+    sums = torch.sqrt(sizes.sum(1).amax(1)) * torch.sqrt(sizes.sum(2).amax(1))
+    return torch.minimum(norms, sums * (1 + gamma(matrices.shape[1] + 16)))
 
 
-def _lower(matrices: Tensor) -> Tensor:
+def _lower(matrices: Tensor, norms: Tensor) -> Tensor:
     """``‖N‖_F² / tr N <= ‖N‖`` (B,) for a positive semidefinite N. Tells how tight a bound is, and is in none."""
     traces = matrices.diagonal(dim1=1, dim2=2).real.sum(1)
-    squares = torch.linalg.vector_norm(matrices, dim=(1, 2)) ** 2
-    return torch.where(traces > 0, squares / traces.clamp_min(1e-300), 0.0)
+    return torch.where(traces > 0, norms * norms / traces.clamp_min(1e-300), 0.0)
