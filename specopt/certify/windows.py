@@ -132,6 +132,8 @@ def _lp_pool(count: int) -> Callable[[Any, Call], float]:
     def gain(module: Any, call: Call) -> float:
         if module.norm_type != 2:
             raise NotKnown(f"has norm_type={module.norm_type}, of which no constant is known")
+        if module.ceil_mode:
+            raise NotKnown("has ceil_mode, which scales windows at the border up")
         settings = zip(each(module.kernel_size, count), each(module.stride or module.kernel_size, count), strict=True)
         return times(*(root(Axis(k, s).folds) for k, s in settings))
 

@@ -194,6 +194,7 @@ UNKNOWN: list[tuple[Callable[[], nn.Module], bool, str]] = [
     (lambda: nn.AlphaDropout(), True, "training"),
     (lambda: nn.MaxPool2d(2, return_indices=True), False, "indices"),
     (lambda: nn.LPPool2d(3, 2), False, "norm_type"),
+    (lambda: nn.LPPool1d(2, 2, ceil_mode=True), False, "ceil_mode"),
     (lambda: nn.MultiheadAttention(4, 2), False, "Lipschitz"),
     (lambda: nn.LSTM(4, 4), False, "recurrent"),
     (lambda: nn.Embedding(4, 4), False, "indices"),
