@@ -42,13 +42,14 @@ def of_function(
             raise NotKnown(f"is called in a way that is not known: {error}") from None
         return times(gain_of(module, Call(norms, module.training, given, result)), *constants)
     if key in functions.REARRANGED:
-        only_first(args, kwargs)
+        only_first(args, kwargs, but_sizes=True)
         _stays_real(key, (args, kwargs))
         return constants[0]
     if key is getattr and args[1] in functions.TRANSPOSES:
         return constants[0]
     if key is operator.getitem:
-        return times(_of_index(args), *constants)
+        only_first(args, kwargs, but_sizes=True)
+        return times(_of_index(args), constants[0])
     if key in functions.SUMS or key in functions.DIFFERENCES:
         return _of_sum(args, kwargs, result)
     if key in functions.PRODUCTS or key in functions.QUOTIENTS:
@@ -58,11 +59,13 @@ def of_function(
         assert joint is not None
         return joint
     if key in functions.MEANS:
-        return times(_of_mean(key, given, result), *constants)
+        only_first(args, kwargs, but_sizes=True)
+        return times(_of_mean(key, given, result), constants[0])
     if key in functions.EXPANDED:
-        return times(_expansion(args[0], result), *constants)
+        only_first(args, kwargs, but_sizes=True)
+        return times(_expansion(args[0], result), constants[0])
     if key in functions.MATRIX_PRODUCTS:
-        return times(_of_matrix(args, kwargs, norms.tolerance), *constants)
+        return times(_of_matrix(args, kwargs, norms.tolerance), constants[0])  # the only one
     raise NotKnown("is no function whose Lipschitz constant is known")
 
 
@@ -145,8 +148,13 @@ def _of_matrix(args: Any, kwargs: Any, tolerance: float) -> float:
     return largest_norm(in_double(constants[0]), tolerance)
 
 
-def only_first(args: Any, kwargs: Any) -> None:
-    if not args or not isinstance(args[0], Value) or values_in((args[1:], kwargs)):
+def only_first(args: Any, kwargs: Any, *, but_sizes: bool = False) -> None:
+    """
+    Raises:
+        NotKnown: where another argument than the first is a :class:`Value`; ``but_sizes``, one that is no constant.
+    """
+    others = [value for value in values_in((args[1:], kwargs)) if not but_sizes or value.constant != 0]
+    if not args or not isinstance(args[0], Value) or others:
         raise NotKnown("has several arguments that depend on the inputs")
 
 

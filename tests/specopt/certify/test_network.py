@@ -270,6 +270,20 @@ def test_what_has_no_constant_is_named(index: int, sized: bool) -> None:
     assert any(why in reason or (not sized and "give inputs=" in reason) for reason in certificate.unknown)
 
 
+def test_shapes_taken_from_an_input_need_no_inputs() -> None:
+    functions: list[Callable[[Any, Tensor], Tensor]] = [
+        lambda m, x: x.view(x.size(0), -1).reshape(x.shape[0] * 2, -1).mean(1),
+        lambda m, x: x.mean(x.dim() - 1),
+        lambda m, x: x[:, : x.size(1) // 2],
+        lambda m, x: x.chunk(x.size(1), dim=x.dim() - 1)[0],
+        lambda m, x: x + x.size(0) - x.shape[1] * torch.ones(()),
+    ]
+    for function in functions[:-1]:
+        certificate = specopt.certify(Function(function))
+        assert certificate.unknown == () and certificate.lipschitz == 1
+    assert specopt.certify(Function(functions[-1])).lipschitz is None
+
+
 def test_sums_of_branches_ask_for_inputs() -> None:
     certificate = specopt.certify(ResNet().eval())
     assert certificate.lipschitz is None
