@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from . import init
 from .adamw import NormScaleAdamW
+from .certify import Certificate, CertificateRow, certify
 from .groups import param_groups
 from .recording import LayerShapes, record_shapes
 from .rules import Compose, NormScale, SpectralDecay, SpectralPenalty
@@ -20,6 +21,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SNRSGD",
+    "Certificate",
+    "CertificateRow",
     "Compose",
     "LayerShapes",
     "MatrixInfo",
@@ -31,6 +34,7 @@ __all__ = [
     "SpectralPenalty",
     "SpectralReport",
     "SpectralRow",
+    "certify",
     "init",
     "param_groups",
     "record_shapes",
