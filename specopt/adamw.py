@@ -104,6 +104,8 @@ class NormScaleAdamW(SpectralOptimizer, AdamW):
             "tolerance": tolerance,
             "max_passes": max_passes,
             "stochastic_rounding": stochastic_rounding,
+            "conv": "matrix",
+            "geometry": None,
         }
         self._construct(
             options,

@@ -21,6 +21,7 @@ from . import updates
 from .base_step import gradients, out_of_sight, own_entries, penalized
 from .checkpoint import guarded
 from .groups import resolve
+from .rules.operator import OPERATOR, OperatorSession, check_kernels, geometries_in, kernels_of
 from .session import Gate, OnDevice, Rule
 from .telling import tell_of_first_steps, warn_of_unclear
 from .tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, Kept, rounding_seeds
@@ -106,6 +107,7 @@ class SpectralOptimizer(Mixin):
         group = self.param_groups[-1]
         for param in group["params"]:
             check_readable(param, group)
+        check_kernels(group, self.names())
 
     # torch declares two overloads, one of them without a closure
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -147,6 +149,7 @@ class SpectralOptimizer(Mixin):
             refresh_copies(batch.copied)
             base = batch.base.refresh() if batch.base else None
             sessions.append(self.rule.begin(batch.matrices, replace(gate, base=base, settled=same)))
+        convolutions = OperatorSession(kernels_of(self), self.rule.names, gate)
         with ExitStack() as stack:
             for batch, session, chances in zip(batches, sessions, seeds, strict=True):
                 if batch.base:
@@ -159,10 +162,13 @@ class SpectralOptimizer(Mixin):
                     stack.enter_context(gradients(penalized(batch.matrices, session.penalty, gate)))
                 if batch.ours:
                     stack.enter_context(gradients({matrix.param: None for matrix in batch.matrices}))
-            self._blind_step([matrix.param for batch in batches if not batch.ours for matrix in batch.matrices])
+            stack.enter_context(gradients(convolutions.gradients))
+            seen = [matrix.param for batch in batches if not batch.ours for matrix in batch.matrices]
+            self._blind_step([*seen, *(kernel.param for kernel in convolutions.kernels)])
         for batch, session in zip(batches, sessions, strict=True):
             with written_back(batch.copied) if batch.copied and session.penalty is None else nullcontext():
                 session.finish()
+        convolutions.finish()
         for state in kept:
             state.put_back(cast(Tensor, gate.found_inf).reshape(()) != 0)
         if not same:
@@ -230,8 +236,9 @@ class SpectralOptimizer(Mixin):
     def matrices(self, *, with_grad: bool = True) -> Iterator[Matrix]:
         """The controlled weights, those that have a gradient alone or all."""
         for group in self.param_groups:
+            operators = geometries_in(group)
             for param in group["params"]:
-                if not is_controlled(param, group) or (with_grad and param.grad is None):
+                if id(param) in operators or not is_controlled(param, group) or (with_grad and param.grad is None):
                     continue
                 if with_grad and param.grad.is_sparse:
                     raise RuntimeError(
@@ -267,7 +274,7 @@ class SpectralOptimizer(Mixin):
                 if is_controlled(param, group) and self.rule.is_on(group):
                     continue
                 if state is not None and STEP in state and len(state) > 1:
-                    for key in (STATS, BLOCK, PROBE, LEFT, RIGHT):
+                    for key in (STATS, BLOCK, PROBE, LEFT, RIGHT, OPERATOR):
                         state.pop(key, None)
                 if param.grad is not None and not self.state[param]:
                     self.state[param][STEP] = 0

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .operators.groups import InputShape, add_geometries
 from .reading import Kind, Owned, Reading, readings_of
 from .targets import target_sigma
 from .telling import listing, outside
@@ -56,7 +57,12 @@ class ParamGroups(list[dict[str, Any]]):
 
 
 def param_groups(
-    model: nn.Module, *, overrides: Overrides | None = None, embeddings: bool = False, **group_options: Any
+    model: nn.Module,
+    *,
+    overrides: Overrides | None = None,
+    embeddings: bool = False,
+    shapes: Mapping[str, InputShape] | None = None,
+    **group_options: Any,
 ) -> ParamGroups:
     """Groups for any optimizer of this package, from the types of a model's modules.
 
@@ -97,6 +103,8 @@ def param_groups(
             that owns the parameter. Later ones win. ``{"spectral": False}`` turns control off, ``{"view": ...}`` on,
             also for what is not known by itself; ``lr``, ``target`` and all other options of a group go as well.
         embeddings: control embeddings too.
+        shapes: by name of a weight, what its layer takes, ``.input`` being ``(channels, *size)``: for the convolutions
+            of groups with ``conv="operator"``, see :mod:`specopt.operators`.
         **group_options: of every group, such as ``lr``, ``weight_decay``, ``target`` or ``snr_lambda``.
 
     Returns:
@@ -106,7 +114,7 @@ def param_groups(
         TypeError: a model that is no Module; an override's key or options of another type.
         ValueError: a parameter not yet initialized; a view for all groups, or one that does not fit; a pattern that
             matches nothing; control asked for where a weight is computed from the parameter, or where nothing tells how
-            to read it.
+            to read it; ``conv="operator"`` for a convolution of unknown input size.
 
     Example::
 
@@ -134,6 +142,7 @@ def param_groups(
         if reading.kind in (Kind.COMPUTED_FROM, Kind.UNKNOWN) and not silenced:
             doubtful.append(decisions[-1])
     _warn(doubtful)
+    add_geometries(groups, {places[0].name: places[0].module for places, _ in readings}, shapes)
     return ParamGroups(groups, decisions)
 
 

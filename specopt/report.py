@@ -12,6 +12,8 @@ from specopt import kernels
 
 from .control import SpectralOptimizer
 from .rules import NormScale, targets_of
+from .rules.operator import kernels_of, measured, target_of
+from .session import Controlled
 from .tracker.common import STATS, Stat
 from .tracker.measure import measure
 from .views import Matrix
@@ -49,9 +51,10 @@ def spectral_report(optimizer: Optimizer) -> list[SpectralRow]:
     """
     if not isinstance(optimizer, SpectralOptimizer):
         raise TypeError(f"spectral_report takes an optimizer of specopt, got {type(optimizer).__name__}")
+    operators = _operator_rows(optimizer)
     matrices = list(optimizer.matrices(with_grad=False))
     if not matrices:
-        return []
+        return operators
     stats = measure(matrices)
     columns = [
         stats[:, Stat.SIGMA],
@@ -77,6 +80,42 @@ def spectral_report(optimizer: Optimizer) -> list[SpectralRow]:
                 capped=capped > 0,
             )
         )
+    return rows + operators
+
+
+def _operator_rows(optimizer: SpectralOptimizer) -> list[SpectralRow]:
+    """Rows of convolutions that are controlled as operators: sigma is the operator norm, frobenius that of the kernel,
+    and a stable rank, which compares norms of one matrix, there is none."""
+    names, rows = optimizer.names(), []
+    found = measured(kernels_of(optimizer, with_grad=False))
+    scaled = "mode" in optimizer.rule.names
+    values = [
+        torch.stack(
+            [
+                sigma.double(),
+                residual.double(),
+                torch.linalg.vector_norm(kernel.param.detach().double()),
+                target_of(kernel, sigma).double() if scaled else sigma.new_full((), torch.nan).double(),
+                _capped(kernel, sigma).double(),
+            ]
+        )
+        for kernel, sigma, residual in found
+    ]
+    told = torch.stack(values).tolist() if values else []
+    for (kernel, *_), (sigma, residual, frobenius, target, capped) in zip(found, told, strict=True):
+        rows.append(
+            SpectralRow(
+                name=names[kernel.param],
+                shape=tuple(kernel.param.transpose(0, 1).shape if kernel.geometry.transposed else kernel.param.shape),
+                sigma=sigma,
+                target=None if target != target else target,
+                residual=residual,
+                stable_rank=float("nan"),
+                frobenius=frobenius,
+                finite=sigma == sigma and abs(frobenius) != float("inf"),
+                capped=capped > 0,
+            )
+        )
     return rows
 
 
@@ -86,6 +125,6 @@ def _target(optimizer: SpectralOptimizer, matrix: Matrix, like: Tensor) -> Tenso
     return targets_of([matrix], like)[0]
 
 
-def _capped(matrix: Matrix, like: Tensor) -> Tensor:
+def _capped(matrix: Controlled, like: Tensor) -> Tensor:
     stats = matrix.state.get(STATS)
     return like.new_zeros(()) if stats is None else stats[Stat.CAPPED].to(like)

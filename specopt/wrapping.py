@@ -21,6 +21,7 @@ from .adamw import NormScaleAdamW
 from .control import IN_FRONT, SpectralOptimizer
 from .options import Shared
 from .rules import NormScale, SpectralDecay, SpectralPenalty
+from .rules.operator import check_kernels
 from .session import Rule
 from .sgd import SNRSGD
 from .telling import warn_of_unclear
@@ -63,8 +64,10 @@ def wrap(optimizer: AnyOptimizer, rule: SpectralPenalty | SpectralDecay | NormSc
     _check_base(optimizer, rule)
     options = rule.options
     merged = [{**options, **group} for group in optimizer.param_groups]
+    names = SpectralOptimizer.names(cast(SpectralOptimizer, optimizer))
     for group in merged:
         rule.check(group)
+        check_kernels(group, names)
         for param in group["params"]:
             check_readable(param, group)
     counted = _drop_step(optimizer)

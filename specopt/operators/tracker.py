@@ -10,9 +10,9 @@ leaves 2e-4 at the median and 9e-4 at worst; subspace iteration 6e-4 and 4e-3.
 Frequencies hardly mix, so a basis that stands on one peak of the spectrum does not see another peak overtake it, and
 its residual says nothing. So a search goes on beside it: the same with j = 2 and 6 columns, two pairs a step, from
 other random vectors every :data:`PERIOD` steps. Its best vector is taken into the basis. In training with Adam at 1e-3
-σ₁ is then right to 2e-4 in every step. Where peaks change places faster than a search takes (at 1e-2 a kernel is
+σ₁ is then right to 1e-4 in every step. Where peaks change places faster than a search takes (at 1e-2 a kernel is
 another after 40 steps) it is too low by the difference until the search has found the other one: by 1e-5 at the median,
-by up to 1e-1 in single steps.
+by up to 3e-2 in single steps.
 """
 
 from __future__ import annotations
