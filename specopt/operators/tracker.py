@@ -42,8 +42,9 @@ class Effort(NamedTuple):
     """How many pairs of products a step makes.
 
     On the CPU at least ``least``, then until the residual is at most ``residual`` and the last pair has moved sigma₁ by
-    no more than ``growth`` of it, but ``most`` in all. Elsewhere that would have to wait for the device: always
-    ``fixed`` pairs, of which the kernel's shape and the step's count are all that may decide.
+    no more than ``growth`` of it, or by no more than ``stall`` whatever the residual, but ``most`` in all. Elsewhere
+    that would have to wait for the device: always ``fixed`` pairs, of which the kernel's shape and the step's count are
+    all that may decide.
     """
 
     least: int
@@ -51,13 +52,19 @@ class Effort(NamedTuple):
     fixed: int
     residual: float
     growth: float
+    stall: float = 0.0
+
+    def is_done(self, made: int, residual: float, moved: float) -> bool:
+        """After ``made`` pairs, the last of which has moved sigma₁ by that part of it (nan if it was the first)."""
+        settled = residual <= self.residual and (self.growth == math.inf or moved <= self.growth)
+        return made >= self.least and (settled or moved <= self.stall)
 
 
 START = Effort(least=6, most=96, fixed=40, residual=0.01, growth=2e-5)
 """From random vectors."""
-COLD = Effort(least=2, most=24, fixed=4, residual=0.01, growth=1e-4)
+COLD = Effort(least=2, most=24, fixed=4, residual=0.01, growth=1e-4, stall=1e-5)
 """In the first steps, while a learning rate warms up and kernels move fast."""
-WARM = Effort(least=1, most=6, fixed=2, residual=0.005, growth=math.inf)
+WARM = Effort(least=1, most=6, fixed=2, residual=0.005, growth=math.inf, stall=2e-4)
 """In a flat spectrum (kernel as long as stride, orthogonal) a residual of 0.02 hides an error of 5e-3, one of 0.005 of
 6e-4."""
 
@@ -136,8 +143,7 @@ def _until(operator: ConvOperator, basis: Tensor, hint: Tensor | None, effort: E
         sigma, residual = float(found.sigma), float(found.residual)
         if _is_whole(operator) or not math.isfinite(sigma) or sigma == 0:
             break
-        stands = effort.growth == math.inf or abs(sigma - before) <= effort.growth * sigma
-        if made >= effort.least and stands and residual <= effort.residual:
+        if effort.is_done(made, residual, abs(sigma - before) / sigma):
             break
         before = sigma
     return found
