@@ -6,10 +6,21 @@ device (:func:`backend_for`).
 
 from .backend import Backend, accumulation_dtype, allocate, backend_for, has_triton, on_host
 from .blocks import column_dots, copy_blocks, first_column_residuals, grams, mixes
+from .newton_schulz import cap_
 from .passes import Penalty, Update, base_updates_, corrections_
 from .products import MAX_COLUMNS, skinny_products
 from .small import orthonormalizers, rotations
-from .subspace import BasisLayout, Triplets, TurnLayout, next_basis, orthonormalize, ritz_triplets, start_block, turn
+from .subspace import (
+    BasisLayout,
+    Triplets,
+    TurnLayout,
+    leading_residuals,
+    next_basis,
+    orthonormalize,
+    ritz_triplets,
+    start_block,
+    turn,
+)
 from .tables import constant, identity, remembered, upload
 from .updates import MAX_RANK, frobenius_norms, rank_updates_, scale_
 
@@ -26,6 +37,7 @@ __all__ = [
     "allocate",
     "backend_for",
     "base_updates_",
+    "cap_",
     "column_dots",
     "constant",
     "copy_blocks",
@@ -35,6 +47,7 @@ __all__ = [
     "grams",
     "has_triton",
     "identity",
+    "leading_residuals",
     "mixes",
     "next_basis",
     "on_host",

@@ -161,18 +161,18 @@ def next_basis(
 ) -> Tensor:
     """The next ``V = orth[ images | kept | followers | scout ]`` from ``Z = Wᵀ U``, and the first triplet's residual.
 
-    With ``d = sigma`` (plus ``correction`` on the first), sorted by ``|d|``: images ``Z_i d_i − ½ min(d²) v_i`` of the
+    With ``d = sigma + correction``, sorted by ``|d|``: images ``Z_i d_i − ½ min(d²) v_i`` of the
     largest, kept ``Z_i d_i − d_i² v_i`` of the first few (beside its image each spans a Krylov pair), and followers
     ``(W − W_before)ᵀ Ω``: where the last update went, as the difference of two probes. The scout is a column of
     ``starts``.
 
     Args:
-        triplets: of the matrices before the correction ``W ← W + c u₁v₁ᵀ``.
+        triplets: of the matrices before the correction ``W ← W + Σ c_i u_i v_iᵀ``.
         returned: ``[Z_b | P_b]`` (n_b, k_b + a_b): ``Z = Wᵀ U`` and the probe ``P = Wᵀ Ω``, Ω fixed.
         previous: the probes (n_b, a_b) of the step before.
         starts: fixed random columns (n_b, k_b) for directions that vanish.
         layout: columns of each basis, how many of them kept and followers.
-        correction: ``c`` (B,).
+        correction: ``c`` (B, r) of the first r triplets, r <= K.
         out: the bases (n_b, k_b), written where ``active`` and finite.
 
     Returns:
@@ -181,9 +181,11 @@ def next_basis(
     sigma = triplets.sigma
     width = sigma.shape[1]
     top = torch.where(sigma[:, 0] > 0, sigma[:, 0], torch.ones_like(sigma[:, 0]))
-    largest = top.maximum((sigma[:, 0] + correction).abs())  # a correction may raise a sigma by any factor
+    rank = correction.shape[1]
+    # a correction may raise a sigma by any factor
+    largest = top.maximum((sigma[:, :rank] + correction).abs().amax(1))
     corrected = sigma / largest[:, None]
-    corrected[:, 0] = corrected[:, 0] + correction / largest
+    corrected[:, :rank] += correction / largest[:, None]
     if _on_host(sigma):
         return host.next_basis(triplets, returned, previous, starts, layout, top, largest, corrected, out, active)
     plan = _plan(layout, width, sigma.device, sigma.dtype)
@@ -206,6 +208,28 @@ def next_basis(
     mixes(terms, candidates)
     orthonormalize(candidates, starts, out, active=active)
     return first_column_residuals(returned, triplets.rights, top)
+
+
+def leading_residuals(returned: Sequence[Tensor], triplets: Triplets, count: int) -> tuple[Tensor, Tensor]:
+    """``‖Z_i − (Z_i·v_i) v_i‖ / θ₁``: of the first triplet (B,), and the largest of the first ``count`` (B,).
+
+    Args:
+        returned: ``Z = Wᵀ U`` (n_b, >= k_b).
+        triplets: those U belongs to.
+    """
+    top = triplets.sigma[:, 0]
+    scale = torch.where(top > 0, top, 1.0)
+    first = first_column_residuals(returned, triplets.rights, scale)
+    if count == 1:
+        return first, first
+    counts = [min(count, right.shape[1]) for right in triplets.rights]
+    images = [z[:, :r] for z, r in zip(returned, counts, strict=True)]
+    rights = [v[:, :r] for v, r in zip(triplets.rights, counts, strict=True)]
+    rest = allocate([(v.shape[0], v.shape[1]) for v in rights], scale)
+    along = torch.diag_embed(column_dots(images, rights, scale))
+    eye = torch.eye(along.shape[1], dtype=scale.dtype, device=scale.device) / scale[:, None, None]
+    mixes([(images, eye), (rights, -along)], rest)
+    return first, column_dots(rest, rest, torch.ones_like(scale)).amax(1).sqrt().maximum(first)
 
 
 class _Plan(NamedTuple):
@@ -319,6 +343,7 @@ __all__ = [
     "BasisLayout",
     "Triplets",
     "TurnLayout",
+    "leading_residuals",
     "next_basis",
     "orthonormalize",
     "ritz_triplets",

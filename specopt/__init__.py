@@ -8,7 +8,7 @@ from . import init
 from .adamw import NormScaleAdamW
 from .groups import param_groups
 from .report import SpectralRow, spectral_report
-from .rules import NormScale, SpectralDecay, SpectralPenalty
+from .rules import Compose, NormScale, SpectralDecay, SpectralPenalty
 from .sgd import SNRSGD
 from .wrapping import unwrap, wrap
 
@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SNRSGD",
+    "Compose",
     "NormScale",
     "NormScaleAdamW",
     "SpectralDecay",

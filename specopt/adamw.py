@@ -26,7 +26,7 @@ class NormScaleAdamW(SpectralOptimizer, AdamW):
     ``"set"`` multiplies by ``F*/‖W‖_F`` with ``F* = sqrt(min(rows, cols)) σ*``, ``"cap"`` where the norm is above it.
 
     The triplet comes from a block that follows the top of the spectrum by one pair of products a step, ``W V`` and
-    ``Wᵀ U``, more in the first 20 steps.
+    ``Wᵀ U``, more in the first 20 steps. With ``rank=r`` the same is done with the first r triplets.
 
     Every argument of :class:`torch.optim.AdamW`, then, by keyword and per group:
 
@@ -36,7 +36,10 @@ class NormScaleAdamW(SpectralOptimizer, AdamW):
         mode: ``"set"``, ``"cap"`` or (spectral) ``"rescale"``.
         target: σ*: ``"channels"`` is ``sqrt(out/in)``, ``"fan"`` ``sqrt(out/(in·k·k))``, ``"initial"`` the norm of the
             weight before the first step, or a positive number.
-        rank: how many triplets are corrected; 1.
+        rank: how many triplets are corrected, 1 to 16, or (under "cap") ``"full"``: every singular value, by products
+            of whole matrices, after which none is above ``σ*(1 + 1e-5)`` in float32. Under "set" each of them becomes
+            σ*.
+        every: with ``rank="full"`` the cap is made in each ``every``-th step.
         raise_small: raise also a matrix that is all zero when control starts. By default it is only capped until it has
             reached σ* by itself.
         spectral: ``False`` turns control off for a group.
@@ -45,7 +48,7 @@ class NormScaleAdamW(SpectralOptimizer, AdamW):
             ``"flatten"`` any tensor of two or more dimensions; for ``"transposed"``, ``"rows:G"`` and others see
             ``specopt/views/parts.py``. Matrices of a Module have views of their own.
         block: columns of a product, 1 to 64: the tracked block, and an eighth of them a probe of where the last
-            update went.
+            update went. With a rank above 1, at least ``4·rank``.
         tolerance: residual ``‖Wᵀu₁ − σ₁v₁‖ / σ₁`` above which the next step makes a further pair of products.
         max_passes: the most pairs of products in a step; by default 16 in the first 20 steps, 2 later.
         stochastic_rounding: round bfloat16 and float16 weights up or down by chance, so that updates and corrections
@@ -83,7 +86,8 @@ class NormScaleAdamW(SpectralOptimizer, AdamW):
         norm: str = "spectral",
         mode: str = "set",
         target: Target = "channels",
-        rank: int = 1,
+        rank: int | str = 1,
+        every: int = 1,
         raise_small: bool = False,
         spectral: bool = True,
         view: str = "auto",
@@ -97,6 +101,7 @@ class NormScaleAdamW(SpectralOptimizer, AdamW):
             "mode": mode,
             "target": target,
             "rank": rank,
+            "every": every,
             "raise_small": raise_small,
             "spectral": spectral,
             "view": view,

@@ -166,11 +166,12 @@ class SpectralOptimizer(Mixin):
             seen = [matrix.param for batch in batches if not batch.ours for matrix in batch.matrices]
             self._blind_step([*seen, *(kernel.param for kernel in convolutions.kernels)])
         for batch, session in zip(batches, sessions, strict=True):
-            with written_back(batch.copied) if batch.copied and session.penalty is None else nullcontext():
+            with written_back(batch.copied) if batch.copied and session.writes else nullcontext():
                 session.finish()
         convolutions.finish()
         for state in kept:
             state.put_back(cast(Tensor, gate.found_inf).reshape(()) != 0)
+        gate.workspace["versions"] = {id(param): param._version for param in gate.written}
         if not same:
             self._complete_state()
             signature, held = self._signature()
@@ -253,15 +254,15 @@ class SpectralOptimizer(Mixin):
         for matrix in self.matrices():
             if not self.rule.is_on(matrix.group):
                 continue
-            here, ours = runs_on(matrix), self._is_ours(matrix)
+            ours, fused = self._is_ours(matrix), self.rule.is_fused(matrix)
             kind: tuple[Any, ...] = (kernels.accumulation_dtype(matrix.param.dtype), matrix.complete)
-            if here:
-                kind = (matrix.param.dtype, matrix.group.get("norm"))
-            batch = batches.setdefault((matrix.param.device, ours, *kind), Batch([], ours))
+            if fused:
+                kind = (matrix.param.dtype,)
+            batch = batches.setdefault((matrix.param.device, ours, *kind, self.rule.sort(matrix)), Batch([], ours))
             batch.matrices.append(matrix)
             if matrix.copy is not None:
                 batch.copied.append(matrix)
-            if here and ours:
+            if fused and ours:
                 batch.base = OnDeviceBase(batch.matrices)
         return list(batches.values())
 

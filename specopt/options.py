@@ -44,6 +44,8 @@ def named(option: str) -> dict[str, str]:
 
 
 SHARED = tuple(field.name for field in fields(Shared))
+MAX_RANK = 16
+"""Triplets that the tracker follows; more go by functions of all singular values at once."""
 NORMS = ("spectral", "frobenius")
 CONVS = ("matrix", "operator")
 MODES = {"spectral": ("set", "cap", "rescale"), "frobenius": ("set", "cap")}
@@ -102,12 +104,31 @@ def check_lambda(name: str, value: Any) -> None:
 def check_norm_scale(group: Mapping[str, Any]) -> None:
     check_choice("norm", group["norm"], NORMS)
     check_choice(f"mode (with norm={group['norm']!r})", group["mode"], MODES[group["norm"]])
-    if group["rank"] != 1 or isinstance(group["rank"], bool):
-        raise ValueError(f"rank must be 1 (corrections of more triplets are not there yet), got {group['rank']!r}")
+    _check_rank(group)
     if not _positive(group["target"]):
         check_choice("target", group["target"], NAMED_TARGETS, " or a positive number")
     if not isinstance(group["raise_small"], bool):
         raise ValueError(f"raise_small must be True or False, got {group['raise_small']!r}")
+
+
+def _check_rank(group: Mapping[str, Any]) -> None:
+    norm, mode, rank = group["norm"], group["mode"], group["rank"]
+    if rank == "full":
+        if (norm, mode) != ("spectral", "cap"):
+            raise ValueError(f"rank='full' needs norm='spectral' and mode='cap', got norm={norm!r} and mode={mode!r}")
+    elif not isinstance(rank, Integral) or isinstance(rank, bool) or not 1 <= int(rank) <= MAX_RANK:
+        raise ValueError(
+            f"rank must be an integer from 1 to {MAX_RANK}, the most triplets that the tracker follows, or 'full' for "
+            f"a cap of all singular values, got {rank!r}"
+        )
+    elif int(rank) > 1 and (norm == "frobenius" or mode == "rescale"):
+        raise ValueError(f"rank must be 1 with norm={norm!r} and mode={mode!r}, got {rank!r}: it changes all as one")
+    check_count("every", group["every"])
+    if group["every"] > 1 and rank != "full":
+        raise ValueError(
+            f"every must be 1 with rank={rank!r}, got {group['every']!r}: the tracker looks at every step, and only "
+            "rank='full' can leave steps out"
+        )
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...], more: str = "") -> None:

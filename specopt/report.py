@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from specopt import kernels
 
 from .control import SpectralOptimizer
-from .rules import NormScale, targets_of
+from .rules import NormScale, find, targets_of
 from .rules.operator import kernels_of, measured, target_of
 from .session import Controlled
 from .tracker.common import STATS, Stat
@@ -120,7 +120,7 @@ def _operator_rows(optimizer: SpectralOptimizer) -> list[SpectralRow]:
 
 
 def _target(optimizer: SpectralOptimizer, matrix: Matrix, like: Tensor) -> Tensor:
-    if not isinstance(optimizer.rule, NormScale):
+    if find(optimizer.rule, NormScale) is None:
         return like.new_tensor(float("nan"))
     return targets_of([matrix], like)[0]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -65,6 +65,13 @@ class Rule(Protocol):
     def has_state(self, matrix: Matrix) -> bool:
         """Whether the matrix' tracker can go on from its state."""
 
+    def is_fused(self, matrix: Matrix) -> bool:
+        """Whether a device's launches over all matrices (:mod:`specopt.tracker.device`) control it. All else goes by
+        operations on lists of matrices."""
+
+    def sort(self, matrix: Matrix) -> Hashable:
+        """Matrices of different sorts are not for one session."""
+
     def takes_along(self, matrix: Matrix) -> bool:
         """Whether its passes on a device can make the matrix' base update as well."""
 
@@ -75,6 +82,10 @@ class Session(Protocol):
     @property
     def penalty(self) -> Penalty | None:
         """What their gradients gain for the base update."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether :meth:`finish` may change the weights."""
 
     def finish(self) -> None:
         """What comes after the base update."""
@@ -97,6 +108,8 @@ class Gate:
     """Likewise: what the gradients are still multiplied by."""
     ratios: list[tuple[Sequence[Controlled], HostCopy]] = field(default_factory=list)
     """Matrices in their first step, and the norm found over its target (1 where it was not pulled there)."""
+    written: list[Tensor] = field(default_factory=list)
+    """Weights of which the next step has to know whether anybody has written to them after this one."""
     workspace: dict[Any, Any] = field(default_factory=dict)
     """The optimizer's, for what is kept between steps and is no state."""
     settled: bool = False

@@ -19,8 +19,7 @@ from specopt.kernels import Update
 
 from .adamw import NormScaleAdamW
 from .control import IN_FRONT, SpectralOptimizer
-from .options import Shared
-from .rules import NormScale, SpectralDecay, SpectralPenalty
+from .rules import Compose, NormScale, SpectralDecay, SpectralPenalty, find
 from .rules.operator import check_kernels
 from .session import Rule
 from .sgd import SNRSGD
@@ -28,14 +27,15 @@ from .telling import warn_of_unclear
 from .views import Matrix, check_readable
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
-RULES = (SpectralPenalty, SpectralDecay, NormScale)
+AnyRule = SpectralPenalty | SpectralDecay | NormScale | Compose
+RULES = (SpectralPenalty, SpectralDecay, NormScale, Compose)
 WAITING = ("_workspace", "_waiting", "_warned")
 """What a step leaves on the object beside options and state."""
 FOUND = "_options_found"
 """Where the object keeps which of the rule's options each of its groups had before: they stay with :func:`unwrap`."""
 
 
-def wrap(optimizer: AnyOptimizer, rule: SpectralPenalty | SpectralDecay | NormScale) -> AnyOptimizer:
+def wrap(optimizer: AnyOptimizer, rule: AnyRule) -> AnyOptimizer:
     """Puts the weight matrices of any optimizer under a rule; returns the same object.
 
     Options of the rule are the default in every param group, now and for groups added later; one that a group has
@@ -49,7 +49,8 @@ def wrap(optimizer: AnyOptimizer, rule: SpectralPenalty | SpectralDecay | NormSc
 
     Args:
         optimizer: an instance of a subclass of :class:`torch.optim.Optimizer`.
-        rule: :class:`specopt.SpectralPenalty`, :class:`specopt.SpectralDecay` or :class:`specopt.NormScale`.
+        rule: :class:`specopt.SpectralPenalty`, :class:`specopt.SpectralDecay` or :class:`specopt.NormScale`, or several
+            of them as :class:`specopt.Compose`.
 
     Raises:
         TypeError: not an optimizer, or not a rule.
@@ -108,7 +109,7 @@ class Wrapped(SpectralOptimizer):
     base: ClassVar[type[Optimizer]]
 
     def _own_options(self) -> dict[str, Any]:
-        return cast(Shared, self.rule).options
+        return self.rule.options
 
     def _add_group(self, param_group: dict[str, Any]) -> None:
         found = set(self.rule.names) & param_group.keys()
@@ -179,9 +180,9 @@ def _check_base(optimizer: Optimizer, rule: Rule) -> None:
             f"optimizer must have a step that needs no argument, but {name}.step needs {', '.join(needed)}"
             " (a closure that it evaluates at weights of its own choice is out of a rule's reach)"
         )
-    if isinstance(rule, SpectralPenalty) and getattr(optimizer, "maximize", False):
+    if find(rule, SpectralPenalty) is not None and getattr(optimizer, "maximize", False):
         raise ValueError(f"optimizer must tell maximize in its groups, but {name} has it as an attribute of the object")
-    if isinstance(rule, SpectralDecay) and any(group.get("lr") is None for group in optimizer.param_groups):
+    if find(rule, SpectralDecay) is not None and any(group.get("lr") is None for group in optimizer.param_groups):
         raise ValueError(f"optimizer must have lr in every group for SpectralDecay to go by, but {name} has none")
     options = sorted(set(rule.names) & set(getattr(optimizer, "defaults", ())))
     members = {*vars(SpectralOptimizer), *vars(Wrapped)} - set(IN_FRONT)

@@ -90,14 +90,15 @@ def corrections_(
     factors: Tensor | None = None,
     seeds: Sequence[float] | None = None,
 ) -> None:
-    """``W_b ← f_b W_b + c_b u_b v_bᵀ`` in place.
+    """``W_b ← f_b W_b + Σ_i c_bi u_bi v_biᵀ`` in place.
 
     An entry whose new value would not be finite keeps its old one; where ``c_b`` is 0 and ``f_b`` 1 nothing is written.
 
     Args:
         matrices: (m_b, n_b), any strides.
-        coefficients: ``c`` (B,).
-        lefts, rights: (m_b, ·) and (n_b, ·), of which the first columns are ``u_b`` and ``v_b``; unit column stride.
+        coefficients: ``c`` (B, r), r <= 64.
+        lefts, rights: (m_b, >= r) and (n_b, >= r), of which the first r columns are the ``u_bi`` and ``v_bi``; unit
+            column stride. Fewer where all coefficients beyond are 0.
         factors: ``f`` (B,); 1 if absent.
         seeds: of stochastic rounding of half-precision matrices on the CPU; 0: to nearest, as all are if absent.
     """
@@ -106,7 +107,7 @@ def corrections_(
         return
     if factors is not None:
         scale_(matrices, factors)
-    rank_updates_(matrices, coefficients[:, None], lefts, rights)
+    rank_updates_(matrices, coefficients, lefts, rights)
 
 
 __all__ = ["SGD", "AdamW", "Penalty", "Update", "base_updates_", "corrections_"]

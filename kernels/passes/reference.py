@@ -80,6 +80,12 @@ def _factors(coefficient: float, left: Tensor, right: Tensor) -> tuple[Tensor, T
     return left[:, :1] * coefficient, right[:, :1].contiguous().mT
 
 
+def _terms(coefficients: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """``c_i u_i`` (m, r) and ``v_iᵀ`` (r, n), without gaps."""
+    rank = len(coefficients)
+    return left[:, :rank] * coefficients, right[:, :rank].contiguous().mT
+
+
 def _buffers(numbers: SGD, fresh: bool) -> bool:
     """Whether what the gradient gains may be given to the momentum buffer instead."""
     return numbers.momentum >= LEAST_MOMENTUM and not numbers.nesterov and not fresh
@@ -139,17 +145,18 @@ def corrections_(
     seeds: Sequence[float],
 ) -> None:
     scales = [1.0] * len(matrices) if factors is None else factors.tolist()
-    for b, (matrix, change, scale) in enumerate(zip(matrices, coefficients.tolist(), scales, strict=True)):
-        if seeds[b] and matrix.dtype != coefficients.dtype and (change != 0 or scale != 1):
-            _correct_by_chance(matrix, scale, _factors(change, lefts[b], rights[b]), seeds[b])
+    for b, (matrix, changes, scale) in enumerate(zip(matrices, coefficients.tolist(), scales, strict=True)):
+        rank = max((i + 1 for i, change in enumerate(changes) if change != 0), default=0)
+        if seeds[b] and matrix.dtype != coefficients.dtype and (rank or scale != 1):
+            _correct_by_chance(matrix, scale, _terms(coefficients[b, : max(rank, 1)], lefts[b], rights[b]), seeds[b])
             continue
         if factors is not None and scale != 1:
             scale_([matrix], factors[b : b + 1])
-        if change != 0:
-            rank_updates_([matrix], coefficients[b : b + 1, None], [lefts[b]], [rights[b]])
+        if rank:
+            rank_updates_([matrix], coefficients[b : b + 1, :rank], [lefts[b]], [rights[b]])
 
 
 def _correct_by_chance(matrix: Tensor, factor: float, terms: tuple[Tensor, Tensor], seed: float) -> None:
-    new = torch.addcmul(matrix.to(terms[0].dtype) * factor, *terms)
+    new = torch.addmm(matrix.to(terms[0].dtype) * factor, *terms)
     written = rounded_like(matrix, new, seed, salt=3)
     matrix.copy_(torch.where(new.to(matrix.dtype).isfinite(), written, matrix))

@@ -5,8 +5,10 @@ in the optimizer's param groups, and its tracker's state in ``optimizer.state``.
 deepcopy and pickle.
 """
 
+from .compose import Compose, find
 from .decay import SpectralDecay
-from .norm_scale import NormScale, targets_of
+from .norm_scale import NormScale
 from .penalty import SpectralPenalty
+from .steering import targets_of
 
-__all__ = ["NormScale", "SpectralDecay", "SpectralPenalty", "targets_of"]
+__all__ = ["Compose", "NormScale", "SpectralDecay", "SpectralPenalty", "find", "targets_of"]

@@ -5,31 +5,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from specopt.kernels import Penalty
+
 from .. import updates
 from ..session import Gate
 from ..tracker import device, pairs
 from ..views import Matrix
 
 
-class AfterOnHost:
-    """The spectral matrices of a step on the CPU: what of them has to be seen before the base update."""
+class After:
+    """The session of a correction by operations on lists of matrices, on the CPU or on a device."""
 
-    def __init__(self, matrices: Sequence[Matrix]) -> None:
-        self.matrices = matrices
+    penalty: Penalty | None = None
+    writes = True
+
+    def __init__(self, matrices: Sequence[Matrix], correct: pairs.Correct, rank: int = 1) -> None:
+        self.matrices, self.correct, self.rank = matrices, correct, rank
         new = [matrix for matrix in matrices if not pairs.has_state(matrix)]
-        self.start = pairs.Start(new) if new else None
+        self.start = pairs.Start(new) if new else None  # it sees new matrices before the base update
 
-    def finish(self, correct: pairs.Correct) -> None:
+    def finish(self) -> None:
         if self.start is not None:
             self.start.finish()
-        if self.matrices:
-            pairs.step(self.matrices, correct)
+        pairs.step(self.matrices, self.correct, self.rank)
 
 
 class AfterOnDevice:
-    """The same of matrices that a device's kernels control."""
+    """The session of a correction of rank 1 by a device's launches over all matrices."""
 
     penalty = None
+    writes = True
 
     def __init__(self, matrices: Sequence[Matrix], gate: Gate) -> None:
         self.matrices, self.gate = matrices, gate

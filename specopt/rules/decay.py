@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,8 +16,8 @@ from ..session import Gate, Session
 from ..tracker import device, pairs
 from ..tracker.common import Stat, constant
 from ..updates import rate_of
-from ..views import Matrix
-from .after import AfterOnDevice, AfterOnHost
+from ..views import Matrix, block_of
+from .after import After, AfterOnDevice
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,32 +52,42 @@ class SpectralDecay(options.Shared):
         return bool(group["decay_lambda"] != 0)
 
     def columns(self, group: Mapping[str, Any]) -> int:
-        return pairs.basis_columns(group["block"])
+        return pairs.basis_columns(block_of(group))
 
     def has_state(self, matrix: Matrix) -> bool:
         return pairs.has_state(matrix)
+
+    def is_fused(self, matrix: Matrix) -> bool:
+        return device.runs_on(matrix)
+
+    def sort(self, matrix: Matrix) -> Hashable:
+        return None
 
     def takes_along(self, matrix: Matrix) -> bool:
         return True
 
     def begin(self, matrices: Sequence[Matrix], gate: Gate) -> Session:
-        return (_DecayedOnDevice if device.runs_on(matrices[0]) else _Decayed)(matrices, gate)
+        if self.is_fused(matrices[0]):
+            return _DecayedOnDevice(matrices, gate)
+        correct = self.correction(matrices, gate)
 
+        def alone(found: pairs.Found) -> pairs.Change:
+            found.stats[:, Stat.CAPPED] = 0
+            return correct(found)
 
-class _Decayed:
-    penalty = None
+        return After(matrices, alone)
 
-    def __init__(self, matrices: Sequence[Matrix], gate: Gate) -> None:
-        self.matrices, self.gate, self.after = matrices, gate, AfterOnHost(matrices)
+    def reach(self, matrices: Sequence[Matrix]) -> int:
+        return 1
 
-    def finish(self) -> None:
-        self.after.finish(self._correct)
+    def correction(self, matrices: Sequence[Matrix], gate: Gate) -> pairs.Correct:
+        def correct(found: pairs.Found) -> pairs.Change:
+            sigma = found.sigma[:, 0]
+            strength = constant([float(matrix.group["decay_lambda"]) for matrix in matrices], sigma)
+            part = _rates(matrices, sigma) * strength * gate.open(matrices, sigma)
+            return pairs.Change(-(part * torch.where(found.valid, sigma, 0.0))[:, None])
 
-    def _correct(self, sigma: Tensor, valid: Tensor, stats: Tensor) -> pairs.Change:
-        stats[:, Stat.CAPPED] = 0
-        strength = constant([float(matrix.group["decay_lambda"]) for matrix in self.matrices], sigma)
-        part = _rates(self.matrices, sigma) * strength * self.gate.open(self.matrices, sigma)
-        return pairs.Change(-part * torch.where(valid, sigma, 0.0))
+        return correct
 
 
 class _DecayedOnDevice(AfterOnDevice):

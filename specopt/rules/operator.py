@@ -32,7 +32,7 @@ from ..operators.tracker import columns_of
 from ..session import Gate
 from ..targets import target_sigma
 from ..tracker.common import BLOCK, COLD_STEPS, LEFT, LOST, PREFIX, PROBE, RIGHT, STATS, STEP, HostCopy, Stat
-from ..updates import rate_of
+from ..updates import is_on_device, rate_of
 
 if TYPE_CHECKING:
     from ..control import SpectralOptimizer
@@ -130,11 +130,11 @@ class OperatorSession:
             self.gradients[seen.kernel.param] = self._penalized(seen)
 
     def finish(self) -> None:
-        """After the base update."""
-        for seen in look(self.kernels) if "decay_lambda" in self.names else ():
-            self._decay(seen)
-        for seen in look(self.kernels) if "mode" in self.names else ():
-            self._scale(seen)
+        """After the base update: in the order of the rules, each on what the one before it has left."""
+        acts = {"decay_lambda": self._decay, "mode": self._scale}
+        for act in [acts[name] for name in self.names if name in acts]:
+            for seen in look(self.kernels):
+                act(seen)
         for kernel in self.kernels:
             kernel.state[STATS][Stat.COUNT] += 1
             kernel.state[STEP] += 1
@@ -153,7 +153,7 @@ class OperatorSession:
 
     def _decay(self, seen: Seen) -> None:
         rate = rate_of(seen.kernel.group)
-        rate = rate.to(seen.sigma) if isinstance(rate, Tensor) else float(rate)
+        rate = rate.to(seen.sigma) if isinstance(rate, Tensor) and is_on_device(rate) else float(rate)
         part = rate * float(seen.kernel.group["decay_lambda"]) * self.gate.open([seen.kernel], seen.sigma)[0]
         allowed = seen.valid & (part > 0)
         _write(seen.kernel.param, torch.where(allowed, seen.weight - part * seen.sigma * seen.slope(), seen.weight))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from specopt.kernels import Penalty
 
@@ -15,7 +16,7 @@ from ..session import Gate, Session
 from ..tracker import device, halves
 from ..tracker.common import constant
 from ..updates import is_on_device
-from ..views import Matrix
+from ..views import Matrix, block_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,10 +51,16 @@ class SpectralPenalty(options.Shared):
         return bool(group["snr_lambda"] != 0)
 
     def columns(self, group: Mapping[str, Any]) -> int:
-        return halves.basis_columns(group["block"])
+        return halves.basis_columns(block_of(group))
 
     def has_state(self, matrix: Matrix) -> bool:
         return halves.has_state(matrix)
+
+    def is_fused(self, matrix: Matrix) -> bool:
+        return device.runs_on(matrix)
+
+    def sort(self, matrix: Matrix) -> Hashable:
+        return None
 
     def takes_along(self, matrix: Matrix) -> bool:
         # a count of AdamW's steps on the device is moved on by a solve after the update, of which there is none here
@@ -63,21 +70,29 @@ class SpectralPenalty(options.Shared):
         if not gate.settled:
             halves.start([matrix for matrix in matrices if not halves.has_state(matrix)])
         if device.runs_on(matrices[0]):
-            strengths = [(-1 if m.group.get("maximize") else 1) * float(m.group["snr_lambda"]) for m in matrices]
             scaler = gate.scaler(matrices[0].param.device)
-            return device.Turns(matrices, strengths, gate.base, gate.workspace, scaler)
+            return device.Turns(matrices, _strengths(matrices), gate.base, gate.workspace, scaler)
         return _Penalized(matrices)
 
 
 class _Penalized:
     """A step of :class:`SpectralPenalty`: all of it comes before the base update."""
 
+    writes = False
+
     def __init__(self, matrices: Sequence[Matrix]) -> None:
         first = halves.step(matrices)
-        strength = constant([float(matrix.group["snr_lambda"]) for matrix in matrices], first.sigma)
-        sign = constant([-1.0 if matrix.group.get("maximize") else 1.0 for matrix in matrices], first.sigma)
-        coefficients = sign * strength * torch.where(first.valid, first.sigma, 0.0)
-        self.penalty = Penalty(coefficients, first.lefts, first.rights)
+        sigma = torch.where(first.valid, first.sigma, 0.0)
+        self.penalty = Penalty(strengths(matrices, sigma) * sigma, first.lefts, first.rights)
 
     def finish(self) -> None:
         pass
+
+
+def strengths(matrices: Sequence[Matrix], like: Tensor) -> Tensor:
+    """λ (B,), negative where the base maximizes: the penalty is minimized all the same."""
+    return constant(_strengths(matrices), like)
+
+
+def _strengths(matrices: Sequence[Matrix]) -> list[float]:
+    return [(-1.0 if m.group.get("maximize") else 1.0) * float(m.group["snr_lambda"]) for m in matrices]

@@ -108,13 +108,19 @@ def constant(values: Sequence[float], like: Tensor) -> Tensor:
     return kernels.constant(values, like.dtype, like.device)
 
 
-def exact_triplets(matrices: Sequence[Matrix], like: Tensor) -> Triplets:
-    """All sigma of complete matrices, and their first vectors alone."""
+def exact_triplets(matrices: Sequence[Matrix], like: Tensor, count: int = 1) -> Triplets:
+    """All sigma of complete matrices, and their first ``count`` vectors alone, or as many as there are (a device fills
+    up with zeros)."""
     weights = [matrix.weight for matrix in matrices]
+    most = max(matrix.columns for matrix in matrices)
+    counts = [min(count, matrix.columns if kernels.on_host(like) else most) for matrix in matrices]
     bases = [kernels.identity(matrix.columns, like.dtype, like.device) for matrix in matrices]
     out = Triplets(
-        like.new_zeros(len(matrices), max(matrix.columns for matrix in matrices)),
-        *(kernels.allocate([(w.shape[side], 1) for w in weights], like) for side in (0, 1)),
+        like.new_zeros(len(matrices), most),
+        *(
+            kernels.allocate([(w.shape[side], r) for w, r in zip(weights, counts, strict=True)], like)
+            for side in (0, 1)
+        ),
     )
     if kernels.on_host(like):
         products = [weight.to(like.dtype) for weight in weights]
@@ -135,7 +141,7 @@ def omega(rows: int, columns: int, like: Tensor) -> Tensor:
 
 def with_omega(block: Tensor, matrix: Matrix) -> Tensor:
     """``[ block | Ω ]``."""
-    return torch.cat([block, omega(block.shape[0], probe_columns(matrix.group["block"]), block)], 1)
+    return torch.cat([block, omega(block.shape[0], probe_columns(matrix.block), block)], 1)
 
 
 def put_omega(wide: Sequence[Tensor], matrices: Sequence[Matrix]) -> None:

@@ -92,7 +92,7 @@ class Engine:
         stats = state[STATS]
         if matrix.complete:
             return Tracked(matrix.weight, k, 0, True, stats)
-        a = probe_columns(matrix.group["block"])
+        a = probe_columns(matrix.block)
         if BLOCK in state:
             return Tracked(matrix.weight, k, a, False, stats, right=state[BLOCK], right_probe=state[PROBE])
         right, left = state[RIGHT], state[LEFT]
@@ -137,6 +137,8 @@ def _identity(matrix: Matrix) -> tuple[Any, ...]:
 
 class Turns:
     """A step of ``SpectralPenalty``: session of matrices that have state."""
+
+    writes = False
 
     def __init__(
         self,

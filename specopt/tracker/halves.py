@@ -50,7 +50,7 @@ def basis_columns(block: int) -> int:
 
 
 def has_state(matrix: Matrix) -> bool:
-    width = matrix.columns + probe_columns(matrix.group["block"])
+    width = matrix.columns + probe_columns(matrix.block)
     if not has_stats(matrix):
         return False
     shapes = {key: (length, width) for key, length in zip((LEFT, RIGHT), matrix.weight.shape, strict=True)}
@@ -69,7 +69,7 @@ def start(matrices: Sequence[Matrix]) -> None:
     ranges = kernels.skinny_products([matrix.gradient.mT for matrix in tracked], omega)
     ranges = [torch.nan_to_num(block, 0.0, 0.0, 0.0) for block in ranges]
     for matrix, block in zip(tracked, ranges, strict=True):
-        width = matrix.columns + probe_columns(matrix.group["block"])
+        width = matrix.columns + probe_columns(matrix.block)
         matrix.state[RIGHT] = block.new_zeros(matrix.weight.shape[1], width)
         matrix.state[LEFT] = block.new_zeros(matrix.weight.shape[0], width)
     rights = [matrix.state[RIGHT][:, : matrix.columns] for matrix in tracked]
@@ -134,7 +134,7 @@ class _Sides:
         self.layout = TurnLayout(
             columns,
             tuple(kept_columns(k) for k in columns),
-            tuple(probe_columns(matrix.group["block"]) for matrix in matrices),
+            tuple(probe_columns(matrix.block) for matrix in matrices),
         )
         self.on_right = [on_right(matrix) for matrix in matrices]
         self.seen: list[tuple[list[Tensor], list[Tensor], Tensor]] = []

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from specopt import kernels
+from specopt.kernels import Triplets
 
 from ..views import Matrix, with_options
 from . import pairs
-from .common import BLOCK, PROBE, STATS, noise_like, probe_columns, restart
+from .common import BLOCK, LEFT, PROBE, RIGHT, STATS, Stat, noise_like, probe_columns, restart
 
-OPTIONS: dict[str, Any] = {"block": 32, "tolerance": 1e-3, "max_passes": 64}
+CAREFUL: dict[str, Any] = {"tolerance": 1e-3, "max_passes": 64}
+OPTIONS: dict[str, Any] = {"block": 32, **CAREFUL}
 
 
 def measure(weights: Sequence[Matrix]) -> Tensor:
@@ -25,10 +27,25 @@ def measure(weights: Sequence[Matrix]) -> Tensor:
         chosen = [i for i, matrix in enumerate(matrices) if _key(matrix) == key]
         bucket = [matrices[i] for i in chosen]
         _start(bucket)
-        pairs.step(bucket, lambda sigma, valid, stats: pairs.Change(torch.zeros_like(sigma)))
+        pairs.step(bucket, _nothing)
         for i in chosen:
             rows[i] = matrices[i].state[STATS].to(weights[0].param.device, torch.float64)
     return torch.stack([row for row in rows if row is not None])
+
+
+def measured_triplets(matrices: Sequence[Matrix]) -> Triplets:
+    """The first triplets of weights as they are, each as its matrix is read, by a cold step that changes nothing. All
+    of one device, accumulation dtype and kind."""
+    probes = [with_options(matrix, {**matrix.group, **CAREFUL}, matrix.columns) for matrix in matrices]
+    _start(probes)
+    pairs.make_room(probes)
+    pairs.step(probes, _nothing, keep_first=True)
+    sigma = torch.stack([probe.state[STATS][Stat.TOP] for probe in probes])[:, None]
+    return Triplets(sigma, *([probe.state[key] for probe in probes] for key in (LEFT, RIGHT)))
+
+
+def _nothing(found: pairs.Found) -> pairs.Change:
+    return pairs.Change(torch.zeros_like(found.sigma[:, :1]))
 
 
 def _key(matrix: Matrix) -> tuple[torch.device, torch.dtype, bool]:
@@ -45,7 +62,7 @@ def _start(matrices: Sequence[Matrix]) -> None:
     kernels.orthonormalize(starts, starts, blocks)
     for matrix, block in zip(matrices, blocks, strict=True):
         matrix.state[BLOCK] = block
-        matrix.state[PROBE] = block.new_zeros(block.shape[0], probe_columns(matrix.group["block"]))
+        matrix.state[PROBE] = block.new_zeros(block.shape[0], probe_columns(matrix.block))
 
 
 def new_block(matrix: Matrix) -> Tensor:

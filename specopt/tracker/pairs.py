@@ -19,7 +19,10 @@ from specopt.kernels import BasisLayout, Triplets
 from ..views import Matrix
 from .common import (
     BLOCK,
+    LEFT,
     PROBE,
+    RIGHT,
+    STATS,
     STEP,
     Schedule,
     Stat,
@@ -38,17 +41,34 @@ from .common import (
 )
 
 
+class Found(NamedTuple):
+    """What a step has found of a list of matrices."""
+
+    sigma: Tensor
+    """Singular values, or their Ritz values (B, K), by size; 0 beyond a matrix' own."""
+    valid: Tensor
+    """(B,) whether they are finite."""
+    stats: Tensor
+    """(B, len(Stat)), to be read and written to."""
+
+
 class Change(NamedTuple):
-    """``W ← f W + c u₁v₁ᵀ``."""
+    """``W ← f W + Σ_i c_i u_i v_iᵀ``."""
 
     added: Tensor
-    """``c`` (B,)."""
+    """``c`` (B, r) of the first r triplets."""
     factor: Tensor | None = None
     """``f`` (B,); 1 if absent."""
 
+    def of(self, sigma: Tensor) -> Tensor:
+        """The singular values (B, K), in the same order, that it makes of those."""
+        changed = sigma.clone() if self.factor is None else sigma * self.factor[:, None]
+        changed[:, : self.added.shape[1]] += self.added
+        return changed
 
-Correct = Callable[[Tensor, Tensor, Tensor], Change]
-"""``correct(sigma, valid, stats)``: what is to be done with weights of these sigma₁ (B,)."""
+
+Correct = Callable[[Found], Change]
+"""What is to be done with weights of which this was found."""
 
 
 def basis_columns(block: int) -> int:
@@ -60,7 +80,7 @@ def kept_columns(block: int) -> int:
 
 
 def has_state(matrix: Matrix) -> bool:
-    state, rows, a = matrix.state, matrix.weight.shape[1], probe_columns(matrix.group["block"])
+    state, rows, a = matrix.state, matrix.weight.shape[1], probe_columns(matrix.block)
     if not has_stats(matrix):
         return False
     shapes = {BLOCK: (rows, matrix.columns), PROBE: (rows, a)}
@@ -95,70 +115,129 @@ class Start:
         blocks = [torch.empty_like(x) for x in moved]
         kernels.orthonormalize(moved, noise_like(blocks, self.tracked), blocks)
         for matrix, block, before in zip(self.tracked, blocks, self.before, strict=True):
-            a = probe_columns(matrix.group["block"])
+            a = probe_columns(matrix.block)
             matrix.state[BLOCK] = block
             matrix.state[PROBE] = torch.nan_to_num(before[:, :a], 0.0, 0.0, 0.0)
 
 
-def step(matrices: Sequence[Matrix], correct: Correct) -> None:
-    """One step of matrices of one device, accumulation dtype and kind (complete or tracked), all with state."""
+def step(matrices: Sequence[Matrix], correct: Correct, rank: int = 1, *, keep_first: bool = False) -> None:
+    """One step of matrices of one device, accumulation dtype and kind (complete or tracked), all with state.
+
+    Args:
+        rank: of how many triplets the residual counts, and the most that ``correct`` may change.
+        keep_first: leave the first triplet of the corrected weight in the state: σ as ``Stat.TOP``, u and v as blocks
+            of one column. Where it is tracked it is read from Z, the weight's own product with U.
+    """
     stats = gather_stats(matrices)
-    if matrices[0].complete:
-        _exact(matrices, stats, correct)
-    else:
-        _tracked(matrices, stats, correct)
+    work = _exact if matrices[0].complete else _tracked
+    first = work(matrices, stats, correct, rank, keep_first)
+    if first is not None:
+        keep(matrices, first, stats)
     stats[:, Stat.COUNT] += 1
     scatter_stats(matrices, stats)
     for matrix in matrices:
         matrix.state[STEP] += 1
 
 
-def _exact(matrices: Sequence[Matrix], stats: Tensor, correct: Correct) -> None:
-    triplets = exact_triplets(matrices, stats)
+def keep(matrices: Sequence[Matrix], first: Triplets, stats: Tensor) -> None:
+    """A first triplet into state that is there; not where it is not finite."""
+    sigma = first.sigma[:, 0]
+    valid = sigma.isfinite()
+    stats[:, Stat.TOP] = torch.where(valid, sigma, stats[:, Stat.TOP])
+    blocks = [*(left[:, :1] for left in first.lefts), *(right[:, :1] for right in first.rights)]
+    kept = [*(matrix.state[LEFT] for matrix in matrices), *(matrix.state[RIGHT] for matrix in matrices)]
+    kernels.copy_blocks(blocks, kept, active=torch.cat([valid, valid]))
+
+
+def make_room(matrices: Sequence[Matrix]) -> None:
+    """For the first triplet, in state that has none."""
+    for matrix in matrices:
+        dtype = kernels.accumulation_dtype(matrix.param.dtype)
+        for key, length in zip((LEFT, RIGHT), matrix.weight.shape, strict=True):
+            if not fits(matrix.state, key, (length, 1), matrix):
+                matrix.state[key] = torch.zeros(length, 1, dtype=dtype, device=matrix.param.device)
+
+
+def has_first(matrix: Matrix) -> bool:
+    """Whether :func:`step` has left the first triplet."""
+    lengths = zip((LEFT, RIGHT), matrix.weight.shape, strict=True)
+    return has_state(matrix) and all(fits(matrix.state, key, (length, 1), matrix) for key, length in lengths)
+
+
+def first_triplets(matrices: Sequence[Matrix]) -> Triplets:
+    """Of weights as they are, by one product with the blocks that there are."""
+    like = matrices[0].state[STATS]
+    if matrices[0].complete:
+        return exact_triplets(matrices, like)
+    bases = [matrix.state[BLOCK] for matrix in matrices]
+    return kernels.ritz_triplets(kernels.skinny_products([matrix.weight for matrix in matrices], bases), bases)
+
+
+def _exact(matrices: Sequence[Matrix], stats: Tensor, correct: Correct, rank: int, keep_first: bool) -> Triplets | None:
+    triplets = exact_triplets(matrices, stats, rank + keep_first)  # one more may come to be the first
     valid = triplets.sigma[:, 0].isfinite()
     stats[:, Stat.SIGMA] = triplets.sigma[:, 0]
-    change = correct(triplets.sigma[:, 0], valid, stats)
+    change = correct(Found(triplets.sigma, valid, stats))
     _apply(change, matrices, triplets)
     _record(stats, triplets, change, valid)
     stats[:, Stat.RESIDUAL] = torch.where(valid, 0.0, stats[:, Stat.RESIDUAL])
     stats[:, Stat.PAIRS] = 0.5
+    return _largest(triplets, change, rank + 1) if keep_first else None
 
 
-def _tracked(matrices: Sequence[Matrix], stats: Tensor, correct: Correct) -> None:
-    work = _Pair(matrices)
+def _largest(triplets: Triplets, change: Change, count: int) -> Triplets:
+    """The first triplet after a change of some."""
+    sigma, place = change.of(triplets.sigma)[:, :count].max(1, keepdim=True)
+
+    def chosen(blocks: Sequence[Tensor]) -> list[Tensor]:
+        picked = zip(blocks, place.unbind(), strict=True)
+        return [block.index_select(1, at.clamp(max=block.shape[1] - 1)) for block, at in picked]
+
+    return Triplets(sigma, chosen(triplets.lefts), chosen(triplets.rights))
+
+
+def _tracked(
+    matrices: Sequence[Matrix], stats: Tensor, correct: Correct, rank: int, keep_first: bool
+) -> Triplets | None:
+    work = _Pair(matrices, rank)
     schedule = Schedule.of(matrices, stats)
-    sigma, residual = work.make(None)
+    sigma, first, residual = work.make(None)
     pairs = torch.ones_like(sigma)
-    fine = residual <= 0.5 * schedule.tolerance  # then the last step's residual counts for nothing
-    wanted = schedule.first(sigma, stats[:, Stat.TOP], torch.where(fine, residual, stats[:, Stat.RESIDUAL]))
-    nothing = torch.zeros_like(sigma)
+    seen = residual
+    if rank == 1:
+        fine = residual <= 0.5 * schedule.tolerance  # then the last step's residual counts for nothing
+        seen = torch.where(fine, residual, stats[:, Stat.RESIDUAL])
+    wanted = schedule.first(sigma, stats[:, Stat.TOP], seen)
+    nothing = torch.zeros_like(sigma)[:, None]
     for done in range(1, schedule.rounds):
         if all_idle(wanted):
             break
         work.next_basis(nothing, wanted, shift=done)
-        before, sigma_before = residual, sigma
-        sigma, residual = work.make(wanted)
-        residual = torch.where(wanted, residual, before)
+        before, sigma_before = (first, residual), sigma
+        sigma, first, residual = work.make(wanted)
+        first, residual = (torch.where(wanted, x, y) for x, y in zip((first, residual), before, strict=True))
         pairs = pairs + wanted
         wanted = wanted & schedule.again(pairs, sigma, sigma_before, residual)
 
     valid = sigma.isfinite()
     stats[:, Stat.SIGMA] = sigma
-    change = correct(sigma, valid, stats)
+    change = correct(Found(work.triplets.sigma, valid, stats))
     _apply(change, matrices, work.triplets)
     work.follow(change)
+    kept = work.turned() if keep_first else None
     work.next_basis(change.added, valid)
     work.keep_probes(valid)
     _record(stats, work.triplets, change, valid)
-    stats[:, Stat.RESIDUAL] = torch.where(valid, residual, stats[:, Stat.RESIDUAL])
+    stats[:, Stat.RESIDUAL] = torch.where(valid, first, stats[:, Stat.RESIDUAL])
     stats[:, Stat.PAIRS] = pairs
+    return kept
 
 
 class _Pair:
     """``Y = W V`` with its Ritz triplets and ``Z = Wᵀ [U | Ω]``, made as often as a step asks for."""
 
-    def __init__(self, matrices: Sequence[Matrix]) -> None:
-        self.matrices, self.layout = matrices, _layout(matrices)
+    def __init__(self, matrices: Sequence[Matrix], rank: int) -> None:
+        self.matrices, self.layout, self.rank = matrices, _layout(matrices), rank
         self.weights = [matrix.weight for matrix in matrices]
         self.bases = [matrix.state[BLOCK] for matrix in matrices]
         self.probes = [matrix.state[PROBE] for matrix in matrices]
@@ -175,21 +254,29 @@ class _Pair:
             kernels.allocate([(base.shape[0], base.shape[1]) for base in self.bases], like),
         )
 
-    def make(self, active: Tensor | None) -> tuple[Tensor, Tensor]:
-        """sigma₁ and the residual of its triplet (B,)."""
+    def make(self, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """sigma₁, the residual of its triplet, and the largest of the first ``rank`` triplets' (B,)."""
         kernels.skinny_products(self.weights, self.bases, out=self.products, active=active)
         kernels.ritz_triplets(self.products, self.bases, out=self.triplets, active=active)
         transposed = [weight.mT for weight in self.weights]
         kernels.skinny_products(transposed, self.lefts, out=self.returned, active=active)
-        sigma = self.triplets.sigma[:, 0].clone()
-        scale = torch.where(sigma > 0, sigma, 1.0)
-        return sigma, kernels.first_column_residuals(self.returned, self.triplets.rights, scale)
+        residuals = kernels.leading_residuals(self.returned, self.triplets, self.rank)
+        return self.triplets.sigma[:, 0].clone(), *residuals
 
     def follow(self, change: Change) -> None:
-        """``(f W + c u₁v₁ᵀ)ᵀ [U | Ω] = f Z + c v₁ (u₁ᵀ [U | Ω])``: the product of corrected weights without another."""
-        first = [left[:, :1] for left in self.lefts]
+        """``(f W + Σ c_i u_i v_iᵀ)ᵀ [U | Ω] = f Z + Σ c_i v_i (u_iᵀ [U | Ω])``: the product of corrected weights
+        without another."""
+        rank = change.added.shape[1]
+        first = [left[:, : min(rank, m.columns)] for left, m in zip(self.lefts, self.matrices, strict=True)]
         turned = kernels.skinny_products([left.mT for left in self.lefts], first)
         kernels.corrections_(self.returned, change.added, self.triplets.rights, turned, factors=change.factor)
+
+    def turned(self) -> Triplets:
+        """Triplets of the corrected weight, from ``Z = Wᵀ U``: half an iteration beyond those that were corrected."""
+        bases = self.triplets.lefts
+        products = [block[:, : m.columns] for block, m in zip(self.returned, self.matrices, strict=True)]
+        other = kernels.ritz_triplets(products, bases)
+        return Triplets(other.sigma, other.rights, other.lefts)
 
     def next_basis(self, change: Tensor, active: Tensor, shift: int = 0) -> None:
         starts = noise_like(self.bases, self.matrices, shift=shift)
@@ -219,14 +306,13 @@ def _apply(change: Change, matrices: Sequence[Matrix], triplets: Triplets) -> No
 
 
 def _record(stats: Tensor, triplets: Triplets, change: Change, valid: Tensor) -> None:
-    after = triplets.sigma.clone()
-    after[:, 0] += change.added
+    after = Change(change.added).of(triplets.sigma)
     stats[:, Stat.TOP] = torch.where(valid, after.abs().amax(1), stats[:, Stat.TOP])
     stats[:, Stat.VALID] = valid.to(stats.dtype)
 
 
 def _layout(matrices: Sequence[Matrix]) -> BasisLayout:
-    blocks = [matrix.group["block"] for matrix in matrices]
+    blocks = [matrix.block for matrix in matrices]
     return BasisLayout(
         tuple(matrix.columns for matrix in matrices),
         tuple(kept_columns(block) for block in blocks),

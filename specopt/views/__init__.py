@@ -2,6 +2,7 @@
 
 from .matrix import (
     Matrix,
+    block_of,
     check_readable,
     could_be_controlled,
     is_controlled,
@@ -14,6 +15,7 @@ from .matrix import (
 
 __all__ = [
     "Matrix",
+    "block_of",
     "check_readable",
     "could_be_controlled",
     "is_controlled",

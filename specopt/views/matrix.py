@@ -19,6 +19,12 @@ from .parts import parse, piece, pieces
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def block_of(group: Mapping[str, Any]) -> int:
+    """The group's ``block``; four columns for each triplet where a rule corrects more than one, if that is more."""
+    rank = group.get("rank", 1)
+    return int(group["block"] if rank in (1, "full") else min(max(group["block"], 4 * rank), MAX_COLUMNS))
+
+
 def is_controlled(param: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether the weight is controlled, from its shape and its group's ``spectral`` and ``view``.
 
@@ -113,6 +119,11 @@ class Matrix:
         return self.columns == self.weight.shape[1]
 
     @property
+    def block(self) -> int:
+        """The columns of a product with it."""
+        return block_of(self.group)
+
+    @property
     def fills_parameter(self) -> bool:
         """It is the whole parameter, where that lies."""
         return self.part is None and self.copy is None
@@ -198,7 +209,7 @@ def _matrix(
 ) -> Matrix:
     copy = None if _readable(found, copies=copies) else found.clone(memory_format=torch.contiguous_format)
     view = matrix_view(found if copy is None else copy)
-    limit = min(2 * group["block"], MAX_COLUMNS)
+    limit = min(2 * block_of(group), MAX_COLUMNS)
     flipped = view.shape[0] < view.shape[1] and view.shape[0] <= limit
     weight = view.mT if flipped else view
     width = weight.shape[1]

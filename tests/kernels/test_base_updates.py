@@ -168,7 +168,7 @@ def test_corrections_are_scalings_and_outer_products(dtype: torch.dtype, layout:
         f * w.double() + c * torch.outer(u[:, 0], v[:, 0]).double()
         for w, f, c, u, v in zip(weights, factors, changes, lefts, rights, strict=True)
     ]
-    corrections_(weights, changes, lefts, rights, factors=factors)
+    corrections_(weights, changes[:, None], lefts, rights, factors=factors)
     for weight, wanted in zip(weights, expected, strict=True):
         assert (weight.double() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
     assert weights[1]._version == versions[1]  # nothing was to be done

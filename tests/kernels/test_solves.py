@@ -15,7 +15,7 @@ from torch import Tensor
 from specopt.kernels import records as r
 from specopt.kernels import start_block, subspace, tables
 from specopt.kernels.solves import device as solves
-from specopt.rules.norm_scale import _SpectralCorrection
+from specopt.rules import NormScale
 from specopt.session import Gate
 from specopt.tracker import common, halves, pairs
 from specopt.tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, Stat, probe_columns
@@ -35,6 +35,7 @@ GROUP = {
     "mode": "set",
     "target": 1.0,
     "norm": "spectral",
+    "rank": 1,
     "raise_small": False,
     "lr": 1e-3,
     "snr_lambda": 0.01,
@@ -65,7 +66,7 @@ class Records:
         self.numbers = torch.tensor([self._numbers(m) for m in matrices], device=device)
 
     def _probes(self, matrix: Matrix) -> int:
-        return 0 if matrix.complete else probe_columns(matrix.group["block"])
+        return 0 if matrix.complete else probe_columns(matrix.block)
 
     def _scratch(self, matrix: Matrix) -> dict[str, Tensor]:
         m, n = matrix.weight.shape
@@ -239,7 +240,7 @@ def begin(matrix: Matrix, tracker: str, count: int = 0, residual: float = math.i
     stats, random = matrix.state[STATS], generator(7 + count)
     if not matrix.complete:
         m, n = matrix.weight.shape
-        k, a = matrix.columns, probe_columns(matrix.group["block"])
+        k, a = matrix.columns, probe_columns(matrix.block)
         size = matrix.weight.float().nan_to_num(0, 0, 0).abs().max().item() * 0.3
         blocks = {
             length: torch.linalg.qr(torch.randn(length, k, generator=random, dtype=torch.float64))[0]
@@ -260,7 +261,7 @@ def advance(matrix: Matrix, tracker: str, rounds: int) -> tuple[Matrix, Any]:
     """The same step on the torch reference, alone in its list; ``rounds`` as a device enqueues them."""
     if tracker == "halves":
         return matrix, halves.step([matrix])
-    pairs.step([matrix], _SpectralCorrection([matrix], Gate()))
+    pairs.step([matrix], NormScale().correction([matrix], Gate()))
     return matrix, None
 
 

@@ -113,7 +113,7 @@ def test_pairs_converge_to_the_singular_triplet_and_the_residual_says_so(correct
     layout = BasisLayout((14, 14), (2, 2), (2, 2))
     bases = orthonormal([start(w.shape[1], 14) for w in matrices])
     probes = [torch.zeros(w.shape[1], 2, device=DEVICE) for w in matrices]
-    nothing = torch.zeros(2, device=DEVICE)
+    nothing = torch.zeros(2, 1, device=DEVICE)
     for i in range(14):
         triplets = kernels.ritz_triplets(kernels.skinny_products(matrices, bases), bases)
         lefts = [torch.cat([left, start(left.shape[0], 2)], 1) for left in triplets.lefts]
@@ -131,7 +131,7 @@ def test_pairs_converge_to_the_singular_triplet_and_the_residual_says_so(correct
     coefficients = torch.full((2, 1), correction, device=DEVICE)
     kernels.rank_updates_(matrices, coefficients, triplets.lefts, triplets.rights)
     returned = kernels.skinny_products([w.mT for w in matrices], lefts)
-    again = kernels.next_basis(triplets, returned, probes, starts, layout, coefficients[:, 0], bases)
+    again = kernels.next_basis(triplets, returned, probes, starts, layout, coefficients[:, :1], bases)
     assert torch.allclose(again, residual, atol=5e-6)
 
 
@@ -146,7 +146,7 @@ def test_followers_lead_to_where_the_weight_has_moved() -> None:
     triplets = kernels.ritz_triplets(kernels.skinny_products([moved], [basis]), [basis])
     returned = kernels.skinny_products([moved.mT], [torch.cat([triplets.lefts[0], omega], 1)])
     layout = BasisLayout((14,), (2,), (2,))
-    kernels.next_basis(triplets, returned, before, [start(60, 14)], layout, torch.zeros(1, device=DEVICE), [basis])
+    kernels.next_basis(triplets, returned, before, [start(60, 14)], layout, torch.zeros(1, 1, device=DEVICE), [basis])
     assert float((basis.mT @ direction).norm()) > 0.999
 
 
@@ -159,5 +159,5 @@ def test_inactive_matrices_keep_their_basis() -> None:
     returned = kernels.skinny_products([w.mT for w in matrices], triplets.lefts)
     layout = BasisLayout((6, 6), (1, 1), (0, 0))
     starts = [start(*basis.shape) for basis in bases]
-    kernels.next_basis(triplets, returned, old, starts, layout, torch.zeros(2, device=DEVICE), bases, active=active)
+    kernels.next_basis(triplets, returned, old, starts, layout, torch.zeros(2, 1, device=DEVICE), bases, active=active)
     assert not torch.equal(bases[0], old[0]) and torch.equal(bases[1], old[1])

@@ -33,8 +33,11 @@ WRONG: list[tuple[type, str, Any]] = [
     (specopt.NormScaleAdamW, "target", True),
     (specopt.NormScaleAdamW, "target", None),
     (specopt.NormScaleAdamW, "rank", 0),
-    (specopt.NormScaleAdamW, "rank", 2),
+    (specopt.NormScaleAdamW, "rank", 17),
+    (specopt.NormScaleAdamW, "rank", "all"),
+    (specopt.NormScaleAdamW, "rank", 2.0),
     (specopt.NormScaleAdamW, "rank", -1),
+    (specopt.NormScaleAdamW, "every", 0),
     (specopt.NormScaleAdamW, "raise_small", 1),
 ]
 for _cls in (specopt.SNRSGD, specopt.NormScaleAdamW):

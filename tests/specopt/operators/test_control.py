@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 
 import specopt
 from specopt.operators import ConvOperator, Geometry, parse
+from specopt.rules.operator import OperatorSession, kernels_of
+from specopt.session import Gate
 from tests.specopt.helpers import DEVICE
 from tests.specopt.operators.cases import norm
 
@@ -23,6 +25,10 @@ OTHERS: dict[str, Callable[[Any], Optimizer]] = {
     "penalty": lambda groups: specopt.SNRSGD(groups, lr=0.05, momentum=0.9, snr_lambda=0.1),
     "rescale": lambda groups: specopt.NormScaleAdamW(groups, lr=1e-3, mode="rescale"),
     "cap": lambda groups: specopt.NormScaleAdamW(groups, lr=1e-3, mode="cap", target=1.0),
+    "both": lambda groups: specopt.wrap(
+        torch.optim.AdamW(groups, lr=1e-3),
+        specopt.Compose(specopt.SpectralPenalty(0.1), specopt.NormScale(mode="cap", target=1.0)),
+    ),
     "decay": lambda groups: specopt.wrap(torch.optim.SGD(groups, lr=0.05), specopt.SpectralDecay(0.1)),
 }
 
@@ -34,7 +40,7 @@ def model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
         nn.ReLU(),
         nn.Conv2d(4, 4, 3, stride=2, groups=2),
         nn.Flatten(),
-        nn.Linear(36, 3),
+        nn.Linear(36, 48),
     ).to(DEVICE, dtype)
 
 
@@ -136,6 +142,19 @@ def test_cap_only_lowers_and_holds() -> None:
     assert first > 0.8
 
 
+def test_composed_rules_act_in_their_order() -> None:
+    """A decay after the cap leaves the norm below it by its part; a cap after the decay leaves it there."""
+    decay, cap = specopt.SpectralDecay(0.5), specopt.NormScale(mode="cap", target=0.5)
+    norms = []
+    for rule in (specopt.Compose(decay, cap), specopt.Compose(cap, decay)):
+        network = model()
+        optimizer = specopt.wrap(torch.optim.SGD(groups_of(network), lr=0.1), rule)
+        step(network, optimizer)
+        norms.append(exact(network)[0])
+    assert norms[0] == pytest.approx(0.5, rel=1e-3)
+    assert norms[1] < 0.49
+
+
 def test_initial_target_keeps_the_norms_of_the_start() -> None:
     network = model()
     start = exact(network)
@@ -209,6 +228,29 @@ def test_a_step_with_found_inf_changes_nothing(name: str) -> None:
     for key, value in optimizer.state[network[0].weight].items():
         if isinstance(value, Tensor):
             assert torch.equal(value, state[key]), key
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_skip_that_only_the_device_knows_of_changes_neither_kernels_nor_their_state(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session alone: it may not ask, and puts its state back."""
+    network = model()
+    optimizer: Any = OTHERS[name](groups_of(network))
+    step(network, optimizer)
+    monkeypatch.setattr(Gate, "is_undecided", True)
+    before = [
+        copy.deepcopy((kernel.param, kernel.state["spectral_operator"], kernel.state["spectral_stats"]))
+        for kernel in kernels_of(optimizer)
+    ]
+    with torch.no_grad():
+        session = OperatorSession(
+            kernels_of(optimizer), optimizer.rule.names, Gate(found_inf=torch.ones((), device=DEVICE))
+        )
+        session.finish()
+    for kernel, kept in zip(kernels_of(optimizer), before, strict=True):
+        now = kernel.param, kernel.state["spectral_operator"], kernel.state["spectral_stats"]
+        assert all(torch.equal(a, b) for a, b in zip(now, kept, strict=True))
 
 
 @pytest.mark.parametrize("name", OTHERS)

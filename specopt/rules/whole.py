@@ -1,0 +1,105 @@
+"""Sessions of rules that change a matrix as a whole, and follow no singular vectors: Frobenius scaling, and the cap of
+all singular values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specopt import kernels
+
+from ..session import Gate
+from ..tracker.common import (
+    BLOCK,
+    LEFT,
+    PROBE,
+    RIGHT,
+    STEP,
+    Stat,
+    gather_stats,
+    has_stats,
+    restart,
+    rounding_seeds,
+    scatter_stats,
+)
+from ..views import Matrix
+from .steering import InitialNorms, beginners, distance, down_only, targets_of, tell_first
+
+
+class _Whole:
+    penalty = None
+    writes = True
+
+    def __init__(self, matrices: Sequence[Matrix], gate: Gate) -> None:
+        self.matrices, self.gate = matrices, gate
+        self.initial = InitialNorms(matrices)
+        self.fresh = [matrix for matrix in matrices if not has_stats(matrix)]
+        self.norms = kernels.frobenius_norms([matrix.weight for matrix in self.fresh]) if self.fresh else ()
+
+    def finish(self) -> None:
+        self.initial.note()
+        for matrix, norm in zip(self.fresh, self.norms, strict=True):
+            restart(matrix, norm)
+        stats = gather_stats(self.matrices)
+        valid = self.change(stats)
+        stats[:, Stat.SIGMA] = torch.nan  # no singular value is known
+        stats[:, Stat.VALID] = valid.to(stats.dtype)
+        stats[:, Stat.COUNT] += 1
+        scatter_stats(self.matrices, stats)
+        for matrix in self.matrices:
+            for key in (BLOCK, PROBE, LEFT, RIGHT):  # of an earlier time under another rule: they follow no longer
+                matrix.state.pop(key, None)
+            matrix.state[STEP] += 1
+
+    def change(self, stats: Tensor) -> Tensor:
+        """Changes the weights; returns where they are finite (B,)."""
+        raise NotImplementedError
+
+
+class FrobeniusScaled(_Whole):
+    """``W *= F*/‖W‖_F``."""
+
+    def change(self, stats: Tensor) -> Tensor:
+        norm, factors = frobenius_factors(self.matrices, stats, self.gate)
+        kernels.scale_([matrix.weight for matrix in self.matrices], factors)
+        return norm.isfinite()
+
+
+def frobenius_factors(matrices: Sequence[Matrix], stats: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
+    """``‖W‖_F``, and what the weights are to be scaled by (B,)."""
+    norm = kernels.frobenius_norms([matrix.weight for matrix in matrices])
+    target = targets_of(matrices, stats)
+    change = distance(norm, target, norm.isfinite(), down_only(matrices, norm, target, stats))
+    tell_first(matrices, beginners(matrices), norm, target, change != 0, gate)
+    moved = (change != 0) & (gate.open(matrices, norm) > 0)
+    return norm, torch.where(moved, target / torch.where(norm > 0, norm, 1.0), 1.0)
+
+
+class Capped(_Whole):
+    """``W ← U min(Σ, σ*) Vᵀ`` in each ``every``-th step of a matrix."""
+
+    def change(self, stats: Tensor) -> Tensor:
+        stats[:, Stat.CAPPED] = 0
+        return cap_all(self.matrices, [matrix.state[STEP] + 1 for matrix in self.matrices], stats, self.gate)
+
+
+def cap_all(matrices: Sequence[Matrix], steps: Sequence[int], stats: Tensor, gate: Gate) -> Tensor:
+    """The cap of all singular values, in those of the ``steps`` (counted from 1) that ask for it; where the weights are
+    finite (B,), as far as that was looked at."""
+    due = [i for i, (matrix, step) in enumerate(zip(matrices, steps, strict=True)) if step % matrix.group["every"] == 0]
+    valid = stats[:, Stat.VALID].clone()
+    if due:
+        chosen = [matrices[i] for i in due]
+        target = targets_of(chosen, stats)
+        bounds = kernels.cap_(
+            [matrix.weight for matrix in chosen],
+            target,
+            active=gate.open(chosen, target) > 0,
+            wild=any(steps[i] == matrices[i].group["every"] for i in due),
+            seeds=rounding_seeds(chosen),
+        )
+        for i, bound in zip(due, bounds, strict=True):
+            valid[i] = bound.isfinite()
+    return valid
