@@ -34,9 +34,9 @@ class Ritz(NamedTuple):
     residual: Tensor
     """(G,) ``‖Aᵀu − σv‖ / σ`` of these."""
     left: Tensor
-    """(m, k): u, each group in its own rows."""
+    """(m, j): u of the first, each group in its own rows."""
     right: Tensor
-    """(n, k): v."""
+    """(n, j): v."""
 
 
 def pair(
@@ -58,12 +58,14 @@ def pair(
         hints: a direction (n, 1) to be taken in, or None.
     """
     products = [_columns(o(maps_of(basis, o.input_shape))) for o, basis in zip(operators, bases, strict=True)]
-    lefts, rights = ([block.new_empty(block.shape) for block in blocks] for blocks in (products, bases))
+    lefts, rights = (
+        [block.new_empty(len(block), min(images, block.shape[1])) for block in blocks] for blocks in (products, bases)
+    )
     split = [_split(blocks, operators) for blocks in (products, bases, lefts, rights)]
     sigma = split[0][0].new_zeros(len(split[0]), max(y.shape[1] for y in split[0]))
     triplets = kernels.ritz_triplets(split[0], split[1], out=Triplets(sigma, split[2], split[3]))
-    first = [maps_of(left[:, :images], o.output_shape) for left, o in zip(lefts, operators, strict=True)]
-    returned = _split([_columns(o.adjoint(u)) for o, u in zip(operators, first, strict=True)], operators)
+    images_of = [maps_of(left, o.output_shape) for left, o in zip(lefts, operators, strict=True)]
+    returned = _split([_columns(o.adjoint(u)) for o, u in zip(operators, images_of, strict=True)], operators)
     top = triplets.sigma[:, 0]
     residual = kernels.first_column_residuals(returned, triplets.rights, torch.where(top > 0, top, 1.0))
     noises = _split([_noise(basis, variant) for basis in bases], operators)
@@ -115,9 +117,8 @@ def _split_hints(hints: Sequence[Tensor | None] | None, operators: Sequence[Conv
 
 def _candidates(basis: Tensor, returned: Tensor, rights: Tensor, sigma: Tensor, hint: Tensor | None) -> Tensor:
     """``[ v | Aᵀu / σ − v | before | hint ]`` (n, k)."""
-    images = returned.shape[1]
-    first, scale = rights[:, :images], torch.where(sigma[:images] > 0, sigma[:images], 1.0)
-    columns = [first, returned / scale - first]
+    images = rights.shape[1]
+    columns = [rights, returned / torch.where(sigma[:images] > 0, sigma[:images], 1.0) - rights]
     before = basis.shape[1] - 2 * images
     columns += [basis[:, :before]] if hint is None else [basis[:, : before - 1], hint]
     return torch.cat(columns, 1)
