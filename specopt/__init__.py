@@ -4,7 +4,7 @@ Swap the optimizer class, and every weight matrix' largest singular value is reg
 (:class:`NormScaleAdamW`), with no term in the loss and no layer wrapper.
 """
 
-from . import init
+from . import init, operators
 from .adamw import NormScaleAdamW
 from .groups import param_groups
 from .report import SpectralRow, spectral_report
@@ -23,6 +23,7 @@ __all__ = [
     "SpectralPenalty",
     "SpectralRow",
     "init",
+    "operators",
     "param_groups",
     "spectral_report",
     "unwrap",

@@ -44,7 +44,8 @@ class SpectralRow:
 
 @torch.no_grad()
 def spectral_report(optimizer: Optimizer) -> list[SpectralRow]:
-    """A row for each matrix that ``optimizer`` controls, in the order of its groups. One host sync; changes nothing.
+    """A row for each matrix that ``optimizer`` controls, in the order of its groups, and then for each convolution that
+    it controls as an operator. One host sync for these and one for those; changes nothing.
 
     Raises:
         TypeError: an optimizer that controls nothing by design, such as a plain ``torch.optim`` one.
@@ -101,7 +102,7 @@ def _operator_rows(optimizer: SpectralOptimizer) -> list[SpectralRow]:
         )
         for kernel, sigma, residual in found
     ]
-    told = torch.stack(values).tolist() if values else []
+    told = torch.stack([value.to(values[0].device) for value in values]).tolist() if values else []
     for (kernel, *_), (sigma, residual, frobenius, target, capped) in zip(found, told, strict=True):
         rows.append(
             SpectralRow(

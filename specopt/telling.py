@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .rules.operator import geometries_in
 from .tracker.common import HostCopy
 from .views import could_be_controlled, is_controlled
 
@@ -40,6 +41,7 @@ def warn_of_unclear(groups: Iterable[Mapping[str, Any]], names: Mapping[Tensor, 
         for group in groups
         for param in group["params"]
         if group["spectral"] and could_be_controlled(param) and not is_controlled(param, group)
+        if id(param) not in geometries_in(group)
     ]
     if unclear:
         warnings.warn(

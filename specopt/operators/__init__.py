@@ -3,6 +3,7 @@
 from .bound import flattened_bound, flattened_factors
 from .conv import ConvOperator
 from .geometry import Geometry, parse
+from .norm import operator_norm
 from .tracker import COLD, START, WARM, Effort, Found, follow, start
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "flattened_bound",
     "flattened_factors",
     "follow",
+    "operator_norm",
     "parse",
     "start",
 ]

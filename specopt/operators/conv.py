@@ -8,7 +8,7 @@ convolution by the same kernel, from its outputs to its inputs: ``A = Cᵀ``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -168,11 +168,14 @@ def _cropped(inputs: Tensor, size: tuple[int, ...]) -> Tensor:
 
 @contextmanager
 def exact(device: torch.device) -> Iterator[None]:
-    """cuDNN without TF32, whose rounding (1e-3) is that of what is tracked; and with the same bits on every rank."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.backends.cudnn.flags(
-        enabled=torch.backends.cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
-    ):
+    """Without autocast; and cuDNN without TF32, whose rounding (1e-3) is that of what is tracked, and with the same
+    bits on every rank."""
+    with ExitStack() as stack:
+        if torch.amp.autocast_mode.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            enabled = torch.backends.cudnn.enabled
+            stack.enter_context(
+                torch.backends.cudnn.flags(enabled=enabled, benchmark=False, deterministic=True, allow_tf32=False)
+            )
         yield

@@ -192,14 +192,20 @@ def _side(pair: tuple[int, int]) -> str:
     return str(before) if before == after else f"{before}:{after}"
 
 
-@cache
-def parse(text: str) -> Geometry:
+def parse(text: Any) -> Geometry:
     """The geometry that :class:`Geometry` writes as this text: ``parse(str(geometry)) == geometry``.
 
     Raises:
         ValueError: what is no such text.
     """
-    found = GRAMMAR.fullmatch(text) if isinstance(text, str) else None
+    if not isinstance(text, str):
+        raise ValueError(f"geometry must be text like {EXAMPLE!r}, got {text!r}")
+    return _parsed(text)
+
+
+@cache
+def _parsed(text: str) -> Geometry:
+    found = GRAMMAR.fullmatch(text)
     if found is None:
         raise ValueError(f"geometry must be text like {EXAMPLE!r}, got {text!r}")
     kind, dimensions, size, rest = found.groups()

@@ -33,6 +33,7 @@ from ..session import Gate
 from ..targets import target_sigma
 from ..tracker.common import BLOCK, COLD_STEPS, LEFT, LOST, PREFIX, PROBE, RIGHT, STATS, STEP, HostCopy, Stat
 from ..updates import is_on_device, rate_of
+from ..views import could_be_controlled
 
 if TYPE_CHECKING:
     from ..control import SpectralOptimizer
@@ -105,11 +106,14 @@ def check_kernels(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> None
     if len(given) != len(params):
         raise ValueError(f"geometry must have an entry for each of {len(params)} params, got {len(given)}")
     for param, text in zip(params, given, strict=True):
-        if text is not None:
-            try:
-                parse(text).check_kernel(tuple(param.shape))
-            except ValueError as error:
-                raise ValueError(f"{names[param]}: {error}") from None
+        if text is None:
+            continue
+        if not could_be_controlled(param):
+            raise ValueError(f"{names[param]} must be a dense real kernel, got {param.dtype}, {tuple(param.shape)}")
+        try:
+            parse(text).check_kernel(tuple(param.shape))
+        except ValueError as error:
+            raise ValueError(f"{names[param]}: {error}") from None
 
 
 class OperatorSession:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -368,6 +369,21 @@ def test_options_that_make_no_operator_are_refused(options: dict[str, Any], name
     with pytest.raises(ValueError) as error:
         specopt.NormScaleAdamW([{"params": [("w", weight)], **good, **options}])
     assert named in str(error.value)
+
+
+def test_a_kernel_whose_shape_alone_tells_nothing_is_controlled_without_a_warning() -> None:
+    depthwise = nn.Conv2d(4, 4, 3, groups=4, bias=False)
+    group = {"params": [depthwise.weight], "conv": "operator", "geometry": ["conv2d(7x7, groups=4)"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = specopt.SNRSGD([group])
+    assert [row.shape for row in specopt.spectral_report(optimizer)] == [(4, 1, 3, 3)]
+
+
+def test_complex_kernels_are_refused() -> None:
+    weight = torch.zeros(4, 2, 3, 3, dtype=torch.complex64)
+    with pytest.raises(ValueError, match=r"0\.0 must be a dense real kernel"):
+        specopt.SNRSGD([{"params": [weight], "conv": "operator", "geometry": ["conv2d(7x7)"]}])
 
 
 def test_state_of_another_kernel_is_refused() -> None:

@@ -58,6 +58,16 @@ def test_nothing_is_recorded_for_autograd_and_no_grad_is_no_hindrance() -> None:
     assert not any(t.requires_grad for t in (outputs, gradient, operator.adjoint(outputs)))
 
 
+def test_autocast_is_of_no_effect() -> None:
+    module = nn.Conv2d(2, 3, 3, padding=1)
+    operator = operator_of(module, (5, 5))
+    inputs = torch.randn(2, *operator.input_shape)
+    outputs = operator(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(operator(inputs), outputs)
+        assert operator.adjoint(outputs).dtype == operator.kernel_gradient(outputs, inputs).dtype == torch.float32
+
+
 def test_kernels_of_any_strides_are_taken() -> None:
     module = nn.Conv2d(4, 6, 3, padding=1)
     operator = operator_of(module, (5, 5))

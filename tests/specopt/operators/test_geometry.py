@@ -68,6 +68,7 @@ def test_text_is_as_the_documentation_has_it() -> None:
         "conv2d(٨x٨)",
         None,
         3,
+        ["conv2d(8x8)"],
     ],
 )
 def test_what_is_no_geometry_is_refused_with_its_text(text: Any) -> None:
