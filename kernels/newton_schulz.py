@@ -1,4 +1,4 @@
-"""Functions of all singular values at once, by matrix products alone: the polar factor, and the cap ``min(σ, σ*)``.
+"""Functions of all singular values at once, by matrix products alone: above all the cap ``min(σ, σ*)``.
 
 Newton–Schulz iterations with odd polynomials of degree 5, each the best there is on the interval that the one before
 has left (Amsel, Persson, Musco and Gower, The Polar Express, arXiv 2505.16932; Kovarik 1970, Björck and Bowie 1971).
@@ -25,14 +25,17 @@ from .updates import frobenius_norms
 SLACK = 1.01
 """A norm's upper bound over what rounding may make of it."""
 FINE = {torch.float32: 2e-5, torch.float64: 1e-12}
-"""How close to the cap, relative to it, a singular value may lie for the sign of the distance not to be known: what it
-is off by after the cap is at most an eighth of this."""
-TAME = 16.0
-"""σ₁/σ* up to which one round of float32 meets the cap to 1e-5: its error is a few eps of σ₁."""
-WILD = 1e3
-"""σ₁/σ* that the first of two rounds allows for where the host does not look."""
-MOST = 8
-"""Rounds on the host, of which each lowers σ₁/σ* by three orders of magnitude or more."""
+"""How close to the cap, relative to it, a singular value may lie for the side that it is on not to be known. After the
+cap it is off by less than half of this."""
+TAME = {torch.float32: 4.0, torch.float64: 1e2}
+"""Bound on σ₁/σ* up to which a round meets the cap in this precision: it squares singular values, and what is 1 after
+that is off by a few eps of the largest."""
+FAR = {torch.float32: 32.0, torch.float64: 1e4}
+"""Bound on σ₁/σ* from which a round caps at that part of σ₁ only, lest rounding makes squares negative."""
+MOST = 16
+"""Rounds on the host, for any number of float64."""
+CUSHION = 0.1
+"""Smallest over largest number that one step of an iteration is made for."""
 LEAST = -40
 """Exponent of the smallest number that an iteration is asked to take to 1."""
 STACKED = 1 << 24
@@ -49,19 +52,21 @@ def cap_(
 ) -> Tensor:
     """Every singular value above its limit is lowered to it, in place: ``W_b = U Σ Vᵀ ← U min(Σ, σ*_b) Vᵀ``.
 
-    With ``A = W/σ*``, its polar factor ``P = U Vᵀ`` and ``H = (PᵀA + AᵀP)/2 − I = V (Σ − I) Vᵀ``, the change is
-    ``−σ* P relu(H)``, ``relu(H) = (H + H sign(H))/2``. So P is needed only where Σ > 1, and what is below the limit is
-    not touched but by rounding.
+    With ``A = W/σ*`` (its smaller side as columns) and ``G = AᵀA``: ``S = sign(G − I)``, ``M = I + relu(G − I)`` with
+    ``relu(H) = (H + H S)/2``, and ``W ← W + W (M^(−1/2) − I) (I + S)/2``. So what is below the limit is not touched but
+    by rounding, and a singular value so close to the limit that its sign is not found is so close that it does not
+    matter.
 
     Float32 (and half precision, rounded once at the end): no singular value is above ``σ*(1 + 1e-5)``, and those below
-    are unchanged to about ``2e-6 σ₁``; float64: 1e-11. On a device, where the host does not look, that holds as long as
-    σ₁ ≤ 16 σ*, or 1000 σ* with ``wild``; beyond, a later cap finds the rest.
+    are unchanged to ``1e-5 σ*``; float64: 1e-11. Where σ₁ is far above the limit float32 goes by float64. On a device
+    the host does not look: float32 meets the limit as long as σ₁ ≤ 4 σ*, to a few eps of ``(σ₁/σ*)²`` up to 32 σ*, and
+    float64, which it takes with ``wild``, up to 10⁴ σ*; beyond, later caps do.
 
     Args:
         matrices: (m_b, n_b), any strides. One with a non-finite entry is left as it is, and a zero one.
         limits: ``σ*`` (B,), positive.
         active: bool (B,); the others are left as they are.
-        wild: a second round on a device. On the CPU as many are made as it takes.
+        wild: in float64 on a device, as for weights that were never capped.
         seeds: of stochastic rounding of half-precision matrices; 0: to nearest, as all are if absent.
 
     Returns:
@@ -87,39 +92,62 @@ def _cap_stack(
     fine = norms.isfinite() & (norms > 0) & active
     unit = torch.where(fine, norms, 1.0)
     a = torch.stack([matrix.to(norms.dtype) for matrix in tall]) / unit[:, None, None]
-    ratio = unit / limits  # where the norm is not close to the limit, the cap is taken in units of the norm
-    found = first = _norm_bound(a) * ratio
-    on_host = limits.device.type == "cpu"
-    for done in range(MOST if on_host else 1 + wild):
-        live = fine & (first > 1)
-        if on_host and not bool(live.any()):
+    ratio = unit / limits  # a is in units of the Frobenius norm: 1e30 and its square are no numbers of float32
+    found = bound = _norm_bound(a) * ratio
+    looks = _looks(limits)
+    for _ in range(MOST if looks else 1):
+        live = fine & (bound > 1)
+        if looks and not bool(live.any()):
             break
-        width = float(torch.where(live, first, 1.0).max()) if on_host else (WILD if wild and done == 0 else 2 * TAME)
-        change = _excess(a * ratio[:, None, None], torch.where(live, first, 1.0).clamp(min=1.0), width)
-        a = torch.where(live[:, None, None], a - change / ratio[:, None, None], a)
-        if on_host and width <= TAME:
+        far = float(torch.where(live, bound, 1.0).max()) > TAME[a.dtype] if looks else wild
+        part = a.double() if far else a
+        width = torch.where(live, bound, 1.0).to(part.dtype)
+        level = (width / FAR[part.dtype]).clamp(min=1.0)  # what this round caps at, over the limit
+        scaled = part * (ratio.to(part.dtype) / level)[:, None, None]
+        most = float((width / level).max()) if looks else (FAR if far else TAME)[part.dtype]
+        capped = part + part @ _shrinking(scaled, width / level, most)
+        a = torch.where(live[:, None, None], capped.to(a.dtype), a)
+        if not looks or float(width.max()) <= TAME[part.dtype]:
             break
-        first = _norm_bound(a) * ratio
-    new = a * unit[:, None, None]
+        bound = _norm_bound(a) * ratio
     moved = fine & (found > 1)
-    for matrix, capped, write, seed in zip(tall, new, moved, seeds, strict=True):
+    for matrix, capped, write, seed in zip(tall, a * unit[:, None, None], moved, seeds, strict=True):
         narrow = rounded_like(matrix, capped, seed, salt=4)
         matrix.copy_(torch.where(write & narrow.isfinite(), narrow, matrix))
     return torch.where(norms.isfinite(), found * limits, norms)
 
 
-def _excess(a: Tensor, bound: Tensor, width: float) -> Tensor:
-    """``P relu(V (Σ − I) Vᵀ)`` of a stack (B, m, n) whose norms are at most ``bound`` (B,), which is at most ``width``:
-    what lies above 1."""
-    scale = (bound * SLACK)[:, None, None]
-    p = polar(a / scale, least=1 / (SLACK * width))
+def _looks(like: Tensor) -> bool:
+    """Whether the host may wait for a value."""
+    return like.device.type == "cpu"
+
+
+def _shrinking(a: Tensor, bound: Tensor, most: float) -> Tensor:
+    """``V (1/max(Σ, 1) − 1) Vᵀ`` of a stack (B, m, n) of norms up to ``bound`` (B,), which is up to ``most``."""
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    h = p.mT @ a
-    h = 0.5 * (h + h.mT) - eye
-    side = (bound - 1).clamp(min=1.0)[:, None, None] * SLACK
-    sign = polar(h / side, least=FINE[a.dtype] / (SLACK * max(1.0, width - 1)), symmetric=True)
-    relu = h @ sign
-    return p @ (0.25 * (relu + relu.mT) + 0.5 * h)
+    h = a.mT @ a - eye
+    side = (bound.square() - 1).clamp(min=1.0)[:, None, None] * SLACK
+    sign = polar(h / side, least=2 * FINE[a.dtype] / (SLACK * max(1.0, most**2 - 1)), symmetric=True)
+    above = h @ sign
+    above = 0.25 * (above + above.mT) + 0.5 * h
+    root = inverse_root(eye + above, bound.square() * SLACK, least=1 / (SLACK * most))
+    return 0.5 * ((root - eye) @ (eye + sign))
+
+
+def inverse_root(m: Tensor, bound: Tensor, *, least: float) -> Tensor:
+    """``M^(−1/2)`` of symmetric matrices (B, n, n) whose eigenvalues lie between ``least²`` and 1 times ``bound`` (B,).
+
+    Coupled iterations ``Y ← Y q(Z Y)``, ``Z ← q(Z Y) Z``, where ``x q(x²)`` takes the square roots to 1 (Higham, Stable
+    iterations for the matrix square root, 1997).
+    """
+    y = m / bound[:, None, None]
+    eye = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
+    z = eye.expand_as(m)
+    for a, b, c in quintics(_rounded_down(least), m.dtype == torch.float64):
+        square = z @ y
+        step = a * eye + b * square + c * (square @ square)
+        y, z = y @ step, step @ z
+    return 0.5 * (z + z.mT) / bound.sqrt()[:, None, None]
 
 
 def polar(x: Tensor, *, least: float, symmetric: bool = False) -> Tensor:
@@ -145,15 +173,17 @@ def _rounded_down(value: float) -> float:
 def quintics(least: float, double: bool = False) -> tuple[tuple[float, float, float], ...]:
     """Odd polynomials ``a x + b x³ + c x⁵`` whose composition takes ``[least, 1]`` to 1 within rounding.
 
-    Each is the best approximation of 1 on the interval ``[1 − E, 1 + E]`` (scaled) that those before have left, and is
-    widened a little, so that rounding does not lead out of where it is safe.
+    Each is the best approximation of 1 on the interval ``[1 − E, 1 + E]`` (scaled) that those before have left, widened
+    a little, so that rounding does not lead out of where it is safe; but never on one that spans more than
+    :data:`CUSHION`. The best would take what is large down to almost 0 for the sake of what is tiny, and its rounding
+    errors up again with that.
     """
     low, high = least, 1.0
     found = []
     close = 1e-14 if double else 1e-7
     error = 1.0
     while error > close:
-        a, b, c, error = best_quintic(low, high)
+        a, b, c, error = best_quintic(max(low, CUSHION * high), high)
         found.append((a, b, c))
         low, high = a * low + b * low**3 + c * low**5, (1 + error) * (1 + 4 * close)
     return tuple(found)
@@ -225,4 +255,4 @@ def full_precision() -> Iterator[None]:
             setattr(backend, name, value)
 
 
-__all__ = ["cap_", "full_precision", "polar", "quintics"]
+__all__ = ["cap_", "full_precision", "inverse_root", "polar", "quintics"]
