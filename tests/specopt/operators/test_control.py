@@ -12,6 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim import Optimizer
 
 import specopt
@@ -205,6 +210,22 @@ def test_a_saved_state_goes_on_to_the_same_bits(name: str, dtype: torch.dtype) -
         assert all(torch.equal(a, b) for a, b in zip(network.parameters(), third.parameters(), strict=True))
     block = loaded.state[other[0].weight]["spectral_operator"]
     assert block.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+def test_a_distributed_checkpoint_brings_geometries_and_blocks(flat: bool) -> None:
+    network = model()
+    optimizer = OTHERS["cap"](groups_of(network))
+    for number in range(3):
+        step(network, optimizer, number)
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    saved = copy.deepcopy(get_optimizer_state_dict(network, optimizer, options=options))
+    other = copy.deepcopy(network)
+    loaded = OTHERS["cap"](groups_of(other))
+    set_optimizer_state_dict(other, loaded, saved, options=options)
+    for pair in ((network, optimizer), (other, loaded)):
+        step(*pair, 3)
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("name", OTHERS)
