@@ -270,9 +270,12 @@ class SpectralOptimizer(Mixin):
         """Where control is off, a tracker's state would grow stale. And torch.distributed.checkpoint asks for state of
         all parameters or of none, where the base (SGD without momentum) keeps none."""
         for group in self.param_groups:
+            operators = geometries_in(group)
             for param in group["params"]:
                 state = self.state.get(param)
-                if is_controlled(param, group) and self.rule.is_on(group):
+                if state is not None and id(param) not in operators:
+                    state.pop(OPERATOR, None)
+                if self.rule.is_on(group) and (id(param) in operators or is_controlled(param, group)):
                     continue
                 if state is not None and STEP in state and len(state) > 1:
                     for key in (STATS, BLOCK, PROBE, LEFT, RIGHT, OPERATOR):

@@ -35,9 +35,7 @@ def add_geometries(
     """
     for group in groups:
         if group.get("conv") == "operator" and group.get("spectral", True) and "geometry" not in group:
-            texts = [_text(name, modules[name], shapes) for name, _ in group["params"]]
-            if any(text is not None for text in texts):
-                group["geometry"] = texts
+            group["geometry"] = [_text(name, modules[name], shapes) for name, _ in group["params"]]
 
 
 def _text(name: str, module: nn.Module, shapes: Mapping[str, InputShape] | None) -> str | None:

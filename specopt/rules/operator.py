@@ -266,6 +266,9 @@ def _begin(kernel: Kernel) -> None:
     stats = block.new_zeros(len(Stat))
     stats[Stat.RESIDUAL] = torch.inf
     stats[Stat.CAPPED] = (kernel.param.detach().abs().amax() == 0).to(stats.dtype)
+    old = kernel.state.get(STATS)
+    if isinstance(old, Tensor) and old.shape[-1:] == stats.shape:  # that it began as zero outlives a restart
+        stats[Stat.CAPPED] += old.reshape(-1, len(Stat))[:, Stat.CAPPED].amax().to(stats)
     kernel.state.update({OPERATOR: block, STATS: stats, STEP: 0})
 
 

@@ -332,6 +332,8 @@ def test_control_may_change_between_matrix_and_operator_while_training_runs() ->
             group["conv"] = conv
         for more in range(2):
             step(network, optimizer, 2 * number + more)
+        state = optimizer.state[network[0].weight]
+        assert ("spectral_operator" in state) == (conv == "operator")
     assert exact(network) == pytest.approx([2**0.5, 1.0], rel=1e-3)
 
 
@@ -349,6 +351,16 @@ def test_param_groups_writes_the_geometries_beside_the_params() -> None:
     assert found["2.weight"] == "conv2d(7x7, stride=2x2, groups=2)"
     assert found["4.weight"] is None
     assert parse(found["2.weight"]).groups == 2
+
+
+def test_weights_of_three_dimensions_that_are_no_convolution_stay_matrices() -> None:
+    network = nn.ModuleDict({"conv": nn.Conv2d(2, 4, 3), "mix": nn.Bilinear(5, 6, 7)})
+    shapes = {"conv.weight": SHAPES["0.weight"]}
+    optimizer = specopt.SNRSGD(specopt.param_groups(network, conv="operator", shapes=shapes))
+    rows = {row.name: row for row in specopt.spectral_report(optimizer)}
+    exact_norm = torch.linalg.matrix_norm(network["mix"].weight.detach().flatten(1), ord=2)
+    assert rows["mix.weight"].sigma == pytest.approx(float(exact_norm), rel=1e-3)
+    assert rows["conv.weight"].stable_rank != rows["conv.weight"].stable_rank
 
 
 def test_a_convolution_of_unknown_size_is_named() -> None:
@@ -399,6 +411,10 @@ def test_a_kernel_whose_shape_alone_tells_nothing_is_controlled_without_a_warnin
         warnings.simplefilter("error")
         optimizer = specopt.SNRSGD([group])
     assert [row.shape for row in specopt.spectral_report(optimizer)] == [(4, 1, 3, 3)]
+    for _ in range(3):
+        depthwise.weight.grad = torch.ones_like(depthwise.weight)
+        optimizer.step()
+    assert optimizer.state[depthwise.weight]["spectral_step"] == 3
 
 
 def test_complex_kernels_are_refused() -> None:
