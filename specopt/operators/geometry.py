@@ -54,6 +54,9 @@ class Geometry:
     output_padding: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("size", "padding"):
+            if not isinstance(getattr(self, name), tuple):
+                raise ValueError(f"{name} must be a tuple with an entry a dimension, got {getattr(self, name)!r}")
         if not self.output_padding:
             object.__setattr__(self, "output_padding", (0,) * self.dimensions)
         _check(self)
