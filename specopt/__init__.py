@@ -6,7 +6,7 @@ Swap the optimizer class, and every weight matrix' largest singular value is reg
 
 from typing import TYPE_CHECKING
 
-from . import init
+from . import init, operators
 from .adamw import NormScaleAdamW
 from .certify import Certificate, CertificateRow, certify
 from .groups import param_groups
@@ -36,6 +36,7 @@ __all__ = [
     "SpectralRow",
     "certify",
     "init",
+    "operators",
     "param_groups",
     "record_shapes",
     "spectral_report",

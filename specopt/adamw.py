@@ -112,6 +112,8 @@ class NormScaleAdamW(SpectralOptimizer, AdamW):
             "tolerance": tolerance,
             "max_passes": max_passes,
             "stochastic_rounding": stochastic_rounding,
+            "conv": "matrix",
+            "geometry": None,
         }
         self._construct(
             options,

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from specopt.kernels import accumulation_dtype
 
 from .base_step import own_entries
+from .rules.operator import OPERATOR, block_shape, geometries_in
 from .settling import settle
 from .tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, Stat
 from .views import Matrix, is_controlled, matrices_of
@@ -81,11 +82,15 @@ def _check_saved(optimizer: SpectralOptimizer, saved: dict[str, Any], options: S
         optimizer.rule.check(group)
         if "target" in optimizer.rule.names:
             settle({**group, "params": mine["params"]}, optimizer.names)
+        operators = geometries_in({**group, "params": mine["params"]})
         for param, key in zip(mine["params"], group["params"], strict=True):
             state = saved["state"].get(key, {})
             for kept in optimizer.like_weight:
                 _check(param, state, kept, tuple(param.shape), names[param])
-            if is_controlled(param, group):
+            if id(param) in operators:
+                shape = block_shape(param, operators[id(param)])
+                _check(param, state, OPERATOR, (shape[0], ANY), names[param])
+            elif is_controlled(param, group):
                 for matrix in matrices_of(param, group, state, optimizer.rule.columns(group)):
                     _check_matrix(matrix, names[param] + matrix.suffix)
 

@@ -21,6 +21,7 @@ from . import updates
 from .base_step import gradients, out_of_sight, own_entries, penalized
 from .checkpoint import guarded
 from .groups import resolve
+from .rules.operator import OPERATOR, OperatorSession, check_kernels, geometries_in, kernels_of
 from .session import Gate, OnDevice, Rule
 from .settling import adopt, refuse_target_of_off, settle
 from .telling import names_in, tell_of_first_steps, warn_of_unclear
@@ -113,6 +114,7 @@ class SpectralOptimizer(Mixin):
             check_readable(param, group)
         if "target" in self.rule.names:
             adopt(group, self.names)
+        check_kernels(group, self.names())
 
     # torch declares two overloads, one of them without a closure
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -156,6 +158,7 @@ class SpectralOptimizer(Mixin):
             refresh_copies(batch.copied)
             base = batch.base.refresh() if batch.base else None
             sessions.append(self.rule.begin(batch.matrices, replace(gate, base=base, settled=same)))
+        convolutions = OperatorSession(kernels_of(self), self.rule.names, gate)
         with ExitStack() as stack:
             for batch, session, chances in zip(batches, sessions, seeds, strict=True):
                 if batch.base:
@@ -168,10 +171,13 @@ class SpectralOptimizer(Mixin):
                     stack.enter_context(gradients(penalized(batch.matrices, session.penalty, gate)))
                 if batch.ours:
                     stack.enter_context(gradients({matrix.param: None for matrix in batch.matrices}))
-            self._blind_step([matrix.param for batch in batches if not batch.ours for matrix in batch.matrices])
+            stack.enter_context(gradients(convolutions.gradients))
+            seen = [matrix.param for batch in batches if not batch.ours for matrix in batch.matrices]
+            self._blind_step([*seen, *(kernel.param for kernel in convolutions.kernels)])
         for batch, session in zip(batches, sessions, strict=True):
             with written_back(batch.copied) if batch.copied and session.writes else nullcontext():
                 session.finish()
+        convolutions.finish()
         for state in kept:
             state.put_back(cast(Tensor, gate.found_inf).reshape(()) != 0)
         versions = gate.workspace.setdefault("versions", {})
@@ -243,8 +249,9 @@ class SpectralOptimizer(Mixin):
     def matrices(self, *, with_grad: bool = True) -> Iterator[Matrix]:
         """The controlled weights, those that have a gradient alone or all."""
         for group in self.param_groups:
+            operators = geometries_in(group)
             for place, param in enumerate(group["params"]):
-                if not is_controlled(param, group) or (with_grad and param.grad is None):
+                if id(param) in operators or not is_controlled(param, group) or (with_grad and param.grad is None):
                     continue
                 if with_grad and param.grad.is_sparse:
                     raise RuntimeError(
@@ -275,12 +282,15 @@ class SpectralOptimizer(Mixin):
         """Where control is off, a tracker's state would grow stale. And torch.distributed.checkpoint asks for state of
         all parameters or of none, where the base (SGD without momentum) keeps none."""
         for group in self.param_groups:
+            operators = geometries_in(group)
             for param in group["params"]:
                 state = self.state.get(param)
-                if is_controlled(param, group) and self.rule.is_on(group):
+                if state is not None and id(param) not in operators:
+                    state.pop(OPERATOR, None)
+                if self.rule.is_on(group) and (id(param) in operators or is_controlled(param, group)):
                     continue
                 if state is not None and STEP in state and len(state) > 1:
-                    for key in (STATS, BLOCK, PROBE, LEFT, RIGHT):
+                    for key in (STATS, BLOCK, PROBE, LEFT, RIGHT, OPERATOR):
                         state.pop(key, None)
                 if param.grad is not None and not self.state[param]:
                     self.state[param][STEP] = 0

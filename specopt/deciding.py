@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .operators.groups import geometry_text
 from .reading import Kind, Owned, Reading, readings_of
 from .recording import LayerShapes, record_call
 from .settling import entry_of, is_settled
@@ -67,6 +68,8 @@ def decide(
         own = _own_options(places[0], reading, given, embeddings)
         matrices = _matrices(places[0], {**common, **own})
         options, beside = _settled(places[0], {**common, **own}, matrices, sizes)
+        if _is_operator(options):
+            beside["geometry"] = geometry_text(places[0].name, places[0].module, sizes)
         decided.append(Decided(places, reading, given, own, options, beside, matrices))
     _check_reached(overrides, decided)
     return decided
@@ -169,6 +172,11 @@ def _matrices(owned: Owned, options: Mapping[str, Any]) -> tuple[int, tuple[int,
         return piece_shape(tuple(owned.param.shape), parse(options["view"]))
     except ValueError as error:
         raise ValueError(f"{owned.name}: {error}") from None
+
+
+def _is_operator(options: Mapping[str, Any]) -> bool:
+    on = options.get("conv") == "operator" and options.get("spectral", True)
+    return bool(on and "geometry" not in options)
 
 
 def _settled(

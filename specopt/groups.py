@@ -100,8 +100,9 @@ def param_groups(
             that owns the parameter. Later ones win. ``{"spectral": False}`` turns control off, ``{"view": ...}`` on,
             also for what is not known by itself; ``lr``, ``target`` and all other options of a group go as well.
         embeddings: control embeddings too.
-        inputs: what the model is called with, for ``target="size"``: a dict is the keywords of the call, a tuple or
-            list its arguments, all else the only one. One forward is made, see :func:`specopt.record_shapes`.
+        inputs: what the model is called with, for ``target="size"`` and ``conv="operator"``: a dict is the keywords of
+            the call, a tuple or list its arguments, all else the only one. One forward is made, see
+            :func:`specopt.record_shapes`.
         shapes: what that function has returned, in place of ``inputs``.
         **group_options: of every group, such as ``lr``, ``weight_decay``, ``target`` or ``snr_lambda``. A target that
             is ``"size"`` or a callable, ``(MatrixInfo) -> float``, is settled here: groups hold the numbers, in a list
@@ -115,7 +116,8 @@ def param_groups(
         TypeError: a model that is no Module; an override's key or options of another type.
         ValueError: a parameter not yet initialized; a view for all groups, or one that does not fit; a pattern that
             matches nothing; control asked for where a weight is computed from the parameter, or where nothing tells how
-            to read it; an override with a target for what is not controlled; ``"size"`` of a layer of unknown sizes.
+            to read it; an override with a target for what is not controlled; ``"size"`` of a layer of unknown sizes,
+            or ``conv="operator"`` for a convolution of unknown input size.
 
     Example::
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
 from specopt.kernels import MAX_COLUMNS
 
+from .operators.geometry import parse as parse_geometry
 from .targets import check_target, is_positive
 from .views.parts import parse
 
@@ -24,6 +25,8 @@ class Shared:
     tolerance: float = 0.01
     max_passes: int | None = None
     stochastic_rounding: bool = False
+    conv: str = "matrix"
+    geometry: Sequence[str | None] | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -44,6 +47,7 @@ SHARED = tuple(field.name for field in fields(Shared))
 MAX_RANK = 16
 """Triplets that the tracker follows; more go by functions of all singular values at once."""
 NORMS = ("spectral", "frobenius")
+CONVS = ("matrix", "operator")
 MODES = {"spectral": ("set", "cap", "rescale"), "frobenius": ("set", "cap")}
 
 
@@ -58,11 +62,38 @@ def check_shared(group: Mapping[str, Any]) -> None:
         check_count("max_passes", group["max_passes"])
     if not isinstance(group["stochastic_rounding"], bool):
         raise ValueError(f"stochastic_rounding must be True or False, got {group['stochastic_rounding']!r}")
+    check_conv(group)
     if group.get("differentiable"):
         raise ValueError(
             "differentiable must be False, got True: spectral control is not differentiated through; "
             "use the base optimizer with a penalty in the loss instead"
         )
+
+
+def check_conv(group: Mapping[str, Any]) -> None:
+    check_choice("conv", group["conv"], CONVS)
+    given = group["geometry"]
+    if given is None:
+        return
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"geometry must be a list beside params, of texts or None, got {given!r}")
+    for text in given:
+        if text is not None:
+            parse_geometry(text)
+    if group["conv"] == "operator" and any(text is not None for text in given) and "mode" in group:
+        _check_scaled_operator(group)
+
+
+def _check_scaled_operator(group: Mapping[str, Any]) -> None:
+    if group["norm"] != "spectral":
+        raise ValueError(f"norm must be 'spectral' with conv='operator', got {group['norm']!r}")
+    if group["mode"] == "set":
+        raise ValueError(
+            "mode must be 'rescale' or 'cap' with conv='operator', got 'set': a convolution with one singular triplet "
+            "corrected is none any more; 'rescale' brings the operator norm to its target"
+        )
+    if group["rank"] != 1:
+        raise ValueError(f"rank must be 1 with conv='operator', got {group['rank']!r}: the kernel is scaled as a whole")
 
 
 def check_lambda(name: str, value: Any) -> None:

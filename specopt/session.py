@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,6 +15,27 @@ from .tracker.common import HostCopy, constant
 from .tracker.device import BaseUpdate
 from .updates import rate_of
 from .views import Matrix
+
+
+class Controlled(Protocol):
+    """A matrix, or a kernel that is controlled as an operator."""
+
+    @property
+    def param(self) -> Tensor: ...
+
+    @property
+    def group(self) -> dict[str, Any]: ...
+
+    @property
+    def state(self) -> MutableMapping[str, Any]: ...
+
+    @property
+    def piece(self) -> Tensor:
+        """As ``(out, in, *kernel)``."""
+
+    @property
+    def suffix(self) -> str:
+        """What follows the parameter's name."""
 
 
 class Rule(Protocol):
@@ -85,7 +106,7 @@ class Gate:
     """Left by a gradient scaler with ``fused=True``: non-zero where the base update skips."""
     grad_scale: Tensor | None = None
     """Likewise: what the gradients are still multiplied by."""
-    ratios: list[tuple[list[Matrix], HostCopy]] = field(default_factory=list)
+    ratios: list[tuple[Sequence[Controlled], HostCopy]] = field(default_factory=list)
     """Matrices in their first step, and the norm found over its target (1 where it was not pulled there)."""
     written: list[Tensor] = field(default_factory=list)
     """Weights of which the next step has to know whether anybody has written to them after this one."""
@@ -96,7 +117,7 @@ class Gate:
     base: BaseUpdate | None = None
     """The base update, where a pass on the device is to make it."""
 
-    def open(self, matrices: Sequence[Matrix], like: Tensor) -> Tensor:
+    def open(self, matrices: Sequence[Controlled], like: Tensor) -> Tensor:
         """1 (B,) where weights may be changed, else 0; decided on the device where lr lives there."""
         rates: list[Any] = [rate_of(matrix.group) for matrix in matrices]
         on_device = [rate for rate in rates if isinstance(rate, Tensor) and rate.device.type != "cpu"]

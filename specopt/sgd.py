@@ -84,6 +84,8 @@ class SNRSGD(SpectralOptimizer, SGD):
             "tolerance": tolerance,
             "max_passes": max_passes,
             "stochastic_rounding": stochastic_rounding,
+            "conv": "matrix",
+            "geometry": None,
         }
         self._construct(
             options,

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .rules.operator import geometries_in
 from .tracker.common import HostCopy
-from .views import Matrix, could_be_controlled, is_controlled
+from .views import could_be_controlled, is_controlled
 
 if TYPE_CHECKING:
     from .control import SpectralOptimizer
+    from .session import Controlled
 
 LISTED = 8
 """Names in a warning, of however many."""
@@ -48,6 +50,7 @@ def warn_of_unclear(groups: Iterable[Mapping[str, Any]], names: Mapping[Tensor, 
         for group in groups
         for param in group["params"]
         if group["spectral"] and could_be_controlled(param) and not is_controlled(param, group)
+        if id(param) not in geometries_in(group)
     ]
     if unclear:
         warnings.warn(
@@ -58,12 +61,12 @@ def warn_of_unclear(groups: Iterable[Mapping[str, Any]], names: Mapping[Tensor, 
         )
 
 
-def tell_of_first_steps(optimizer: SpectralOptimizer, ratios: Iterable[tuple[list[Matrix], HostCopy]]) -> None:
+def tell_of_first_steps(optimizer: SpectralOptimizer, ratios: Iterable[tuple[Sequence[Controlled], HostCopy]]) -> None:
     """Takes up the ratios of norm and target that first steps have found, and warns once of those that have arrived on
     the host and are far from 1."""
     waiting = optimizer.__dict__.setdefault("_waiting", [])
     waiting.extend(ratios)
-    arrived: list[tuple[Matrix, float]] = []
+    arrived: list[tuple[Controlled, float]] = []
     still = []
     for matrices, copy in waiting:
         found = copy.peek()
@@ -78,7 +81,7 @@ def tell_of_first_steps(optimizer: SpectralOptimizer, ratios: Iterable[tuple[lis
         _warn_of_first_steps(far, optimizer.names())
 
 
-def _warn_of_first_steps(far: Sequence[tuple[Matrix, float]], names: Mapping[Tensor, str]) -> None:
+def _warn_of_first_steps(far: Sequence[tuple[Controlled, float]], names: Mapping[Tensor, str]) -> None:
     listed = ", ".join(f"{names[m.param]}{m.suffix} {tuple(m.piece.shape)}: {r:.3g}" for m, r in far[:4])
     warnings.warn(
         f"the first step moves {len(far)} weight(s) whose norm is not within [0.5, 2] of its target "

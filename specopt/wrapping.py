@@ -20,6 +20,7 @@ from specopt.kernels import Update
 from .adamw import NormScaleAdamW
 from .control import IN_FRONT, SpectralOptimizer
 from .rules import Compose, NormScale, SpectralDecay, SpectralPenalty, find
+from .rules.operator import check_kernels
 from .session import Rule
 from .settling import adopt, refuse_target_of_off
 from .sgd import SNRSGD
@@ -65,8 +66,10 @@ def wrap(optimizer: AnyOptimizer, rule: AnyRule) -> AnyOptimizer:
     _check_base(optimizer, rule)
     options = rule.options
     merged = [{**options, **group} for group in optimizer.param_groups]
+    names = SpectralOptimizer.names(cast(SpectralOptimizer, optimizer))
     for group, given in zip(merged, optimizer.param_groups, strict=True):
         rule.check(group)
+        check_kernels(group, names)
         for param in group["params"]:
             check_readable(param, group)
         if "target" in rule.names:

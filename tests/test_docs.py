@@ -33,4 +33,4 @@ def test_snippet_runs(page: Path, line: int, code: str, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_fence_of_the_page_is_missed(page: Path) -> None:
-    assert page.read_text().count("```python") == len(snippets(page)[1]) + 1 > 3
+    assert page.read_text().count("```python") == len(snippets(page)[1]) + 1 > (10 if page.stem == "training" else 1)

@@ -12,6 +12,8 @@ from specopt import kernels
 
 from ..control import SpectralOptimizer
 from ..rules import NormScale, find, targets_of
+from ..rules.operator import kernels_of, measured, target_of
+from ..session import Controlled
 from ..tracker.common import STATS, Stat
 from ..tracker.measure import LARGEST, measure_spectrum, ritz_values
 from ..views import Matrix
@@ -20,12 +22,14 @@ from .table import SpectralReport, SpectralRow
 
 @torch.no_grad()
 def spectral_report(optimizer: Optimizer, top: int = 8) -> SpectralReport:
-    """A row for each matrix that ``optimizer`` controls, in the order of its groups: a list that prints as a table.
+    """A row for each matrix that ``optimizer`` controls, in the order of its groups, and then for each convolution that
+    it controls as an operator: a list that prints as a table.
 
-    One host sync; changes neither weights nor state, and draws no random number. Everything is measured afresh, from
-    the weights as they are now: σ₁ within 1e-4 of float64 SVD. The lower singular values are Ritz values of the same
-    block, and so lie below the true ones: up to the eighth by at most 1e-3 in the spectrum of a random matrix or one
-    that falls off, by at most 2e-2 in the flattest, where the first has 1 % on average above each of the next.
+    One host sync for these and one for those; changes neither weights nor state, and draws no random number. Everything
+    is measured afresh, from the weights as they are now: σ₁ of a matrix within 1e-4 of float64 SVD. The lower singular
+    values are Ritz values of the same block, and so lie below the true ones: up to the eighth by at most 1e-3 in the
+    spectrum of a random matrix or one that falls off, by at most 2e-2 in the flattest, where the first has 1 % on
+    average above each of the next. Of an operator the norm alone is told, with the Frobenius norm of its kernel.
 
     Args:
         top: how many leading singular values a row holds, from 1 to 16.
@@ -43,9 +47,10 @@ def spectral_report(optimizer: Optimizer, top: int = 8) -> SpectralReport:
 
 
 def _report(optimizer: SpectralOptimizer, top: int) -> SpectralReport:
+    operators = _operator_rows(optimizer)
     matrices = list(optimizer.matrices(with_grad=False))
     if not matrices:
-        return SpectralReport()
+        return SpectralReport(operators)
     stats, (grams, scales) = measure_spectrum(matrices)
     columns = [
         stats[:, Stat.RESIDUAL],
@@ -56,10 +61,11 @@ def _report(optimizer: SpectralOptimizer, top: int) -> SpectralReport:
     found = torch.cat([torch.stack(columns, 1), scales[:, None], grams.flatten(1)], 1).cpu().numpy()
     spectra = ritz_values(found[:, len(columns) + 1 :].reshape(grams.shape), found[:, len(columns)])[:, :top]
     names = optimizer.names()
-    return SpectralReport(
+    rows = [
         _row(names[matrix.param] + matrix.suffix, matrix, values.tolist(), spectrum.tolist())
         for matrix, values, spectrum in zip(matrices, found[:, : len(columns)], spectra, strict=True)
-    )
+    ]
+    return SpectralReport(rows + operators)
 
 
 def _row(name: str, matrix: Matrix, values: Sequence[float], spectrum: Sequence[float]) -> SpectralRow:
@@ -79,6 +85,43 @@ def _row(name: str, matrix: Matrix, values: Sequence[float], spectrum: Sequence[
     )
 
 
+def _operator_rows(optimizer: SpectralOptimizer) -> list[SpectralRow]:
+    """Rows of convolutions that are controlled as operators: sigma is the operator norm, frobenius that of the kernel,
+    and a stable rank, which compares norms of one matrix, there is none."""
+    names, rows = optimizer.names(), []
+    found = measured(kernels_of(optimizer, with_grad=False))
+    scaled = "mode" in optimizer.rule.names
+    values = [
+        torch.stack(
+            [
+                sigma.double(),
+                residual.double(),
+                torch.linalg.vector_norm(kernel.param.detach().double()),
+                target_of(kernel, sigma).double() if scaled else sigma.new_full((), torch.nan).double(),
+                _capped(kernel, sigma).double(),
+            ]
+        )
+        for kernel, sigma, residual in found
+    ]
+    told = torch.stack([value.to(values[0].device) for value in values]).tolist() if values else []
+    for (kernel, *_), (sigma, residual, frobenius, target, capped) in zip(found, told, strict=True):
+        rows.append(
+            SpectralRow(
+                name=names[kernel.param],
+                shape=tuple(kernel.param.transpose(0, 1).shape if kernel.geometry.transposed else kernel.param.shape),
+                sigma=sigma,
+                target=None if target != target else target,
+                residual=residual,
+                stable_rank=float("nan"),
+                frobenius=frobenius,
+                finite=sigma == sigma and abs(frobenius) != float("inf"),
+                capped=capped > 0,
+                spectrum=(sigma,),
+            )
+        )
+    return rows
+
+
 def targets(optimizer: SpectralOptimizer, matrices: Sequence[Matrix], like: Tensor) -> Tensor:
     """sigma*, or F* under Frobenius scaling, of each matrix (B,); nan where there is none."""
     if find(optimizer.rule, NormScale) is None:
@@ -86,6 +129,6 @@ def targets(optimizer: SpectralOptimizer, matrices: Sequence[Matrix], like: Tens
     return targets_of(matrices, like)
 
 
-def _capped(matrix: Matrix, like: Tensor) -> Tensor:
+def _capped(matrix: Controlled, like: Tensor) -> Tensor:
     stats = matrix.state.get(STATS)
     return like.new_zeros(()) if stats is None else stats[Stat.CAPPED].to(like)
