@@ -15,7 +15,7 @@ from . import reference
 
 MAX_EIGEN = 32
 
-SWEEPS = 6
+SWEEPS = 8
 """Of Jacobi's method: all pairs of columns, each in so many turns. It converges quadratically."""
 
 SQUARINGS = 12

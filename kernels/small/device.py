@@ -224,6 +224,7 @@ def jacobi_kernel(
         cosine = 1 / tl.sqrt(1 + tangent * tangent)
         rotation = tl.where(row == column, cosine[None, :], 0.0) - swap * (tangent * cosine)[None, :]
         s = square_product(tl.trans(rotation), square_product(s, rotation))
+        s = 0.5 * (s + tl.trans(s))  # exactly symmetric, or partners would be rotated by different angles
         basis = square_product(basis, rotation)
     store_square(result, basis, width, K)
 

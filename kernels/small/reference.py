@@ -64,6 +64,7 @@ def jacobi(symmetric: Tensor) -> Tensor:
         cosine, sine = _rotation(own, own @ swap, (s * swap).sum(2), index < partner)
         rotation = torch.diag_embed(cosine) - swap * sine[:, None, :]
         s, basis = rotation.mT @ s @ rotation, basis @ rotation
+        s = 0.5 * (s + s.mT)  # exactly symmetric, or partners would be rotated by different angles
     return basis[:, :count, :count]
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specopt.kernels import orthonormalizers, rotations
+from specopt.kernels import eigenvectors, orthonormalizers, rotations
 from specopt.kernels.small import cholesky_shift, reference
 from specopt.kernels.small import device as triton_side
 
@@ -170,3 +170,42 @@ def test_float64_stays_with_the_reference(device, monkeypatch):
     monkeypatch.setenv("SPECOPT_BACKEND", "triton")
     gram = _spectrum([2.0, 1.0], 7, device).double()
     assert rotations(gram)[0].dtype == orthonormalizers(gram)[0].dtype == torch.float64
+
+
+SYMMETRIC = {
+    "random": lambda k: torch.randn(k, generator=generator(1), dtype=torch.float64).tolist(),
+    "falling": lambda k: torch.logspace(0, -6, k, dtype=torch.float64).tolist(),
+    "all equal": lambda k: [1.0] * k,
+    "a cluster": lambda k: [1.0 + 1e-6 * i for i in range(k // 2)] + [0.1] * (k - k // 2),
+    "zero": lambda k: [0.0] * k,
+}
+
+
+@BACKENDS
+@pytest.mark.parametrize("width", [1, 3, 16, 21])
+@pytest.mark.parametrize("kind", SYMMETRIC)
+def test_eigenvectors_are_orthonormal_and_make_the_matrix_diagonal(kind, width, backend, device, monkeypatch):
+    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+    g = _spectrum(SYMMETRIC[kind](width), width, device)
+    before = g.clone()
+    r = eigenvectors(g)[0].double()
+    assert torch.equal(g, before)
+    assert _identity_error(r) < 2e-4
+    turned = r.mT @ g[0].double() @ r
+    size = float(g.abs().max()) + 1e-30
+    assert float((turned - torch.diag(turned.diagonal())).abs().max()) <= 3e-5 * size
+    exact = torch.linalg.eigvalsh(g[0].double()).flip(0)
+    assert torch.allclose(turned.diagonal(), exact, rtol=0, atol=3e-4 * size)
+
+
+def test_eigenvectors_of_the_widest(device):
+    g = _spectrum(SYMMETRIC["a cluster"](32), 0, device)
+    r = eigenvectors(g)[0].double()
+    assert _identity_error(r) < 2e-4
+    turned = r.mT @ g[0].double() @ r
+    assert float((turned - torch.diag(turned.diagonal())).abs().max()) <= 3e-5
+
+
+def test_eigenvectors_of_more_than_they_are_made_for_are_refused(device):
+    with pytest.raises(ValueError, match="at most 32 columns, got 33"):
+        eigenvectors(torch.zeros(1, 33, 33, device=device))

@@ -161,3 +161,49 @@ def test_inactive_matrices_keep_their_basis() -> None:
     starts = [start(*basis.shape) for basis in bases]
     kernels.next_basis(triplets, returned, old, starts, layout, torch.zeros(2, 1, device=DEVICE), bases, active=active)
     assert not torch.equal(bases[0], old[0]) and torch.equal(bases[1], old[1])
+
+
+def test_sharpened_triplets_are_singular_triplets_of_the_product() -> None:
+    matrices = [random(60, 45), random(40, 90, seed=1), torch.zeros(30, 50, device=DEVICE), 1e20 * random(70, 50)]
+    bases = orthonormal([start(w.shape[1], k) for w, k in zip(matrices, (20, 14, 20, 6), strict=True)])
+    products = kernels.skinny_products(matrices, bases)
+    triplets = kernels.ritz_triplets(products, bases)
+    kernels.sharpen(triplets, 12)
+    for i, (w, y) in enumerate(zip(matrices, products, strict=True)):
+        r = min(12, y.shape[1])
+        u, v = triplets.lefts[i][:, :r].double(), triplets.rights[i][:, :r].double()
+        sigma, size = triplets.sigma[i, :r].double(), float(triplets.sigma[i, 0]) + 1e-30
+        assert float((w.double() @ v - u * sigma).abs().max()) <= 2e-5 * size
+        exact = torch.linalg.svdvals(y.double())
+        assert bool((sigma <= exact[:r] * (1 + 1e-4)).all())
+        assert float(sigma[0]) == pytest.approx(float(exact[0]), rel=1e-4)
+        if float(sigma[0]) > 0:
+            assert_orthonormal(u.float(), 2e-4)
+            assert_orthonormal(v.float(), 2e-4)
+        if r == y.shape[1]:  # nothing is left out
+            assert torch.allclose(sigma, exact, rtol=2e-4)
+
+
+def test_sharpening_leaves_what_is_not_finite_to_be_seen() -> None:
+    bad = random(20, 15)
+    bad[2, 3] = torch.nan
+    bases = orthonormal([start(15, 8), start(15, 8)])
+    matrices = [bad, random(20, 15, seed=2)]
+    triplets = kernels.ritz_triplets(kernels.skinny_products(matrices, bases), bases)
+    kernels.sharpen(triplets, 4)
+    assert triplets.sigma[:, 0].isfinite().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 30])
+def test_leading_residuals_are_the_first_and_the_largest(count: int) -> None:
+    matrices = [random(60, 45), random(40, 90, seed=1)]
+    bases = orthonormal([start(45, 14), start(90, 10)])
+    triplets = kernels.ritz_triplets(kernels.skinny_products(matrices, bases), bases)
+    returned = kernels.skinny_products([w.mT for w in matrices], triplets.lefts)
+    first, largest = kernels.leading_residuals(returned, triplets, count)
+    for i, z in enumerate(returned):
+        v, top = triplets.rights[i].double(), float(triplets.sigma[i, 0])
+        rest = (z.double() - v * (z.double() * v).sum(0)) / top
+        norms = rest.norm(dim=0)[:count]
+        assert float(first[i]) == pytest.approx(float(norms[0]), rel=1e-3, abs=1e-5)
+        assert float(largest[i]) == pytest.approx(float(norms.max()), rel=1e-3, abs=1e-5)
