@@ -4,6 +4,7 @@
     python -m benchmarks.run traffic     bytes that a step moves, counted in Triton's interpreter
     python -m benchmarks.run kernels     bandwidth of every kernel, beside a copy
     python -m benchmarks.run sigma       how exact the tracked sigma is, and its cost, by block and passes
+    python -m benchmarks.run caps        how well caps of rank r hold, beside exact ones
     python -m benchmarks.run operators   cost of conv="operator" in a training step, printed only
 
 Each prints a table and writes a JSON file and a plot into --out (benchmarks/results). `python -m benchmarks.reporting`
@@ -23,6 +24,7 @@ MODULES = {
     "traffic": "traffic",
     "kernels": "kernel_bandwidth",
     "sigma": "sigma",
+    "caps": "caps",
     "operators": "operators",
 }
 

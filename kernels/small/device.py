@@ -202,12 +202,15 @@ def rotation_kernel(
 def jacobi_kernel(
     symmetric, result, width, SWEEPS: tl.constexpr, EPS: tl.constexpr, TINY: tl.constexpr, K: tl.constexpr
 ):
-    """See the reference. Columns beyond ``width`` are zero, and rotated with none."""
+    """See the reference. Columns beyond ``width`` are zero, and rotated with none. Ends after as many turns as there are
+    in a sweep in which nothing was left to be rotated."""
     index = tl.arange(0, K)
     row, column = index[:, None], index[None, :]
     s = load_square(symmetric, width, K)
     basis = tl.where(row == column, 1.0, 0.0)
-    for turn in tl.range(0, SWEEPS * (K - 1), loop_unroll_factor=1):
+    least = EPS * tl.max(tl.abs(diagonal_of(s, K)), 0) + TINY
+    turn, quiet = 0, 0
+    while (turn < SWEEPS * (K - 1)) & (quiet < K - 1):
         alone = ((K // 2) * turn) % (K - 1)
         partner = (turn - index + SWEEPS * (K - 1) * (K - 1)) % (K - 1)
         partner = tl.where(index == alone, K - 1, tl.where(index == K - 1, alone, partner))
@@ -216,7 +219,8 @@ def jacobi_kernel(
         own = tl.sum(tl.where(row == column, s, 0.0), 0)
         other = tl.sum(swap * own_rows[:, None], 0)
         across = tl.sum(swap * s, 0)
-        tiny = tl.abs(across) <= EPS * tl.sqrt(tl.abs(own * other)) + TINY
+        tiny = tl.abs(across) <= least
+        quiet = tl.where(tl.sum((~tiny).to(tl.int32), 0) > 0, 0, quiet + 1)
         ratio = (other - own) / tl.where(tiny, 1.0, 2 * across)
         ahead = tl.sum(tl.where((partner[:, None] == column) & (row > column), 1, 0), 0) > 0  # index < partner
         sign = tl.where((ratio > 0) | ((ratio == 0) & ahead), 1.0, -1.0)
@@ -225,6 +229,7 @@ def jacobi_kernel(
         rotation = tl.where(row == column, cosine[None, :], 0.0) - swap * (tangent * cosine)[None, :]
         s = square_product(tl.trans(rotation), square_product(s, rotation))
         s = 0.5 * (s + tl.trans(s))  # exactly symmetric, or partners would be rotated by different angles
+        turn += 1
         basis = square_product(basis, rotation)
     store_square(result, basis, width, K)
 

@@ -55,23 +55,25 @@ def jacobi(symmetric: Tensor) -> Tensor:
     s = torch.nn.functional.pad(symmetric, (0, width - count, 0, width - count))
     index = torch.arange(width, device=s.device)
     basis = torch.eye(width, dtype=s.dtype, device=s.device).expand_as(s)
+    limits = torch.finfo(s.dtype)
+    least = limits.eps * s.diagonal(dim1=1, dim2=2).abs().amax(1, keepdim=True) + limits.tiny
     for turn in range(SWEEPS * (width - 1)):
         partner = (turn - index) % (width - 1)
         alone = ((width // 2) * turn) % (width - 1)  # half of the turn, in numbers modulo K - 1
         partner = torch.where(index == alone, width - 1, torch.where(index == width - 1, alone, partner))
         swap = (partner[:, None] == index).to(s.dtype)
         own = s.diagonal(dim1=1, dim2=2)
-        cosine, sine = _rotation(own, own @ swap, (s * swap).sum(2), index < partner)
+        cosine, sine = _rotation(own, own @ swap, (s * swap).sum(2), index < partner, least)
         rotation = torch.diag_embed(cosine) - swap * sine[:, None, :]
         s, basis = rotation.mT @ s @ rotation, basis @ rotation
         s = 0.5 * (s + s.mT)  # exactly symmetric, or partners would be rotated by different angles
     return basis[:, :count, :count]
 
 
-def _rotation(own: Tensor, other: Tensor, across: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    """(c, s) of columns with ``own`` on the diagonal, ``other`` on their partners' and ``across`` between them."""
-    limits = torch.finfo(across.dtype)
-    tiny = across.abs() <= limits.eps * (own * other).abs().sqrt() + limits.tiny  # every turn costs some orthogonality
+def _rotation(own: Tensor, other: Tensor, across: Tensor, first: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """(c, s) of columns with ``own`` on the diagonal, ``other`` on their partners' and ``across`` between them; none
+    where that is ``least`` or less."""
+    tiny = across.abs() <= least  # every turn costs some orthogonality
     ratio = (other - own) / torch.where(tiny, 1.0, 2 * across)
     sign = torch.where((ratio > 0) | ((ratio == 0) & first), 1.0, -1.0)
     tangent = torch.where(tiny, 0.0, sign / (ratio.abs() + (1 + ratio.square()).sqrt()))

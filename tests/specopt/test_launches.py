@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import specopt
+from specopt.kernels import tables
 from specopt.tracker.common import COLD_STEPS, STATS, STEP, Stat
 from tests.specopt.helpers import DEVICE
 
@@ -117,6 +118,29 @@ def test_launches_of_a_cold_step(kind: str, launches: Launches) -> None:
         optimizer.step()
         counts.append(len(launches.names))
     assert counts == COLD[kind]
+
+
+@pytest.mark.parametrize("kind", ["rank 3", "composed"])
+def test_operations_on_lists_are_as_many_for_any_number_of_layers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes by no launches over a bucket: corrections of several triplets, and composed rules."""
+    calls: list[object] = []
+    original = tables.on
+    monkeypatch.setattr(tables, "on", lambda device: calls.append(device) or original(device))
+
+    def count(layers: int) -> int:
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.randn(24 + 4 * i, 20 + 4 * i, generator=generator) for i in range(layers)]
+        params = [param.to(DEVICE).requires_grad_() for param in params]
+        scale = specopt.NormScale(mode="cap", rank=3, block=8, max_passes=2)
+        rule = scale if kind == "rank 3" else specopt.Compose(specopt.SpectralPenalty(0.1), scale)
+        optimizer = specopt.wrap(torch.optim.SGD(params, lr=0.1), rule)
+        warm_up(optimizer, params)
+        set_gradients(params)
+        calls.clear()
+        optimizer.step()
+        return len(calls)
+
+    assert 0 < count(2) == count(4) < 60
 
 
 def test_counter_counts_work_and_no_views() -> None:
