@@ -55,12 +55,7 @@ CONTROLS = (
     Control("cap, rank 1", NormScale(mode="cap"), target="sigma", figure="cap-1"),
     Control("cap, rank 16", NormScale(mode="cap", rank=16), target="sigma", figure="cap-16"),
     Control('cap, rank "full"', NormScale(mode="cap", rank="full"), target="sigma", figure="cap-full"),
-    Control(
-        "penalty and cap",
-        Compose(SpectralPenalty(1.0), NormScale(mode="cap")),
-        target="sigma",
-        figure="penalty-and-cap",
-    ),
+    Control("penalty and cap", PENALTY_AND_CAP, target="sigma", figure="penalty-and-cap"),
     Control("AdamW (conv)", None, network="conv"),
     Control("cap of the matrix", NormScale(mode="cap"), "AdamW", "conv", "sigma", "conv-matrix"),
     Control("cap of the operator", NormScale(mode="cap"), "AdamW", "conv", "sigma", "conv-operator", "operator"),

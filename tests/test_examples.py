@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("SGD", "SNRSGD", "AdamW", "NormScaleAdamW spectral", "NormScaleAdamW frobenius")
@@ -154,6 +155,16 @@ def test_guide_measures_caps_that_hold(guide: tuple[str, Path]) -> None:
     assert results['cap, rank "full"']["sigma_1"] < 1 + 1e-5
     assert results["cap of the operator"]["sigma_1"] < 1 + 1e-3
     assert results["cap, rank 16"]["sigma_1"] < results["cap, rank 1"]["sigma_1"] < results["AdamW"]["sigma_1"]
+
+
+def test_guide_spectrum_of_a_circular_convolution_is_that_of_its_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    spectrum = importlib.import_module("guide_training").spectrum
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular", bias=False).double()
+    basis = torch.eye(3 * 25, dtype=torch.float64).view(-1, 3, 5, 5)
+    dense = conv(basis).flatten(1).detach()
+    torch.testing.assert_close(spectrum(conv, 5), torch.linalg.svdvals(dense))
 
 
 def write_idx(file: Path, *shape: int, most: int) -> None:
