@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 # The tests use small matrices: more threads only get in each other's way.
 test test-full: export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv demo test test-full lint bench clean
+.PHONY: venv demo guide test test-full lint bench clean
 
 venv: $(INSTALLED)
 
@@ -21,6 +21,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: venv
 	$(BIN)/python examples/demo.py --out out/demo
+
+# The figures of docs/guide.md: make guide GUIDE_OUT=docs/guide GUIDE_DATA=DIR, where DIR holds MNIST/raw; without it they
+# are of UCI digits.
+GUIDE_OUT ?= out/guide
+GUIDE_DATA ?=
+
+guide: venv
+	$(BIN)/python examples/guide.py $(if $(GUIDE_DATA),--data-dir $(GUIDE_DATA)) --out $(GUIDE_OUT)
 
 test: venv
 	$(BIN)/python -m pytest -q -m "not full" -n 2 --dist loadfile

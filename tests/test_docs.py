@@ -10,7 +10,7 @@ import pytest
 import torch
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = [DOCS / name for name in ("training.md", "seeing.md", "certificates.md", "operators.md")]
+PAGES = [DOCS / name for name in ("training.md", "seeing.md", "certificates.md", "operators.md", "guide.md")]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -34,3 +34,9 @@ def test_snippet_runs(page: Path, line: int, code: str, tmp_path: Path, monkeypa
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_fence_of_the_page_is_missed(page: Path) -> None:
     assert page.read_text().count("```python") == len(snippets(page)[1]) + 1 > (10 if page.stem == "training" else 1)
+
+
+def test_the_guide_holds_the_table_and_every_figure_that_the_script_wrote() -> None:
+    page, folder = (DOCS / "guide.md").read_text(), DOCS / "guide"
+    assert (folder / "table.md").read_text() in page
+    assert sorted(re.findall(r"\]\(guide/(.*?)\)", page)) == sorted(file.name for file in folder.glob("*.png"))

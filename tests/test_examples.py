@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib
 import json
 import math
 import os
 import re
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("SGD", "SNRSGD", "AdamW", "NormScaleAdamW spectral", "NormScaleAdamW frobenius")
@@ -98,3 +102,130 @@ def test_swap_one_line_reports_accuracy_and_sigma(tmp_path: Path) -> None:
     found = dict(line.split(":") for line in done.stdout.splitlines())
     assert float(found["test accuracy"]) > 0.5
     assert all(float(found[f"largest sigma {when}"]) > 0 for when in ("before", "after"))
+
+
+FIGURES = {
+    *("none", "penalty", "decay", "set", "rescale", "frobenius", "cap-1", "cap-16", "cap-full", "penalty-and-cap"),
+    *("conv-matrix", "conv-operator"),
+}
+
+
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Standard output of a guide of three steps, and the folder it wrote to."""
+    folder = tmp_path_factory.mktemp("guide")
+    done = run("guide.py", "--steps", "3", "--width", "80", "--out", "made/here", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, folder / "made/here"
+
+
+def guide_results(folder: Path) -> dict[str, dict[str, Any]]:
+    return {result["rule"]: result for result in json.loads((folder / "guide.json").read_text())["results"]}
+
+
+def test_guide_writes_a_figure_for_each_rule(guide: tuple[str, Path]) -> None:
+    figures = {file.stem: file.read_bytes() for file in guide[1].glob("*.png")}
+    assert figures.keys() == FIGURES
+    assert all(figure.startswith(b"\x89PNG") for figure in figures.values())
+
+
+def test_guide_prints_and_writes_a_line_for_each_rule_and_base(guide: tuple[str, Path]) -> None:
+    table = (guide[1] / "table.md").read_text()
+    assert table in guide[0]
+    lines = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(lines) == len(FIGURES) + 2  # SGD is in AdamW's figure, and AdamW of the convolution in that of its caps
+    assert [line.split("|")[1].strip() for line in lines] == list(guide_results(guide[1]))
+
+
+def test_guide_results_are_finite_and_of_bases_one(guide: tuple[str, Path]) -> None:
+    results = guide_results(guide[1])
+    assert all(math.isfinite(number) for number in numbers(list(results.values())))
+    assert all(results[base]["over_base"] == 1 for base in ("AdamW", "SGD", "AdamW (conv)"))
+
+
+def test_guide_starts_every_rule_from_the_same_spectrum_at_its_target(guide: tuple[str, Path]) -> None:
+    starts = [result["spectrum_before"] for result in guide_results(guide[1]).values()]
+    assert all(start == starts[0] for start in starts[:11])
+    assert all(abs(sigma - 1) < 1e-5 for sigma in starts[0])
+    assert starts[11] == starts[12] == starts[13]
+
+
+def test_guide_measures_caps_that_hold(guide: tuple[str, Path]) -> None:
+    results = guide_results(guide[1])
+    assert results['cap, rank "full"']["sigma_1"] < 1 + 1e-5
+    assert results["cap of the operator"]["sigma_1"] < 1 + 1e-3
+    assert results["cap, rank 16"]["sigma_1"] < results["cap, rank 1"]["sigma_1"] < results["AdamW"]["sigma_1"]
+
+
+def test_guide_spectrum_of_a_circular_convolution_is_that_of_its_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    spectrum = importlib.import_module("guide_training").spectrum
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular", bias=False).double()
+    basis = torch.eye(3 * 25, dtype=torch.float64).view(-1, 3, 5, 5)
+    dense = conv(basis).flatten(1).detach()
+    torch.testing.assert_close(spectrum(conv, 5), torch.linalg.svdvals(dense))
+
+
+def write_idx(file: Path, *shape: int, most: int) -> None:
+    content = bytes(i * 7919 % (most + 1) for i in range(math.prod(shape)))
+    file.write_bytes(gzip.compress(struct.pack(f">BBBB{len(shape)}I", 0, 0, 8, len(shape), *shape) + content))
+
+
+def write_mnist(folder: Path) -> Path:
+    """Images of noise in MNIST's files; returns the folder of one of them."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, count in (("train", 40), ("t10k", 30)):
+        write_idx(raw / f"{name}-images-idx3-ubyte.gz", count, 28, 28, most=255)
+        write_idx(raw / f"{name}-labels-idx1-ubyte.gz", count, most=9)
+    return raw
+
+
+def test_guide_reads_mnist_in_its_publishers_files(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    options = ("--data-dir", tmp_path, "--out", tmp_path / "out", "--steps", "1", "--width", "16")
+    done = run("guide.py", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "\nMNIST, width 16, 1 steps" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("--steps", "0", "--steps must be 1 or more, got 0"),
+        ("--width", "15", "--width must be 16 or more, got 15"),
+        ("--data-dir", "nowhere", "cannot read nowhere/MNIST/raw/train-images-idx3-ubyte.gz (No such file"),
+        ("--out", "file/below", "--out file/below: cannot write there"),
+    ],
+)
+def test_guide_refuses_what_makes_no_sense_before_training(option: str, value: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run("guide.py", option, value, cwd=tmp_path)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "step/s" not in done.stderr
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"no gzip", "Not a gzipped file"),
+        (gzip.compress(b"0" * 99)[:-12], "cannot read"),
+        (gzip.compress(struct.pack(">BBBB3I", 0, 0, 8, 3, 40, 28, 28)), "is not a file of MNIST's kind"),
+        (gzip.compress(b""), "is not a file of MNIST's kind"),
+        (gzip.compress(struct.pack(">BBBB1I", 0, 0, 8, 1, 2) + b"xx"), "must hold images of 28 x 28"),
+    ],
+)
+def test_guide_refuses_broken_data_by_name(
+    content: bytes, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    load = importlib.import_module("guide_data").load
+    raw = write_mnist(tmp_path)
+    assert load(tmp_path).train_x.shape == (40, 1, 28, 28)
+    (raw / "train-images-idx3-ubyte.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(raw))) as found:
+        load(tmp_path)
+    assert told in str(found.value)
