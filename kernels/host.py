@@ -54,6 +54,22 @@ def ritz_triplets(products: Sequence[Tensor], blocks: Sequence[Tensor], out: Tri
             torch.mm(blocks[i], right[:, : out.rights[i].shape[1]], out=out.rights[i])
 
 
+def sharpen(triplets: Triplets, count: int) -> None:
+    for i, (left, right) in enumerate(zip(triplets.lefts, triplets.rights, strict=True)):
+        k = min(count, left.shape[1])
+        x = left[:, :k].double() * triplets.sigma[i, :k].double()
+        top = float(x.abs().amax()) if x.numel() else 0.0
+        if not (math.isfinite(top) and top > 0):
+            continue
+        x = x / top
+        _, rotation = torch.linalg.eigh(x.mT @ x)
+        x = x @ rotation.flip(1)
+        norms = torch.linalg.vector_norm(x, dim=0)
+        left[:, :k] = torch.where(norms > 0, x / norms.clamp_min(torch.finfo(x.dtype).tiny), 0.0)
+        right[:, :k] = right[:, :k].double() @ rotation.flip(1)
+        triplets.sigma[i, :k] = norms * top
+
+
 def orthonormalize(
     candidates: Sequence[Tensor], starts: Sequence[Tensor], out: Sequence[Tensor], chosen: Sequence[int]
 ) -> None:

@@ -90,7 +90,7 @@ def _cap_stack(
     norms = frobenius_norms(matrices)
     limits = limits.to(norms)
     fine = norms.isfinite() & (norms > 0) & active
-    unit = torch.where(fine, norms, 1.0)
+    unit = torch.where(fine, norms, 1.0).log2().floor().exp2()  # a power of two, by which nothing is rounded
     a = torch.stack([matrix.to(norms.dtype) for matrix in tall]) / unit[:, None, None]
     ratio = unit / limits  # a is in units of the Frobenius norm: 1e30 and its square are no numbers of float32
     found = bound = _norm_bound(a) * ratio
@@ -100,18 +100,19 @@ def _cap_stack(
         if looks and not bool(live.any()):
             break
         far = float(torch.where(live, bound, 1.0).max()) > TAME[a.dtype] if looks else wild
-        part = a.double() if far else a
+        part = a.double() if far else a  # and from then on: what is far above the limit would take digits from the rest
         width = torch.where(live, bound, 1.0).to(part.dtype)
         level = (width / FAR[part.dtype]).clamp(min=1.0)  # what this round caps at, over the limit
         scaled = part * (ratio.to(part.dtype) / level)[:, None, None]
         most = float((width / level).max()) if looks else (FAR if far else TAME)[part.dtype]
         capped = part + part @ _shrinking(scaled, width / level, most)
-        a = torch.where(live[:, None, None], capped.to(a.dtype), a)
+        a = torch.where(live[:, None, None], capped, part)
         if not looks or float(width.max()) <= TAME[part.dtype]:
             break
-        bound = _norm_bound(a) * ratio
+        bound = (_norm_bound(a) * ratio).to(bound.dtype)
     moved = fine & (found > 1)
-    for matrix, capped, write, seed in zip(tall, a * unit[:, None, None], moved, seeds, strict=True):
+    new = (a * unit.to(a.dtype)[:, None, None]).to(norms.dtype)
+    for matrix, capped, write, seed in zip(tall, new, moved, seeds, strict=True):
         narrow = rounded_like(matrix, capped, seed, salt=4)
         matrix.copy_(torch.where(write & narrow.isfinite(), narrow, matrix))
     return torch.where(norms.isfinite(), found * limits, norms)

@@ -37,9 +37,13 @@ class Triplets(NamedTuple):
 def sharpen(triplets: Triplets, count: int) -> None:
     """Makes the first ``count`` Ritz triplets exact ones of their span, in place.
 
-    On a device :func:`ritz_triplets` has the first vector alone sharply. With ``X = U diag(θ)`` of so many columns and
-    the eigenvectors R of ``XᵀX``: ``U θ ← X R``, ``V ← V R``, so that ``W v_i = θ_i u_i`` still, and U is orthonormal.
+    With ``X = U diag(θ)`` of so many columns and the eigenvectors R of ``XᵀX``: ``U θ ← X R``, ``V ← V R``, so that
+    ``W v_i = θ_i u_i`` still, and U is orthonormal. On a device :func:`ritz_triplets` has the first vector alone
+    sharply; on the CPU small ones come from squares in the weight's precision, and here from those in float64.
     """
+    if _on_host(triplets.sigma):
+        host.sharpen(triplets, count)
+        return
     counts = [min(count, left.shape[1]) for left in triplets.lefts]
     lefts = [left[:, :r] for left, r in zip(triplets.lefts, counts, strict=True)]
     rights = [right[:, :r] for right, r in zip(triplets.rights, counts, strict=True)]

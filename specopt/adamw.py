@@ -40,8 +40,9 @@ class NormScaleAdamW(SpectralOptimizer, AdamW):
             ``(specopt.MatrixInfo) -> float``, which is asked when a group is added. A group may hold a list, with a
             number for each of its parameters, or with a list of them for one that holds several matrices.
         rank: how many triplets are corrected, 1 to 16, or (under "cap") ``"full"``: every singular value, by products
-            of whole matrices, after which none is above ``σ*(1 + 1e-5)`` in float32. Under "set" each of them becomes
-            σ*.
+            of whole matrices, after which none is above ``σ*(1 + 1e-5)`` in float32. (On a GPU that is so as long as
+            none was above ``4 σ*``, but for the first time: see :func:`specopt.kernels.cap_`.) Under "set" each of
+            them becomes σ*.
         every: with ``rank="full"`` the cap is made in each ``every``-th step.
         raise_small: raise also a matrix that is all zero when control starts. By default it is only capped until it has
             reached σ* by itself.

@@ -202,8 +202,8 @@ def rotation_kernel(
 def jacobi_kernel(
     symmetric, result, width, SWEEPS: tl.constexpr, EPS: tl.constexpr, TINY: tl.constexpr, K: tl.constexpr
 ):
-    """See the reference. Columns beyond ``width`` are zero, and rotated with none. Ends after as many turns as there are
-    in a sweep in which nothing was left to be rotated."""
+    """See the reference. Columns beyond ``width`` are zero, and rotated with none. Ends after as many turns as a sweep
+    has in which nothing was left to be rotated."""
     index = tl.arange(0, K)
     row, column = index[:, None], index[None, :]
     s = load_square(symmetric, width, K)

@@ -14,7 +14,7 @@ from specopt import kernels
 from .. import options
 from ..session import Gate, Session
 from ..tracker import device, pairs
-from ..tracker.common import Stat, constant
+from ..tracker.common import constant
 from ..updates import rate_of
 from ..views import Matrix, block_of
 from .after import After, AfterOnDevice
@@ -69,13 +69,7 @@ class SpectralDecay(options.Shared):
     def begin(self, matrices: Sequence[Matrix], gate: Gate) -> Session:
         if self.is_fused(matrices[0]):
             return _DecayedOnDevice(matrices, gate)
-        correct = self.correction(matrices, gate)
-
-        def alone(found: pairs.Found) -> pairs.Change:
-            found.stats[:, Stat.CAPPED] = 0
-            return correct(found)
-
-        return After(matrices, alone)
+        return After(matrices, self.correction(matrices, gate))
 
     def reach(self, matrices: Sequence[Matrix]) -> int:
         return 1

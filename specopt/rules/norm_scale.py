@@ -31,9 +31,10 @@ class NormScale(options.Shared):
     ``rank="full"`` caps every singular value, ``W ← U min(Σ, σ*) Vᵀ``, by products of whole matrices
     (:func:`specopt.kernels.cap_`), in each ``every``-th step. See there for what it holds and costs.
 
-    A zero matrix stays zero; one that is zero when control starts is capped until it has reached its target by itself,
-    unless ``raise_small``; one with a non-finite entry is left as the base left it; nothing changes at a learning rate
-    of 0.
+    A zero matrix stays zero, and so does what "set" with a rank above 1 finds below 1e-3 σ₁ (1e-7 σ₁ of float64
+    weights), which has no direction in that precision; one that is zero when control starts is capped until it has
+    reached its target by itself, unless ``raise_small``; one with a non-finite entry is left as the base left it;
+    nothing changes at a learning rate of 0.
 
     Args: see :class:`specopt.NormScaleAdamW`.
 
@@ -97,6 +98,11 @@ class NormScale(options.Shared):
         return partial(_correct, matrices, gate)
 
 
+NOISE = {torch.float32: 1e-3, torch.float64: 1e-7}
+"""A singular value of less than this part of the first has, in the precision of products, no direction to be raised
+in."""
+
+
 def _is_tracked(matrix: Matrix) -> bool:
     return bool(matrix.group["norm"] == "spectral" and matrix.group["rank"] != "full")
 
@@ -117,6 +123,8 @@ def _correct(matrices: Sequence[Matrix], gate: Gate, found: pairs.Found) -> pair
     open_ = gate.open(matrices, norm)[:, None]
     leading = found.sigma[:, : matrices[0].group["rank"]]
     change = distance(leading, target[:, None], found.valid[:, None], down[:, None])
+    noise = leading <= NOISE[leading.dtype] * norm[:, None]
+    change = torch.where(noise, change.clamp_max(0.0), change)
     tell_first(matrices, beginners(matrices), norm, target, change[:, 0] != 0, gate)
     change = torch.where(open_ > 0, change, 0.0)
     rescaled = [matrix.group["mode"] == "rescale" for matrix in matrices]

@@ -81,7 +81,6 @@ class Capped(_Whole):
     """``W ← U min(Σ, σ*) Vᵀ`` in each ``every``-th step of a matrix."""
 
     def change(self, stats: Tensor) -> Tensor:
-        stats[:, Stat.CAPPED] = 0
         return cap_all(self.matrices, [matrix.state[STEP] + 1 for matrix in self.matrices], stats, self.gate)
 
 
@@ -93,13 +92,16 @@ def cap_all(matrices: Sequence[Matrix], steps: Sequence[int], stats: Tensor, gat
     if due:
         chosen = [matrices[i] for i in due]
         target = targets_of(chosen, stats)
+        active = gate.open(chosen, target) > 0
         bounds = kernels.cap_(
             [matrix.weight for matrix in chosen],
             target,
-            active=gate.open(chosen, target) > 0,
+            active=active,
             wild=any(steps[i] == matrices[i].group["every"] for i in due),
             seeds=rounding_seeds(chosen),
         )
-        for i, bound in zip(due, bounds, strict=True):
+        lowered = torch.where(active & bounds.isfinite(), target, torch.inf)
+        for i, bound, limit in zip(due, bounds, lowered, strict=True):
             valid[i] = bound.isfinite()
+            stats[i, Stat.TOP] = torch.minimum(stats[i, Stat.TOP], limit)
     return valid

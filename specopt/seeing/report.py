@@ -56,7 +56,7 @@ def _report(optimizer: SpectralOptimizer, top: int) -> SpectralReport:
         stats[:, Stat.RESIDUAL],
         torch.stack([kernels.frobenius_norms([matrix.weight])[0].to(stats) for matrix in matrices]),
         targets(optimizer, matrices, stats),
-        torch.stack([_capped(matrix, stats) for matrix in matrices]),
+        torch.stack([_capped(optimizer, matrix, stats) for matrix in matrices]),
     ]
     found = torch.cat([torch.stack(columns, 1), scales[:, None], grams.flatten(1)], 1).cpu().numpy()
     spectra = ritz_values(found[:, len(columns) + 1 :].reshape(grams.shape), found[:, len(columns)])[:, :top]
@@ -98,7 +98,7 @@ def _operator_rows(optimizer: SpectralOptimizer) -> list[SpectralRow]:
                 residual.double(),
                 torch.linalg.vector_norm(kernel.param.detach().double()),
                 target_of(kernel, sigma).double() if scaled else sigma.new_full((), torch.nan).double(),
-                _capped(kernel, sigma).double(),
+                _capped(optimizer, kernel, sigma).double(),
             ]
         )
         for kernel, sigma, residual in found
@@ -129,6 +129,6 @@ def targets(optimizer: SpectralOptimizer, matrices: Sequence[Matrix], like: Tens
     return targets_of(matrices, like)
 
 
-def _capped(matrix: Controlled, like: Tensor) -> Tensor:
-    stats = matrix.state.get(STATS)
+def _capped(optimizer: SpectralOptimizer, matrix: Controlled, like: Tensor) -> Tensor:
+    stats = matrix.state.get(STATS) if find(optimizer.rule, NormScale) else None
     return like.new_zeros(()) if stats is None else stats[Stat.CAPPED].to(like)

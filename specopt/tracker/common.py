@@ -113,8 +113,9 @@ def exact_triplets(matrices: Sequence[Matrix], like: Tensor, count: int = 1) -> 
     up with zeros)."""
     weights = [matrix.weight for matrix in matrices]
     most = max(matrix.columns for matrix in matrices)
-    sharp = sharpened(count)
-    counts = [min(count, matrix.columns) if kernels.on_host(like) else min(sharp, most) for matrix in matrices]
+    host = kernels.on_host(like)
+    # of an approximate basis all columns have to be there to be made sharp
+    counts = [min(count, matrix.columns) if host else (1 if count == 1 else most) for matrix in matrices]
     bases = [kernels.identity(matrix.columns, like.dtype, like.device) for matrix in matrices]
     out = Triplets(
         like.new_zeros(len(matrices), most),
@@ -128,13 +129,13 @@ def exact_triplets(matrices: Sequence[Matrix], like: Tensor, count: int = 1) -> 
     else:
         products = kernels.skinny_products(weights, bases)
     kernels.ritz_triplets(products, bases, out=out)
-    if count > 1 and not kernels.on_host(like):
-        kernels.sharpen(out, sharp)
+    if count > 1:
+        kernels.sharpen(out, count if host else most)
     return out
 
 
 def sharpened(count: int) -> int:
-    """How many triplets to make sharp for so many to be: those next to them may have their place."""
+    """How many triplets of a block to make sharp for so many to be: those next to them may have their place."""
     return min(2 * count, kernels.MAX_EIGEN)
 
 

@@ -266,7 +266,7 @@ class _Pair:
         """sigma₁, the residual of its triplet, and the largest of the first ``rank`` triplets' (B,)."""
         kernels.skinny_products(self.weights, self.bases, out=self.products, active=active)
         kernels.ritz_triplets(self.products, self.bases, out=self.triplets, active=active)
-        if self.rank > 1 and not kernels.on_host(self.products[0]):
+        if self.rank > 1:
             kernels.sharpen(self.triplets, sharpened(self.rank))
         transposed = [weight.mT for weight in self.weights]
         kernels.skinny_products(transposed, self.lefts, out=self.returned, active=active)

@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 
 from specopt.kernels.blocks import device as blocks
 from specopt.kernels.products import device as products
-from specopt.kernels.small import MAX_EIGEN, ROUNDS, SQUARINGS, SWEEPS
+from specopt.kernels.small import ROUNDS, SQUARINGS, SWEEPS, WHOLE
 from specopt.kernels.small import device as small
 from specopt.kernels.updates import device as updates
 
@@ -76,7 +76,7 @@ def variants() -> Iterator[tuple[str, Variant]]:
             constants["SMALLEST"] = torch.finfo(torch.float32).tiny
             assert rounds <= ROUNDS
             yield f"rotation {k} {fresh}", Variant(small.rotation_kernel, constants, small.WARPS[k])
-        if k <= MAX_EIGEN:
+        if k <= WHOLE:
             constants = {"SWEEPS": SWEEPS, "K": k, "EPS": torch.finfo(torch.float32).eps}
             constants["TINY"] = torch.finfo(torch.float32).tiny
             yield f"jacobi {k}", Variant(small.jacobi_kernel, constants, small.WARPS[k])

@@ -220,3 +220,46 @@ def test_rank_and_every_may_change_between_steps() -> None:
 def test_what_a_rank_cannot_be_is_said(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         specopt.NormScaleAdamW([torch.ones(4, 3, requires_grad=True)], **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_set_of_several_raises_small_singular_values_as_it_says_and_noise_not_at_all(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((10, 8), (120, 90)):
+        u, _, vh = torch.linalg.svd(torch.randn(shape, generator=generator).double(), full_matrices=False)
+        values = torch.zeros(min(shape), dtype=torch.float64)
+        values[:8] = torch.tensor([10.0, 5.0, 1.0, 0.3, 0.1, 0.05, 0.0, 0.0])
+        param = ((u * values) @ vh).to(DEVICE, dtype).requires_grad_()
+        before = exact(param)[1]
+        optimizer = specopt.NormScaleAdamW([param], lr=1e-12, weight_decay=0, rank=8, target=1.0, **TIGHT)
+        param.grad = torch.zeros_like(param)
+        optimizer.step()
+        after = exact(param)[1]
+        close = 2e-2 if dtype == torch.bfloat16 else 2e-3
+        assert torch.allclose(after[:6], torch.ones(6).to(after), atol=close)
+        if dtype != torch.bfloat16:  # there the rounding of the weight is no noise
+            assert torch.allclose(after[6:], before[6:], atol=1e-4)
+
+
+def test_full_caps_keep_the_rest_to_the_digits_there_are_below_one_far_above() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for far in (1e2, 1e4, 1e6):
+        values = torch.cat([torch.tensor([far]), torch.linspace(0.1, 0.9, 39)]).double()
+        u, _, vh = torch.linalg.svd(torch.randn(60, 40, generator=generator).double(), full_matrices=False)
+        param = ((u * values) @ vh).float().to(DEVICE).requires_grad_()
+        u, s, vh = exact(param)
+        optimizer = specopt.NormScaleAdamW([param], lr=1e-20, weight_decay=0, mode="cap", rank="full", target=1.0)
+        param.grad = torch.zeros_like(param)
+        optimizer.step()
+        expected = (u * s.clamp(max=1.0)) @ vh
+        assert float(torch.linalg.matrix_norm(param.detach().double() - expected, 2)) <= 2e-5
+        assert float(exact(param)[1][0]) <= 1 + 1e-5
+
+
+def test_a_zero_matrix_is_not_raised_after_a_time_under_the_full_cap() -> None:
+    param = torch.zeros(20, 15, requires_grad=True)
+    optimizer = specopt.NormScaleAdamW([param], lr=1e-3, mode="cap", rank="full", target=8.0)
+    train(optimizer, [param], range(3))
+    optimizer.param_groups[0].update(mode="set", rank=1)
+    train(optimizer, [param], range(3, 5))
+    assert float(exact(param)[1][0]) < 0.1

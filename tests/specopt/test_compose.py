@@ -65,14 +65,14 @@ def test_each_rule_does_what_it_does_alone(dtype: torch.dtype, decay: float, ran
             wanted, gap = expected_step(old, mine.grad, RATE, decay, 1.5, most if rank == "full" else rank)
             after, values = exact(mine)[1], exact(wanted)[1]
             # in a crowd any direction of it takes the penalty and the decay
-            slack = 2e-4 if gap >= 0.02 else RATE * (LAM + decay)
+            slack = 2e-4 if gap >= 0.03 else RATE * (LAM + decay)
             assert torch.allclose(after, values, rtol=0, atol=slack * float(values[0]))
             assert float(after[0]) <= 1.5 * 1.05 or rank != "full"
-            if gap >= 0.02:
+            if gap >= 0.03:
                 moved = (wanted - old.double().flatten(1)).norm()
                 assert (mine.double().flatten(1) - wanted).norm() <= 2e-3 * moved + 1e-6 * wanted.norm()
                 compared += 1
-    assert compared > 8
+    assert compared > 5
 
 
 def test_the_penalty_in_training_is_that_of_the_weight_as_it_is() -> None:
@@ -240,3 +240,13 @@ def test_the_report_has_the_targets_of_a_composed_rule() -> None:
     optimizer = specopt.wrap(SGD(params, lr=RATE), specopt.Compose(penalty(), cap()))
     train(optimizer, params, range(1))
     assert {row.target for row in specopt.spectral_report(optimizer)} == {1.5}
+
+
+def test_what_a_full_cap_leaves_is_in_the_state() -> None:
+    params = parameters(torch.float32)
+    optimizer = specopt.wrap(SGD(params, lr=RATE), specopt.Compose(penalty(), cap(rank="full", target=0.5)))
+    train(optimizer, params, range(2))
+    for param in params:
+        if param.ndim > 1:
+            found = float(optimizer.state[param][STATS][Stat.TOP])
+            assert found == pytest.approx(float(exact(param)[1][0]), rel=1e-4)

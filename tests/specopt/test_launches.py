@@ -129,9 +129,9 @@ def test_operations_on_lists_are_as_many_for_any_number_of_layers(kind: str, mon
 
     def count(layers: int) -> int:
         generator = torch.Generator().manual_seed(0)
-        params = [torch.randn(24 + 4 * i, 20 + 4 * i, generator=generator) for i in range(layers)]
+        params = [torch.randn(32 + 4 * i, 28 + 4 * i, generator=generator) for i in range(layers)]
         params = [param.to(DEVICE).requires_grad_() for param in params]
-        scale = specopt.NormScale(mode="cap", rank=3, block=8, max_passes=2)
+        scale = specopt.NormScale(mode="cap", rank=3, block=8, tolerance=1e-9, max_passes=2)
         rule = scale if kind == "rank 3" else specopt.Compose(specopt.SpectralPenalty(0.1), scale)
         optimizer = specopt.wrap(torch.optim.SGD(params, lr=0.1), rule)
         warm_up(optimizer, params)
