@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .options import plain
 from .recording import LayerShapes
 from .targets import MatrixInfo, is_individual, is_positive, number, target_sigma
 from .views import Matrix, is_controlled
@@ -131,7 +132,7 @@ def _plain(entry: Any) -> Any:
     """Lists and floats, of whatever kinds of sequences and numbers there were: what a file can hold."""
     if isinstance(entry, list | tuple):
         return [_plain(value) for value in entry]
-    return float(entry) if is_positive(entry) else entry
+    return float(entry) if is_positive(entry) else plain(entry)
 
 
 def _check_list(group: Mapping[str, Any], names: Names) -> None:
