@@ -30,6 +30,11 @@ class Shared:
     geometry: Sequence[str | None] | None = None
 
     def __post_init__(self) -> None:
+        if self.geometry is not None:
+            raise ValueError(
+                "geometry must be a list in a group alone, beside its params, as specopt.param_groups makes it; a rule "
+                f"got {self.geometry!r}"
+            )
         for field in fields(self):
             object.__setattr__(self, field.name, plain(getattr(self, field.name)))
 
