@@ -420,6 +420,9 @@ def test_groups_hold_plain_floats_whatever_numbers_were_given() -> None:
     for given in ((np.float64(2.0),), [np.float32(2.0)], [2], [Fraction(2)]):
         (entry,) = specopt.NormScaleAdamW([{"params": [weight], "target": given}]).param_groups[0]["target"]
         assert type(entry) is float and entry == 2.0
+    group = {"params": [weight, nn.Parameter(torch.ones(2))], "target": [2.0, np.float64("nan")]}
+    off = specopt.NormScaleAdamW([group]).param_groups[0]["target"][1]
+    assert type(off) is float and math.isnan(off)
 
 
 def test_list_as_the_default_of_a_rule_is_refused() -> None:
