@@ -21,6 +21,7 @@ from . import updates
 from .base_step import gradients, out_of_sight, own_entries, penalized
 from .checkpoint import guarded
 from .groups import resolve
+from .options import plain
 from .rules.operator import OPERATOR, OperatorSession, check_kernels, geometries_in, kernels_of
 from .session import Gate, OnDevice, Rule
 from .settling import adopt, refuse_target_of_off, settle
@@ -82,7 +83,7 @@ class SpectralOptimizer(Mixin):
         return super(self.front, self)
 
     def _construct(self, options: dict[str, Any], base_init: Callable[[], None]) -> None:
-        self._options = options
+        self._options = options = {name: plain(value) for name, value in options.items()}
         base_init()
         self.defaults.update(options)
         del self._options
@@ -106,8 +107,7 @@ class SpectralOptimizer(Mixin):
             self.rule.check(merged)
             if "target" in self.rule.names:
                 refuse_target_of_off(param_group, self.rule.names)
-            for name in self.rule.names:
-                param_group.setdefault(name, merged[name])
+            param_group.update({name: plain(merged[name]) for name in self.rule.names})
         self._base.add_param_group(param_group)
         group = self.param_groups[-1]
         for param in group["params"]:

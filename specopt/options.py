@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
@@ -28,6 +29,15 @@ class Shared:
     conv: str = "matrix"
     geometry: Sequence[str | None] | None = None
 
+    def __post_init__(self) -> None:
+        if self.geometry is not None:
+            raise ValueError(
+                "geometry must be a list in a group alone, beside its params, as specopt.param_groups makes it; a rule "
+                f"got {self.geometry!r}"
+            )
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
+
     @property
     def options(self) -> dict[str, Any]:
         """What the groups of an optimizer hold of a rule, but for those that say otherwise."""
@@ -36,6 +46,16 @@ class Shared:
     def __repr__(self) -> str:
         told = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join(told)})"
+
+
+def plain(value: Any) -> Any:
+    """Python's own int or float in the place of a number of another kind, such as NumPy's: what
+    ``torch.load(weights_only=True)`` takes. All else as it is, and what no float can hold."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    with suppress(OverflowError):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
 
 
 def named(option: str) -> dict[str, str]:

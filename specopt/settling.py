@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .options import plain
 from .recording import LayerShapes
 from .targets import MatrixInfo, is_individual, is_positive, number, target_sigma
 from .views import Matrix, is_controlled
@@ -63,7 +64,8 @@ def entry_of(
     """
     count, shape = piece_shape(tuple(param.shape), parse(view))
     if isinstance(target, list | tuple):
-        _check_numbers(target, count, name)
+        if wrong := _fault(target, count):
+            raise ValueError(f"target of {name} {wrong}")
         return [float(value) for value in target]
     if target == "size":
         found = [target_sigma(shape, "size", _positions(name, shape, sizes))] * count
@@ -130,7 +132,7 @@ def _plain(entry: Any) -> Any:
     """Lists and floats, of whatever kinds of sequences and numbers there were: what a file can hold."""
     if isinstance(entry, list | tuple):
         return [_plain(value) for value in entry]
-    return float(entry) if is_positive(entry) else entry
+    return float(entry) if is_positive(entry) else plain(entry)
 
 
 def _check_list(group: Mapping[str, Any], names: Names) -> None:
@@ -145,15 +147,19 @@ def _check_list(group: Mapping[str, Any], names: Names) -> None:
         if is_positive(entry) or not is_controlled(param, group):
             continue
         if isinstance(entry, list | tuple):
-            _check_numbers(entry, piece_shape(tuple(param.shape), parse(group["view"]))[0], names()[param])
+            wrong = _fault(entry, piece_shape(tuple(param.shape), parse(group["view"]))[0])
         else:
             why = "; it was off when the targets of its group were settled" if entry is None else ""
-            raise ValueError(f"target of {names()[param]} must be a positive finite number, got {entry!r}{why}")
+            wrong = f"must be a positive finite number, got {entry!r}{why}"
+        if wrong:
+            raise ValueError(f"target of {names()[param]} {wrong}")
 
 
-def _check_numbers(entry: Sequence[float], count: int, name: str) -> None:
+def _fault(entry: Sequence[float], count: int) -> str:
+    """What is wrong with the numbers of a parameter that holds ``count`` matrices; nothing where it is empty."""
     if len(entry) != count:
-        raise ValueError(f"target of {name} must have a number for each of its {count} matrices, got {entry!r}")
+        return f"must have a number for each of its {count} matrices, got {entry!r}"
     for value in entry:
         if not is_positive(value):
-            raise ValueError(f"target of {name} must hold positive finite numbers, got {value!r} in {entry!r}")
+            return f"must hold positive finite numbers, got {value!r} in {entry!r}"
+    return ""

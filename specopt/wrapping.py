@@ -19,6 +19,7 @@ from specopt.kernels import Update
 
 from .adamw import NormScaleAdamW
 from .control import IN_FRONT, SpectralOptimizer
+from .options import plain
 from .rules import Compose, NormScale, SpectralDecay, SpectralPenalty, find
 from .rules.operator import check_kernels
 from .session import Rule
@@ -79,7 +80,7 @@ def wrap(optimizer: AnyOptimizer, rule: AnyRule) -> AnyOptimizer:
     optimizer.__dict__[FOUND] = [set(rule.names) & group.keys() for group in optimizer.param_groups]
     optimizer.__class__ = class_of(base, rule)  # type: ignore[assignment]
     for group, full in zip(optimizer.param_groups, merged, strict=True):
-        group.update({name: full[name] for name in options})
+        group.update({name: plain(full[name]) for name in options})
     _take_step(optimizer, counted)
     warn_of_unclear(optimizer.param_groups, cast(SpectralOptimizer, optimizer).names())
     return optimizer

@@ -41,6 +41,7 @@ class SpectralDecay(options.Shared):
     names: ClassVar[tuple[str, ...]] = ("decay_lambda", *options.SHARED)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         options.check_lambda("lam", self.lam)
         self.check(self.options)
 

@@ -53,6 +53,7 @@ class NormScale(options.Shared):
     names: ClassVar[tuple[str, ...]] = ("norm", "mode", "target", "rank", "every", "raise_small", *options.SHARED)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.target, list | tuple):
             raise ValueError(f"target must be a list in a group alone, beside its params; a rule got {self.target!r}")
         self.check(self.options)

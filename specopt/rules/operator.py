@@ -124,7 +124,7 @@ class OperatorSession:
     def __init__(self, kernels: Sequence[Kernel], names: Sequence[str], gate: Gate) -> None:
         self.kernels, self.names, self.gate = kernels, names, gate
         for kernel in kernels:
-            if not _has_state(kernel):
+            if not has_state(kernel):
                 _begin(kernel)
         self.kept = [_copies(kernel) for kernel in kernels if gate.is_undecided]
         self.gradients: dict[Tensor, Tensor] = {}
@@ -258,7 +258,8 @@ def block_shape(param: Tensor, geometry: Geometry) -> tuple[int, int]:
     return torch.Size(operator.input_shape).numel(), columns_of(operator)
 
 
-def _has_state(kernel: Kernel) -> bool:
+def has_state(kernel: Kernel) -> bool:
+    """Whether it can be followed on from its state."""
     state, dtype = kernel.state, accumulation_dtype(kernel.param.dtype)
     shapes = {OPERATOR: block_shape(kernel.param, kernel.geometry), STATS: (len(Stat),)}
     return STEP in state and all(

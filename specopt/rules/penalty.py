@@ -40,6 +40,7 @@ class SpectralPenalty(options.Shared):
     names: ClassVar[tuple[str, ...]] = ("snr_lambda", *options.SHARED)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         options.check_lambda("lam", self.lam)
         self.check(self.options)
 

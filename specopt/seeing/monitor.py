@@ -34,7 +34,8 @@ class SpectralMonitor:
 
     What is noted (``specopt.seeing.history.QUANTITIES``): ``sigma`` before the correction and ``sigma_after`` it,
     ``target``, ``residual``, ``valid``, ``capped``, ``pairs``; with ``weights`` also ``frobenius`` and ``stable_rank``,
-    with ``gradients`` the gradients' norm. It goes into :attr:`history` and to all that ``to`` names:
+    with ``gradients`` the gradients' norm. Convolutions under ``conv="operator"`` come behind the matrices, without a
+    stable rank. All goes into :attr:`history` and to all that ``to`` names:
 
     - a path: a CSV file with a line for each step and matrix, continued where it exists; ``SpectralHistory.from_csv``
       reads it back.

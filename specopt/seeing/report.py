@@ -12,7 +12,7 @@ from specopt import kernels
 
 from ..control import SpectralOptimizer
 from ..rules import NormScale, find, targets_of
-from ..rules.operator import kernels_of, measured, target_of
+from ..rules.operator import Kernel, kernels_of, measured, target_of
 from ..session import Controlled
 from ..tracker.common import STATS, Stat
 from ..tracker.measure import LARGEST, measure_spectrum, ritz_values
@@ -90,14 +90,13 @@ def _operator_rows(optimizer: SpectralOptimizer) -> list[SpectralRow]:
     and a stable rank, which compares norms of one matrix, there is none."""
     names, rows = optimizer.names(), []
     found = measured(kernels_of(optimizer, with_grad=False))
-    scaled = "mode" in optimizer.rule.names
     values = [
         torch.stack(
             [
                 sigma.double(),
                 residual.double(),
                 torch.linalg.vector_norm(kernel.param.detach().double()),
-                target_of(kernel, sigma).double() if scaled else sigma.new_full((), torch.nan).double(),
+                operator_targets(optimizer, [kernel], sigma)[0].double(),
                 _capped(optimizer, kernel, sigma).double(),
             ]
         )
@@ -127,6 +126,13 @@ def targets(optimizer: SpectralOptimizer, matrices: Sequence[Matrix], like: Tens
     if find(optimizer.rule, NormScale) is None:
         return like.new_full((len(matrices),), torch.nan)
     return targets_of(matrices, like)
+
+
+def operator_targets(optimizer: SpectralOptimizer, operators: Sequence[Kernel], like: Tensor) -> Tensor:
+    """sigma* of each convolution that is controlled as an operator (B,); nan where there is none."""
+    if find(optimizer.rule, NormScale) is None:
+        return like.new_full((len(operators),), torch.nan)
+    return torch.stack([target_of(kernel, like) for kernel in operators])
 
 
 def _capped(optimizer: SpectralOptimizer, matrix: Controlled, like: Tensor) -> Tensor:

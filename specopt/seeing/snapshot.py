@@ -14,11 +14,13 @@ from torch import Tensor
 from specopt import kernels
 
 from ..control import SpectralOptimizer
+from ..rules.operator import Kernel, has_state, kernels_of
+from ..session import Controlled
 from ..tracker.common import STATS, HostCopy, Stat, has_stats
 from ..views import Matrix
 from .history import QUANTITIES, Array, Record
 from .naming import distinct
-from .report import targets
+from .report import operator_targets, targets
 
 STORED = {
     "sigma": Stat.SIGMA,
@@ -36,8 +38,11 @@ class Snapshot:
 
     step: int
     names: tuple[str, ...]
+    """Of the matrices, then of the convolutions that are controlled as operators."""
+    matrices: int
+    """How many of the names, the first, are those of matrices; operators have no stable rank."""
     parts: list[tuple[list[int], HostCopy]]
-    """Places of matrices of one device and dtype, and their table ``[ stats | target | ‖W‖_F ]``."""
+    """Places of matrices, or of operators, of one device and dtype, and their table ``[ stats | target | ‖W‖_F ]``."""
     gradients: list[HostCopy]
     """Norms of the gradients of one device and dtype, of no dimensions."""
 
@@ -47,16 +52,19 @@ class Snapshot:
         """Of the step just made. Enqueues a few small operations for each device and dtype, whatever the number of
         matrices, and none that waits; ``weights`` and ``gradients`` add a read of each."""
         matrices = [m for m in optimizer.matrices(with_grad=False) if optimizer.rule.is_on(m.group)]
-        names = optimizer.names()
-        buckets: dict[Any, list[int]] = {}
-        for i, matrix in enumerate(matrices):
-            buckets.setdefault((matrix.param.device, matrix.param.dtype), []).append(i)
+        operators = kernels_of(optimizer, with_grad=False)
         parts = []
-        for places in buckets.values():
+        for places in _buckets(matrices):
             table = _table(optimizer, [matrices[i] for i in places], weights=weights)
             parts.append((places, HostCopy.of(table)))
+        for places in _buckets(operators):
+            table = _operator_table(optimizer, [operators[i] for i in places], weights=weights)
+            parts.append(([len(matrices) + i for i in places], HostCopy.of(table)))
         norms = [HostCopy.of(norm) for norm in _gradient_norms(optimizer)] if gradients else []
-        return cls(step, tuple(distinct([names[m.param] + m.suffix for m in matrices])), parts, norms)
+        known = optimizer.names()
+        controlled: list[Controlled] = [*matrices, *operators]
+        names = [known[one.param] + one.suffix for one in controlled]
+        return cls(step, tuple(distinct(names)), len(matrices), parts, norms)
 
     def arrived(self) -> bool:
         return all(copy.peek() is not None for copy in [*(copy for _, copy in self.parts), *self.gradients])
@@ -73,19 +81,45 @@ class Snapshot:
         with np.errstate(over="ignore"):
             ratio = values["frobenius"] / np.where(after > 0, after, np.nan)
             values["stable_rank"] = ratio**2
+        values["stable_rank"][self.matrices :] = np.nan  # it compares norms of one matrix
         norms = [float(copy.wait()) for copy in self.gradients]
         total = math.hypot(*norms) if norms else math.nan
         return Record(self.step, self.names, {name: values[name] for name in QUANTITIES}, total)
 
 
+def _buckets(controlled: Sequence[Controlled]) -> list[list[int]]:
+    """Places of what shares device and dtype."""
+    buckets: dict[Any, list[int]] = {}
+    for i, one in enumerate(controlled):
+        buckets.setdefault((one.param.device, one.param.dtype), []).append(i)
+    return list(buckets.values())
+
+
 def _table(optimizer: SpectralOptimizer, matrices: Sequence[Matrix], *, weights: bool) -> Tensor:
-    dtype = kernels.accumulation_dtype(matrices[0].param.dtype)
-    unknown = torch.full((len(Stat),), torch.nan, dtype=dtype, device=matrices[0].param.device)
-    stats = torch.stack([matrix.state[STATS] if has_stats(matrix) else unknown for matrix in matrices])
-    norms = (
-        kernels.frobenius_norms([m.weight for m in matrices]) if weights else torch.full_like(stats[:, 0], torch.nan)
+    stats = _stats(matrices, [has_stats(matrix) for matrix in matrices])
+    norms = _norms([matrix.weight for matrix in matrices] if weights else [], stats)
+    return torch.cat([stats, targets(optimizer, matrices, stats)[:, None], norms[:, None]], 1)
+
+
+def _operator_table(optimizer: SpectralOptimizer, operators: Sequence[Kernel], *, weights: bool) -> Tensor:
+    stats = _stats(operators, [has_state(kernel) for kernel in operators])
+    norms = _norms([kernel.param.detach().flatten(1) for kernel in operators] if weights else [], stats)
+    return torch.cat([stats, operator_targets(optimizer, operators, stats)[:, None], norms[:, None]], 1)
+
+
+def _stats(controlled: Sequence[Controlled], known: Sequence[bool]) -> Tensor:
+    """``(B, len(Stat))``, nan where there are none."""
+    param = controlled[0].param
+    dtype = kernels.accumulation_dtype(param.dtype)
+    unknown = torch.full((len(Stat),), torch.nan, dtype=dtype, device=param.device)
+    return torch.stack(
+        [one.state[STATS] if is_known else unknown for one, is_known in zip(controlled, known, strict=True)]
     )
-    return torch.cat([stats, targets(optimizer, matrices, stats)[:, None], norms.to(stats)[:, None]], 1)
+
+
+def _norms(weights: Sequence[Tensor], stats: Tensor) -> Tensor:
+    """``‖W‖_F`` (B,), nan where no weights are given."""
+    return kernels.frobenius_norms(weights).to(stats) if weights else torch.full_like(stats[:, 0], torch.nan)
 
 
 def _gradient_norms(optimizer: SpectralOptimizer) -> list[Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -204,9 +206,62 @@ def test_scaled_orthogonal_fills_any_dtype(dtype: torch.dtype) -> None:
     assert torch.allclose(values, torch.full_like(values, 1.5**0.5), rtol=1e-12 if dtype == torch.float64 else 2e-2)
 
 
-@pytest.mark.parametrize("cls", [specopt.SNRSGD, specopt.NormScaleAdamW])
-def test_numpy_numbers_are_numbers(cls: type) -> None:
-    cls(weight(), block=np.int64(8), tolerance=np.float32(0.02), max_passes=np.int32(3))
+SHARED = {"block": np.int64(8), "tolerance": np.float32(0.02), "max_passes": np.int32(3)}
+LAMBDA = {**SHARED, "snr_lambda": np.float32(0.25)}
+SCALE = {**SHARED, "target": np.float64(0.75), "rank": np.int64(4), "every": np.int16(1), "mode": "cap"}
+
+
+def wrapped(groups: Any, rule: Any) -> Any:
+    return specopt.wrap(torch.optim.AdamW(groups), rule)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: specopt.SNRSGD(weight(), **LAMBDA),
+        lambda: specopt.SNRSGD([{"params": weight(), **LAMBDA}]),
+        lambda: specopt.NormScaleAdamW(weight(), **SCALE),
+        lambda: specopt.NormScaleAdamW([{"params": weight(), **SCALE}]),
+        lambda: specopt.NormScaleAdamW(specopt.param_groups(nn.Linear(4, 5), **SCALE)),
+        lambda: specopt.NormScaleAdamW([{"params": weight(), "target": [np.float64(0.75)]}]),
+        lambda: wrapped(weight(), specopt.SpectralPenalty(np.float32(0.25), **SHARED)),
+        lambda: wrapped(weight(), specopt.SpectralDecay(np.float32(0.25), **SHARED)),
+        lambda: wrapped(weight(), specopt.NormScale(**SCALE)),
+        lambda: wrapped([{"params": weight(), **SCALE}], specopt.NormScale()),
+        lambda: wrapped(
+            weight(), specopt.Compose(specopt.SpectralPenalty(np.float32(0.25)), specopt.NormScale(**SCALE))
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the first step moves")
+def test_numpy_numbers_are_numbers_and_become_pythons_own_that_a_weights_only_file_holds(
+    make: Callable[[], Any],
+) -> None:
+    optimizer = make()
+    more: Any = [("more", *weight())] if "param_names" in optimizer.param_groups[0] else weight()
+    optimizer.add_param_group({"params": more, "block": np.int64(16)})
+    for group in optimizer.param_groups:
+        group["params"][0].grad = torch.ones_like(group["params"][0])
+    optimizer.step()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    for found, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        options = {name: group[name] for name in optimizer.rule.names}
+        assert {name: found[name] for name in options} == options
+        assert not any(isinstance(value, np.generic) for value in options.values())
+    assert saved["param_groups"][-1]["block"] == 16
+    for name in {"snr_lambda", "decay_lambda"} & set(optimizer.rule.names):
+        assert type(optimizer.param_groups[0][name]) is float and optimizer.param_groups[0][name] == 0.25
+    if "target" in optimizer.rule.names:
+        assert optimizer.param_groups[0]["target"] in (0.75, [0.75])
+
+
+def test_rules_of_numpy_numbers_equal_those_of_pythons_own() -> None:
+    rule = specopt.NormScale(mode="cap", target=np.float64(0.75), rank=np.int64(4), block=np.int64(16))
+    assert repr(rule) == "NormScale(block=16, mode='cap', target=0.75, rank=4)"
+    assert rule == specopt.NormScale(mode="cap", target=0.75, rank=4, block=16)
 
 
 def test_scaled_orthogonal_leaves_other_modules_alone_and_follows_its_generator() -> None:

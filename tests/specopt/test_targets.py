@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 import specopt
 from specopt import LayerShapes, MatrixInfo
 from specopt.rules.steering import shape_target
+from specopt.settling import settle
 from specopt.tracker.common import STATS, STEP, Stat
 from specopt.views.parts import parse, pieces
 from tests.specopt.helpers import with_spectrum
@@ -385,6 +386,25 @@ def test_wrong_list_is_refused_by_name_wherever_it_is_given_and_nothing_has_chan
     assert other.param_groups[0]["target"] == "channels"
 
 
+def test_a_step_looks_at_the_lists_of_many_parameters_without_asking_for_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [nn.Parameter(torch.eye(4).repeat(3, 1)) for _ in range(100)]
+    group = {"params": params, "view": "rows:3", "target": [[0.5, 1.0, 1.5]] * 100}
+    optimizer = specopt.NormScaleAdamW([group], lr=1e-3)
+    names, asked = optimizer.names, []
+    monkeypatch.setattr(type(optimizer), "names", lambda _: asked.append(1) or names())
+    settle(optimizer.param_groups[0], optimizer.names)
+    assert not asked
+    step(optimizer, 0)  # its warning of a first step far from the target names once
+    assert len(asked) <= 1
+    asked.clear()
+    step(optimizer, 1)
+    assert not asked
+    optimizer.param_groups[0]["target"][97] = [0.5, 1.0, -1.0]
+    with pytest.raises(ValueError, match=r"target of 0\.97 must hold positive finite numbers, got -1\.0"):
+        step(optimizer, 2)
+    assert len(asked) == 1
+
+
 def test_list_stays_where_control_is_switched_off_and_on_again() -> None:
     optimizer = lstm()
     (group, *_) = optimizer.param_groups
@@ -400,6 +420,9 @@ def test_groups_hold_plain_floats_whatever_numbers_were_given() -> None:
     for given in ((np.float64(2.0),), [np.float32(2.0)], [2], [Fraction(2)]):
         (entry,) = specopt.NormScaleAdamW([{"params": [weight], "target": given}]).param_groups[0]["target"]
         assert type(entry) is float and entry == 2.0
+    group = {"params": [weight, nn.Parameter(torch.ones(2))], "target": [2.0, np.float64("nan")]}
+    off = specopt.NormScaleAdamW([group]).param_groups[0]["target"][1]
+    assert type(off) is float and math.isnan(off)
 
 
 def test_list_as_the_default_of_a_rule_is_refused() -> None:

@@ -423,6 +423,9 @@ def test_rules_are_immutable_comparable_values_with_short_reprs() -> None:
         (lambda: specopt.NormScale(mode="lower"), "mode .* must be one of .*, got 'lower'"),
         (lambda: specopt.NormScale(norm="frobenius", mode="rescale"), "mode .* got 'rescale'"),
         (lambda: specopt.NormScale(target=0.0), "target must be .*, got 0.0"),
+        (lambda: specopt.NormScale(geometry=["conv2d(7x7)"]), r"geometry .* group alone.*got \['conv2d\(7x7\)'\]"),
+        (lambda: specopt.SpectralPenalty(0.1, conv="operator", geometry=[None]), r"geometry .* got \[None\]"),
+        (lambda: specopt.SpectralDecay(0.1, geometry=()), r"geometry .* got \(\)"),
     ],
 )
 def test_rules_refuse_senseless_options(make: Callable[[], object], message: str) -> None:

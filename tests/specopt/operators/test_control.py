@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 import specopt
-from specopt import LayerShapes
+from specopt import LayerShapes, kernels
 from specopt.operators import ConvOperator, Geometry, parse
 from specopt.rules.operator import OperatorSession, kernels_of
+from specopt.seeing.snapshot import STORED, Snapshot
 from specopt.session import Gate
+from specopt.tracker.common import STATS
 from tests.specopt.helpers import DEVICE
 from tests.specopt.operators.cases import norm
+from tests.specopt.test_monitor import NoSync
 
 SIZE = (7, 7)
 OTHERS: dict[str, Callable[[Any], Optimizer]] = {
@@ -312,6 +316,56 @@ def test_report_shows_the_operator_norm_and_its_residual() -> None:
     assert rows["0.weight"].target == 7.0
     assert rows["2.weight"].shape == (4, 2, 3, 3)
     assert rows["4.weight"].sigma == pytest.approx(float(torch.linalg.matrix_norm(network[4].weight, ord=2)), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", OTHERS)
+def test_monitor_notes_operators_behind_the_matrices_as_the_step_left_them(name: str, dtype: torch.dtype) -> None:
+    network = model(dtype)
+    optimizer: Any = OTHERS[name](groups_of(network))
+    with specopt.SpectralMonitor(optimizer, every=1, weights=True) as monitor:
+        for number in range(3):
+            step(network, optimizer, number)
+    assert monitor.history.names == ("4.weight", "0.weight", "2.weight")
+    for place, conv in ((1, network[0]), (2, network[2])):
+        stats = optimizer.state[conv.weight][STATS].tolist()
+        found = {quantity: monitor.history[quantity][-1, place] for quantity in (*STORED, "target", "frobenius")}
+        assert {quantity: found[quantity] for quantity in STORED} == {key: stats[at] for key, at in STORED.items()}
+        assert found["frobenius"] == pytest.approx(float(conv.weight.detach().double().norm()), rel=1e-5)
+        targets = {"rescale": (2**0.5, 1.0), "cap": (1.0, 1.0), "both": (1.0, 1.0)}.get(name, (np.nan, np.nan))
+        assert found["target"] == pytest.approx(targets[place - 1], nan_ok=True)
+    assert np.isfinite(monitor.history["stable_rank"][:, 0]).all()
+    assert np.isnan(monitor.history["stable_rank"][:, 1:]).all()
+    if name in ("rescale", "cap", "both"):
+        after = monitor.history["sigma_after"][-1, 1:]
+        assert after == pytest.approx(exact(network), rel=2e-2 if dtype == torch.bfloat16 else 1e-3)
+
+
+def test_monitor_knows_nothing_of_an_operator_before_its_first_step_and_waits_for_no_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # the reference of a CPU reads a norm to see whether it overflowed
+    monkeypatch.setattr(
+        kernels, "frobenius_norms", lambda weights: torch.stack([torch.linalg.matrix_norm(w) for w in weights])
+    )
+    network = model()
+    optimizer: Any = OTHERS["cap"](groups_of(network))
+    with NoSync():
+        before = Snapshot.of(optimizer, 0, weights=True, gradients=False)
+    step(network, optimizer)
+    with NoSync():
+        after = Snapshot.of(optimizer, 1, weights=True, gradients=False)
+    first, second = before.record().values, after.record().values
+    assert np.isnan(first["sigma"]).all() and np.isfinite(second["sigma"]).all()
+    assert np.isfinite(first["frobenius"]).all() and np.isfinite(second["residual"]).all()
+
+
+def test_monitor_leaves_operators_out_whose_control_is_off() -> None:
+    network = model()
+    optimizer: Any = specopt.SNRSGD(groups_of(network), lr=0.05, snr_lambda=0.0)
+    monitor = specopt.SpectralMonitor(optimizer, every=1)
+    step(network, optimizer)
+    assert monitor.history.names == ()
 
 
 def test_the_global_random_state_is_untouched() -> None:
