@@ -23,7 +23,7 @@ from .gram import times
 from .known import Call, NotKnown
 from .layers import Norms
 from .modules import gain_of, hooks_of, rule_of
-from .tracing import Errors, Tracer, first_line, in_modes, untraceable
+from .tracing import IN_PLACE, Errors, Tracer, first_line, in_modes, untraceable
 from .values import Value, examples, listed, map_aggregate, memory_of, values_in, versions
 
 
@@ -129,9 +129,7 @@ class _Walk(fx.Interpreter):
             return of_function(self.norms, key, args, kwargs, constants, given, result)
 
         in_place = (
-            name.endswith("_")
-            or name in ("iadd", "isub", "imul", "itruediv")
-            or any(flag is True for flag in (kwargs.get("inplace"), *args[1:]))
+            name.endswith("_") or name in IN_PLACE or any(flag is True for flag in (kwargs.get("inplace"), *args[1:]))
         )
         return self._step(f"{self.node} ({name})", execute, args, kwargs, gain, in_place)
 
@@ -146,6 +144,8 @@ class _Walk(fx.Interpreter):
             result = execute(*examples(args), **examples(kwargs))
             changed = before != versions((args, kwargs))
         if all(value.constant == 0 for value in values):
+            if changed and result is None and args and isinstance(args[0], Tensor):
+                self.unknown.append(f"{label} changes a constant by what is not known; give inputs=")
             return map_aggregate(listed(result), lambda leaf: Value(0.0, leaf))
         constant: float | None = None
         try:
