@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from ..recording import unchanged
 from .certificate import Certificate, CertificateRow
 from .convolution import Bound
 from .gram import TOLERANCE, in_double, largest_norm
@@ -74,7 +75,7 @@ def certify(
     model = _eager(model)
     args, named = _arguments(inputs)
     training = {module: module.training for module in model.modules()}
-    with _untouched(model, training):
+    with _untouched(model):
         norms = Norms(tolerance)
         if args is not None:
             _record_sizes(model, norms, args, named)
@@ -125,31 +126,19 @@ def _copy(given: Any) -> Any:
 
 
 @contextmanager
-def _untouched(model: nn.Module, training: Mapping[nn.Module, bool]) -> Iterator[None]:
-    """Eval mode for a while; buffers, attributes, modes and random states are put back after it."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    attributes = [(module.__dict__, {**module.__dict__}) for module in model.modules()]
-    registered = [(module._buffers, {**module._buffers}) for module in model.modules()]
-    devices = {param.device for param in model.parameters()}
-    with torch.random.fork_rng([device for device in devices if device.type == "cuda"]), ExitStack() as stack:
-        for kind in {"cpu", *(device.type for device in devices)}:
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while, without autocast; buffers, attributes, modes and random states are put back after it."""
+    kinds = {"cpu", *(param.device.type for param in model.parameters())}
+    with unchanged(model), ExitStack() as stack:
+        for kind in kinds:
             if torch.amp.autocast_mode.is_autocast_available(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         model.eval()
-        try:
-            yield
-        finally:
-            for now, before in (*attributes, *registered):
-                now.clear()
-                now.update(before)
-            for module, mode in training.items():
-                module.training = mode
-            for buffer, old in buffers:
-                buffer.copy_(old)
+        yield
 
 
 def _record_sizes(model: nn.Module, norms: Norms, args: Sequence[Any], named: Mapping[str, Any]) -> None:
-    """Sizes of what every convolution takes and gives.
+    """Sizes of what every convolution takes and gives, from a call that the bounds know nothing of.
 
     Raises:
         ValueError: inputs that the model does not take.
@@ -163,7 +152,8 @@ def _record_sizes(model: nn.Module, norms: Norms, args: Sequence[Any], named: Ma
     convolutions = [module for module in model.modules() if isinstance(module, _ConvNd)]
     handles = [module.register_forward_hook(note, with_kwargs=True) for module in convolutions]
     try:
-        model(*map(_copy, args), **{name: _copy(value) for name, value in named.items()})
+        with unchanged(model):
+            model(*map(_copy, args), **{name: _copy(value) for name, value in named.items()})
     except Exception as error:
         shapes = [tuple(a.shape) if isinstance(a, Tensor) else a for a in (*args, *named.values())]
         raise ValueError(f"inputs do not run through the model, got {shapes}: {error}") from error

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
 
+from ..recording import unchanged
 from .modules import hooks_of, rule_of
 
 Errors = dict[nn.Module, Exception | None]
@@ -84,7 +85,8 @@ class Tracer(fx.Tracer):
             return True
         if module not in self.errors:
             try:
-                Tracer(self.errors).trace(module)
+                with unchanged(module):  # it is traced again as a part of what calls it
+                    Tracer(self.errors).trace(module)
                 self.errors[module] = None
             except Exception as error:
                 self.errors[module] = error

@@ -267,6 +267,39 @@ def test_nothing_of_the_model_changes() -> None:
     assert all(param.grad is None and param.requires_grad for param in model.parameters())
 
 
+class Counting(nn.Module):
+    """The first call halves its input, the next divides it by 3, the next by 4: with all its state in one place."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.number = kind, 1
+        self.register_buffer("buffer", torch.ones(()))
+        self.tensor = torch.ones(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "buffer":
+            self.buffer += 1
+        elif self.kind == "tensor":
+            self.tensor += 1
+        else:
+            self.number += 1
+        count = {"buffer": self.buffer, "tensor": self.tensor, "number": self.number}[self.kind]
+        return x * (1 / count)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "tensor", "number"])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("sized", [True, False])
+def test_the_bound_is_that_of_the_next_call(kind: str, nested: bool, sized: bool) -> None:
+    counting = Counting(kind).eval()
+    model = nn.Sequential(nn.Sequential(counting)) if nested else counting
+    for _ in range(2):
+        bound = specopt.certify(model, torch.ones(1, 1) if sized else None).lipschitz
+        assert counting.number == 1 and float(counting.buffer) == 1 and float(counting.tensor) == 1
+        assert bound == pytest.approx(0.5, rel=1e-6)
+    assert float(model(torch.ones(1, 1))) == 0.5
+
+
 def test_table_and_dict_tell_what_the_rows_say() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.GLU(1))
     certificate = specopt.certify(model, torch.randn(1, 3, 6, 6))
