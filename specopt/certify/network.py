@@ -24,7 +24,7 @@ from .known import Call, NotKnown
 from .layers import Norms
 from .modules import gain_of, hooks_of, rule_of
 from .tracing import IN_PLACE, Errors, Tracer, first_line, in_modes, untraceable
-from .values import Value, examples, listed, map_aggregate, memory_of, values_in, versions
+from .values import DTYPE, Value, examples, listed, map_aggregate, memory_of, values_in, versions
 
 
 def lipschitz(
@@ -122,7 +122,7 @@ class _Walk(fx.Interpreter):
         if _tells_shape(key, args):
             first = args[0]
             if isinstance(first, Value) and first.example is None:
-                return Value(0.0)
+                return DTYPE if key is getattr and args[1] == "dtype" else Value(0.0)
             return execute(*examples(args), **examples(kwargs))
 
         def gain(constants: list[float], given: Any, result: Any) -> float:
