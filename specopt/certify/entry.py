@@ -57,7 +57,8 @@ def certify(
             is run through the model, once as it is and once along the graph, for the sizes of convolutions, pooling
             and broadcasts; without it, sums of two branches and the like are unknown, and convolutions are bounded for
             all sizes.
-        optimizer: one of this package, whose tracker's norms stand beside the bounds; else they are measured afresh.
+        optimizer: one of this package, whose tracker's norms stand beside the bounds (those of the operator for a
+            convolution under ``conv="operator"``); else the norms of the matrices are measured afresh.
         tolerance: what a Gram iteration may add to a norm.
 
     Raises:
@@ -191,4 +192,4 @@ def _convolution_row(layer: Layer, module: _ConvNd, seen: Seen, norms: Norms) ->
     shape = (module.out_channels, layer.pieces[0].shape[1], *module.kernel_size)
     matrices = largest_norm(stacked, norms.tolerance)
     sigma = max((s for s in seen.values), key=lambda s: math.inf if s != s else s)
-    return CertificateRow(layer.name, layer.kind, shape, bound.value, bound.how, matrices, sigma, seen.by)
+    return CertificateRow(layer.name, layer.kind, shape, bound.value, bound.how, matrices, sigma, seen.by, seen.of)
