@@ -67,7 +67,7 @@ def record_shapes(model: nn.Module, *inputs: Any, **kwargs: Any) -> dict[str, La
                     hook = _Hook(found, places[0].name, _features(owned, reading))
                     handle = _called(owned).register_forward_hook(hook, with_kwargs=True)
                     stack.callback(handle.remove)
-        with torch.no_grad(), _eager(), _random_state(model), _attributes(model):
+        with torch.no_grad(), _eager(), unchanged(model):
             model(*inputs, **kwargs)
     return {name: found[name] for name, _ in model.named_parameters() if name in found}
 
@@ -120,6 +120,13 @@ def _eager() -> Iterator[None]:
 
 
 @contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Afterwards the buffers and attributes of all modules, and torch's random state, are what they were."""
+    with _random_state(model), _attributes(model):
+        yield
+
+
+@contextmanager
 def _random_state(model: nn.Module) -> Iterator[None]:
     """Puts torch's random state back, that of the CPU and of the devices that the model is on."""
     devices = {tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
@@ -134,22 +141,20 @@ def _random_state(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _attributes(model: nn.Module) -> Iterator[None]:
-    """Copies in place of the buffers; then every module's attributes as they were, the buffers themselves among
-    them."""
-    modules = list(model.modules())
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
+    """Copies in place of the buffers and of tensors that are attributes; then every module's attributes as they were,
+    the buffers themselves among them."""
+    held = [entries for module in model.modules() for entries in (vars(module), module._buffers)]
+    before = [(entries, dict(entries)) for entries in held]
     copies: dict[Tensor, Tensor] = {}  # one that modules share stays shared
-    for module, _, buffers in before:
-        for name, buffer in buffers.items():
-            if buffer is not None:
-                if buffer not in copies:
-                    copies[buffer] = buffer.clone()
-                module._buffers[name] = copies[buffer]
+    for entries, old in before:
+        for name, value in old.items():
+            if isinstance(value, Tensor):
+                if value not in copies:
+                    copies[value] = value.detach().clone()
+                entries[name] = copies[value]
     try:
         yield
     finally:
-        for module, attributes, buffers in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        for entries, old in before:
+            entries.clear()
+            entries.update(old)

@@ -71,7 +71,12 @@ def _celu(module: nn.CELU, call: Call) -> float:
 
 
 def _softplus(module: nn.Softplus, call: Call) -> float:
-    """The logistic function below ``threshold / beta``, where it jumps by ``log(1 + e^-threshold) / beta``."""
+    """The slope of ``log(1 + e^(βx)) / β``, which is the logistic function of βx, below 1.
+
+    From ``x = threshold / β`` on torch takes x itself in place of the formula: a jump of ``log(1 + e^-threshold) / β``
+    that, like all rounding, is no part of the map that is bounded. For thresholds from 15 on it is below half a unit in
+    the last place of a float32 there, though not of a float64.
+    """
     if module.threshold >= 15 and module.beta > 0:
         return 1.0
     raise NotKnown(f"jumps for threshold={module.threshold}, beta={module.beta}")

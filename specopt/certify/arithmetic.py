@@ -15,7 +15,7 @@ from .gram import in_double, largest_norm, root, times, total, up
 from .known import Call, NotKnown
 from .layers import Norms
 from .modules import gain_of
-from .values import Value, map_aggregate, values_in
+from .values import DTYPE, Value, map_aggregate, values_in
 
 
 def of_function(
@@ -34,6 +34,7 @@ def of_function(
     """
     if "out" in kwargs:
         raise NotKnown("writes into out=")
+    _stays_real(key, args, kwargs, given, result)
     if key in functions.AS_MODULE:
         only_first(args, kwargs)
         try:
@@ -43,7 +44,6 @@ def of_function(
         return times(gain_of(module, Call(norms, module.training, given, result)), *constants)
     if key in functions.REARRANGED:
         only_first(args, kwargs, but_sizes=True)
-        _stays_real(key, (args, kwargs))
         return constants[0]
     if key is getattr and args[1] in functions.TRANSPOSES:
         return constants[0]
@@ -158,11 +158,44 @@ def only_first(args: Any, kwargs: Any, *, but_sizes: bool = False) -> None:
         raise NotKnown("has several arguments that depend on the inputs")
 
 
-def _stays_real(key: Any, tree: Any) -> None:
-    """A rounding to integers is a jump, and so is another reading of the same bits."""
+def _stays_real(key: Any, args: Any, kwargs: Any, given: Any, result: Any) -> None:
+    """A rounding to integers is a jump, and so is another reading of the same bits.
+
+    Raises:
+        NotKnown: where the result has another dtype than floating point that the input has not, or may have one.
+    """
     dtypes: list[torch.dtype] = []
-    map_aggregate(tree, lambda leaf: dtypes.append(leaf) if isinstance(leaf, torch.dtype) else None)
+
+    def note(leaf: Any) -> None:
+        if leaf is DTYPE or (key in functions.CASTS and isinstance(leaf, Value) and leaf.example is None):
+            raise NotKnown("takes a dtype that is not known; give inputs=")
+        if isinstance(leaf, torch.dtype):
+            dtypes.append(leaf)
+        elif key in functions.CASTS and isinstance(leaf, Tensor):
+            dtypes.append(leaf.dtype)
+        elif key == "type" and result is None:
+            dtypes.append(_dtype_of(leaf))
+
+    map_aggregate((args[1:], kwargs), note)
+    reads_bits = key == "view" and dtypes
+    if isinstance(given, Tensor):
+        map_aggregate(result, lambda leaf: dtypes.append(leaf.dtype) if _is_cast(leaf, given) else None)
     if not all(dtype.is_floating_point for dtype in dtypes):
         raise NotKnown("makes integers of it")
-    if dtypes and key == "view":
+    if reads_bits:
         raise NotKnown("reads its bits as another dtype")
+
+
+def _is_cast(leaf: Any, given: Tensor) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dtype != given.dtype
+
+
+def _dtype_of(name: Any) -> torch.dtype:
+    """Of ``"torch.LongTensor"`` and such."""
+    try:
+        found = operator.attrgetter(str(name).removeprefix("torch."))(torch).dtype
+    except AttributeError:
+        found = None
+    if isinstance(found, torch.dtype):
+        return found
+    raise NotKnown(f"takes a type that is not known, {name!r}")

@@ -107,8 +107,3 @@ class Axis:
 def _most_common(positions: Tensor) -> int:
     there = positions[positions != NOTHING]
     return int(there.bincount().max()) if there.numel() else 0
-
-
-def window_outputs(axis: Axis, size: int) -> int:
-    """Length of a convolution's output."""
-    return (size + axis.before + axis.after - axis.dilation * (axis.kernel - 1) - 1) // axis.stride + 1

@@ -26,19 +26,24 @@ class CertificateRow:
     matrix_bound: float | None
     """The same of the matrix view ``(out, in·k·k)``, of which trackers speak; the largest of several groups."""
     tracked: float | None
-    """σ₁ of that view, an estimate: what the optimizer tracks or, without it, a power iteration found."""
+    """An estimate of σ₁ of what ``tracked_of`` names: what the optimizer tracks or, without it, a power iteration
+    found."""
     tracked_by: str
     """"tracker" or "measured"."""
+    tracked_of: str = "matrix"
+    """"matrix": that of ``matrix_bound``. "operator on 32x32": a convolution under ``conv="operator"``, for the size of
+    input that the optimizer tracks it for."""
 
     @property
     def ratio(self) -> float | None:
-        """``bound / tracked``: 1 for a Linear whose norm is known well; for a convolution, how much longer than its
-        kernel's matrix the operator may be."""
-        if self.bound is None or self.tracked is None:
+        """Of like to like, 1 where the norm is known well: ``matrix_bound / tracked``, and ``bound / tracked`` where an
+        operator is tracked."""
+        bound = self.matrix_bound if self.tracked_of == "matrix" else self.bound
+        if bound is None or self.tracked is None:
             return None
-        if self.bound == self.tracked:
+        if bound == self.tracked:
             return 1.0
-        return self.bound / self.tracked if self.tracked else math.inf
+        return bound / self.tracked if self.tracked else math.inf
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "ratio": self.ratio}
@@ -59,7 +64,7 @@ class Certificate:
 
     def table(self) -> str:
         """A line for each row, then the network's bound."""
-        head = ("name", "kind", "shape", "bound", "matrix bound", "tracked", "ratio", "how")
+        head = ("name", "kind", "shape", "bound", "matrix bound", "tracked", "of", "ratio", "how")
         lines = _aligned([head, *map(_cells, self.rows)])
         return "\n".join([*lines, "", *self._ending()])
 
@@ -92,6 +97,7 @@ def _cells(row: CertificateRow) -> tuple[str, ...]:
         _number(row.bound),
         _number(row.matrix_bound),
         tracked,
+        "-" if row.tracked is None else row.tracked_of,
         _number(row.ratio),
         row.how,
     )

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from ..recording import unchanged
 from .certificate import Certificate, CertificateRow
 from .convolution import Bound
 from .gram import TOLERANCE, in_double, largest_norm
@@ -56,7 +57,8 @@ def certify(
             is run through the model, once as it is and once along the graph, for the sizes of convolutions, pooling
             and broadcasts; without it, sums of two branches and the like are unknown, and convolutions are bounded for
             all sizes.
-        optimizer: one of this package, whose tracker's norms stand beside the bounds; else they are measured afresh.
+        optimizer: one of this package, whose tracker's norms stand beside the bounds (those of the operator for a
+            convolution under ``conv="operator"``); else the norms of the matrices are measured afresh.
         tolerance: what a Gram iteration may add to a norm.
 
     Raises:
@@ -74,7 +76,7 @@ def certify(
     model = _eager(model)
     args, named = _arguments(inputs)
     training = {module: module.training for module in model.modules()}
-    with _untouched(model, training):
+    with _untouched(model):
         norms = Norms(tolerance)
         if args is not None:
             _record_sizes(model, norms, args, named)
@@ -125,31 +127,19 @@ def _copy(given: Any) -> Any:
 
 
 @contextmanager
-def _untouched(model: nn.Module, training: Mapping[nn.Module, bool]) -> Iterator[None]:
-    """Eval mode for a while; buffers, attributes, modes and random states are put back after it."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    attributes = [(module.__dict__, {**module.__dict__}) for module in model.modules()]
-    registered = [(module._buffers, {**module._buffers}) for module in model.modules()]
-    devices = {param.device for param in model.parameters()}
-    with torch.random.fork_rng([device for device in devices if device.type == "cuda"]), ExitStack() as stack:
-        for kind in {"cpu", *(device.type for device in devices)}:
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while, without autocast; buffers, attributes, modes and random states are put back after it."""
+    kinds = {"cpu", *(param.device.type for param in model.parameters())}
+    with unchanged(model), ExitStack() as stack:
+        for kind in kinds:
             if torch.amp.autocast_mode.is_autocast_available(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         model.eval()
-        try:
-            yield
-        finally:
-            for now, before in (*attributes, *registered):
-                now.clear()
-                now.update(before)
-            for module, mode in training.items():
-                module.training = mode
-            for buffer, old in buffers:
-                buffer.copy_(old)
+        yield
 
 
 def _record_sizes(model: nn.Module, norms: Norms, args: Sequence[Any], named: Mapping[str, Any]) -> None:
-    """Sizes of what every convolution takes and gives.
+    """Sizes of what every convolution takes and gives, from a call that the bounds know nothing of.
 
     Raises:
         ValueError: inputs that the model does not take.
@@ -163,7 +153,8 @@ def _record_sizes(model: nn.Module, norms: Norms, args: Sequence[Any], named: Ma
     convolutions = [module for module in model.modules() if isinstance(module, _ConvNd)]
     handles = [module.register_forward_hook(note, with_kwargs=True) for module in convolutions]
     try:
-        model(*map(_copy, args), **{name: _copy(value) for name, value in named.items()})
+        with unchanged(model):
+            model(*map(_copy, args), **{name: _copy(value) for name, value in named.items()})
     except Exception as error:
         shapes = [tuple(a.shape) if isinstance(a, Tensor) else a for a in (*args, *named.values())]
         raise ValueError(f"inputs do not run through the model, got {shapes}: {error}") from error
@@ -201,4 +192,4 @@ def _convolution_row(layer: Layer, module: _ConvNd, seen: Seen, norms: Norms) ->
     shape = (module.out_channels, layer.pieces[0].shape[1], *module.kernel_size)
     matrices = largest_norm(stacked, norms.tolerance)
     sigma = max((s for s in seen.values), key=lambda s: math.inf if s != s else s)
-    return CertificateRow(layer.name, layer.kind, shape, bound.value, bound.how, matrices, sigma, seen.by)
+    return CertificateRow(layer.name, layer.kind, shape, bound.value, bound.how, matrices, sigma, seen.by, seen.of)

@@ -132,6 +132,9 @@ REARRANGED: frozenset[Any] = frozenset(
 """Entries in other places, some of them left out or with another sign or sizes: nothing grows. (Rounding to another
 dtype is no part of the map that is bounded.)"""
 
+CASTS = frozenset(["to", "type", "type_as"])
+"""Some of these, which may take a dtype from a tensor."""
+
 SUMS = frozenset([operator.add, operator.iadd, torch.add, "add", "add_"])
 DIFFERENCES = frozenset([operator.sub, operator.isub, torch.sub, "sub", "sub_"])
 PRODUCTS = frozenset([operator.mul, operator.imul, torch.mul, "mul", "mul_"])

@@ -23,8 +23,8 @@ from .gram import times
 from .known import Call, NotKnown
 from .layers import Norms
 from .modules import gain_of, hooks_of, rule_of
-from .tracing import Errors, Tracer, first_line, in_modes, untraceable
-from .values import Value, examples, listed, map_aggregate, memory_of, values_in, versions
+from .tracing import IN_PLACE, Errors, Tracer, first_line, in_modes, untraceable
+from .values import DTYPE, Value, examples, listed, map_aggregate, memory_of, values_in, versions
 
 
 def lipschitz(
@@ -122,16 +122,14 @@ class _Walk(fx.Interpreter):
         if _tells_shape(key, args):
             first = args[0]
             if isinstance(first, Value) and first.example is None:
-                return Value(0.0)
+                return DTYPE if key is getattr and args[1] == "dtype" else Value(0.0)
             return execute(*examples(args), **examples(kwargs))
 
         def gain(constants: list[float], given: Any, result: Any) -> float:
             return of_function(self.norms, key, args, kwargs, constants, given, result)
 
         in_place = (
-            name.endswith("_")
-            or name in ("iadd", "isub", "imul", "itruediv")
-            or any(flag is True for flag in (kwargs.get("inplace"), *args[1:]))
+            name.endswith("_") or name in IN_PLACE or any(flag is True for flag in (kwargs.get("inplace"), *args[1:]))
         )
         return self._step(f"{self.node} ({name})", execute, args, kwargs, gain, in_place)
 
@@ -146,6 +144,8 @@ class _Walk(fx.Interpreter):
             result = execute(*examples(args), **examples(kwargs))
             changed = before != versions((args, kwargs))
         if all(value.constant == 0 for value in values):
+            if changed and result is None and args and isinstance(args[0], Tensor):
+                self.unknown.append(f"{label} changes a constant by what is not known; give inputs=")
             return map_aggregate(listed(result), lambda leaf: Value(0.0, leaf))
         constant: float | None = None
         try:

@@ -1,4 +1,4 @@
-"""The norms of matrices as an optimizer tracks them, or measured afresh: what a bound is compared with."""
+"""The norms of layers as an optimizer tracks them, or measured afresh: what a bound is compared with."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
 from ..control import SpectralOptimizer
-from ..tracker.common import Stat, has_stats
+from ..rules.operator import OPERATOR, kernels_of
+from ..tracker.common import STATS, Stat, has_stats
 from ..tracker.measure import OPTIONS, measure
 from ..tracker.pairs import basis_columns
 from ..views import Matrix, matrices_of
@@ -21,19 +23,25 @@ Place = tuple[Any, ...]
 
 
 class Seen(NamedTuple):
-    """σ₁ of a layer's matrices, each by itself."""
+    """σ₁ of a layer's matrices, each by itself; or of a convolution as an operator, alone."""
 
     values: list[float]
     by: str
     """"tracker" or "measured"."""
+    of: str = "matrix"
+    """Or "operator on 32x32"."""
 
 
 def seen_norms(layers: Sequence[Layer], optimizer: Optimizer | None) -> list[Seen]:
     """What the tracker's state says, of the weights as the last step left them, where the optimizer reads a layer as
-    the same matrices; else a power iteration of our own, all of them at once."""
+    the same matrices, or as an operator; else a power iteration of our own on the matrices, all of them at once."""
     known = tracked_norms(optimizer) if optimizer is not None else {}
+    operators = tracked_operators(optimizer) if optimizer is not None else {}
     found: list[Seen | None] = []
     for layer in layers:
+        if isinstance(layer.module, _ConvNd) and _place(layer.weight) in operators:
+            found.append(operators[_place(layer.weight)])
+            continue
         values = [known.get(_place(piece)) for piece in layer.pieces]
         whole = [value for value in values if value is not None]
         found.append(Seen(whole, "tracker") if values and len(whole) == len(values) else None)
@@ -48,20 +56,41 @@ def tracked_norms(optimizer: Optimizer) -> dict[Place, float]:
     Raises:
         TypeError: an optimizer that is not under a rule of ours.
     """
-    if not isinstance(optimizer, SpectralOptimizer):
-        raise TypeError(f"optimizer must be one of specopt, or under specopt.wrap, got {type(optimizer).__name__}")
-    matrices = [matrix for matrix in optimizer.matrices(with_grad=False) if has_stats(matrix)]
+    matrices = [matrix for matrix in _ours(optimizer).matrices(with_grad=False) if has_stats(matrix)]
     if not matrices:
         return {}
-    stats = torch.stack([_stats(matrix) for matrix in matrices])
-    rows = zip(matrices, stats.tolist(), strict=True)
+    rows = zip(matrices, _stats([matrix.state[STATS] for matrix in matrices]), strict=True)
     return {_place(matrix.piece): top for matrix, (sigma, top, steps) in rows if sigma == sigma and steps > 0}
 
 
-def _stats(matrix: Matrix) -> Tensor:
-    stats: Tensor = matrix.state["spectral_stats"]
-    wanted = stats[[Stat.SIGMA, Stat.TOP, Stat.COUNT]]
-    return wanted.to("cpu", torch.float64)
+def tracked_operators(optimizer: Optimizer) -> dict[Place, Seen]:
+    """The norm after the last step's correction of every convolution under ``conv="operator"`` that has been tracked,
+    by where its kernel lies in memory.
+
+    Raises:
+        TypeError: an optimizer that is not under a rule of ours.
+    """
+    kernels = [k for k in kernels_of(_ours(optimizer), with_grad=False) if OPERATOR in k.state and STATS in k.state]
+    if not kernels:
+        return {}
+    rows = zip(kernels, _stats([kernel.state[STATS] for kernel in kernels]), strict=True)
+    return {
+        _place(kernel.param): Seen([top], "tracker", f"operator on {'x'.join(map(str, kernel.geometry.size))}")
+        for kernel, (sigma, top, steps) in rows
+        if sigma == sigma and steps > 0
+    }
+
+
+def _ours(optimizer: Optimizer) -> SpectralOptimizer:
+    if not isinstance(optimizer, SpectralOptimizer):
+        raise TypeError(f"optimizer must be one of specopt, or under specopt.wrap, got {type(optimizer).__name__}")
+    return optimizer
+
+
+def _stats(stats: Sequence[Tensor]) -> list[list[float]]:
+    """``[sigma, sigma after the correction, steps]`` of each."""
+    wanted = [row[[Stat.SIGMA, Stat.TOP, Stat.COUNT]].to("cpu", torch.float64) for row in stats]
+    return torch.stack(wanted).tolist()
 
 
 def _place(piece: Tensor) -> Place:

@@ -19,6 +19,10 @@ class Value:
     """What it is for the inputs given; None where none were."""
 
 
+DTYPE = Value(0.0)
+"""The dtype of a tensor that is not there; to be told by ``is``."""
+
+
 def map_aggregate(tree: Any, change: Callable[[Any], Any]) -> Any:
     """torch.fx's, over leaves of any kind."""
     return fx.node.map_aggregate(tree, change)

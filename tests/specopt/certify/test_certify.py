@@ -119,6 +119,65 @@ def test_tracked_values_are_the_trackers_once_it_has_stepped(make: Any) -> None:
         assert row.matrix_bound is not None and row.matrix_bound >= report.sigma * (1 - 1e-4)
 
 
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(2, 4, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(4, 2, 3, stride=2)
+        self.linear = nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.up(self.down(x)))  # type: ignore[no-any-return]
+
+
+def unrolled_norm(layer: nn.Module, *size: int) -> float:
+    columns = [layer(e[None]).flatten() - layer(torch.zeros(1, *size)).flatten() for e in unit_inputs(*size)]
+    return norm(torch.stack(columns, dim=1))
+
+
+def unit_inputs(*size: int) -> Tensor:
+    entries = math.prod(size)
+    return torch.eye(entries).view(entries, *size)
+
+
+@pytest.mark.parametrize("options", [{"mode": "cap", "target": 0.5}, {"mode": "rescale", "target": 2.0}])
+def test_convolutions_under_operator_control_have_their_operators_norm_as_tracked(options: Any) -> None:
+    torch.manual_seed(0)
+    model, inputs = Convolutions(), torch.randn(8, 2, 6, 6)
+    groups = specopt.param_groups(model, conv="operator", shapes=specopt.record_shapes(model, inputs))
+    optimizer = specopt.wrap(torch.optim.SGD(groups, lr=1e-3), specopt.NormScale(**options))
+    before = specopt.certify(model, inputs, optimizer).rows
+    assert {(row.tracked_by, row.tracked_of) for row in before} == {("measured", "matrix")}
+    for _ in range(3):
+        model(inputs).square().mean().backward()
+        optimizer.step()
+    rows = by_name(specopt.certify(model, inputs, optimizer))
+    for name, layer, size, of in (
+        ("down.weight", model.down, (2, 6, 6), "operator on 6x6"),
+        ("up.weight", model.up, (4, 3, 3), "operator on 3x3"),
+    ):
+        row, exact = rows[name], unrolled_norm(layer, *size)
+        assert row.tracked == pytest.approx(exact, rel=1e-2)
+        assert row.tracked_by == "tracker" and row.tracked_of == of
+        assert row.bound >= exact * (1 - 1e-5) and row.ratio == row.bound / row.tracked == pytest.approx(1, rel=1e-2)
+    assert rows["linear.weight"].tracked_by == "tracker" and rows["linear.weight"].tracked_of == "matrix"
+    assert "operator on 6x6" in str(specopt.certify(model, inputs, optimizer))
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_the_ratio_of_a_convolution_read_as_a_matrix_is_of_the_matrix(tracked: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 40, 3, padding=1)
+    optimizer = specopt.NormScaleAdamW(model, lr=1e-3)
+    for _ in range(3):
+        model(torch.randn(2, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+    (row,) = specopt.certify(model, optimizer=optimizer if tracked else None).rows
+    assert row.tracked_of == "matrix" and row.tracked_by == ("tracker" if tracked else "measured")
+    assert row.ratio == pytest.approx(1, rel=1e-2)
+    assert row.bound is not None and row.tracked is not None and row.bound > 1.3 * row.tracked
+
+
 def test_a_stale_tracker_shows_in_the_ratio() -> None:
     model = nn.Linear(60, 60)
     optimizer = specopt.NormScaleAdamW(model, lr=1e-3)
@@ -265,6 +324,39 @@ def test_nothing_of_the_model_changes() -> None:
     assert torch.equal(torch.get_rng_state(), random) and torch.equal(inputs, given)
     assert model.last is None and not model.linear._forward_hooks
     assert all(param.grad is None and param.requires_grad for param in model.parameters())
+
+
+class Counting(nn.Module):
+    """The first call halves its input, the next divides it by 3, the next by 4: with all its state in one place."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.number = kind, 1
+        self.register_buffer("buffer", torch.ones(()))
+        self.tensor = torch.ones(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "buffer":
+            self.buffer += 1
+        elif self.kind == "tensor":
+            self.tensor += 1
+        else:
+            self.number += 1
+        count = {"buffer": self.buffer, "tensor": self.tensor, "number": self.number}[self.kind]
+        return x * (1 / count)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "tensor", "number"])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("sized", [True, False])
+def test_the_bound_is_that_of_the_next_call(kind: str, nested: bool, sized: bool) -> None:
+    counting = Counting(kind).eval()
+    model = nn.Sequential(nn.Sequential(counting)) if nested else counting
+    for _ in range(2):
+        bound = specopt.certify(model, torch.ones(1, 1) if sized else None).lipschitz
+        assert counting.number == 1 and float(counting.buffer) == 1 and float(counting.tensor) == 1
+        assert bound == pytest.approx(0.5, rel=1e-6)
+    assert float(model(torch.ones(1, 1))) == 0.5
 
 
 def test_table_and_dict_tell_what_the_rows_say() -> None:

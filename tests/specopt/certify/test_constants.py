@@ -55,6 +55,16 @@ def test_constants_of_activations_are_their_steepest_slopes(module: nn.Module) -
     assert gain(module) <= max(exact, 1.0 if isinstance(module, nn.LogSigmoid | nn.Tanhshrink) else 0) * (1 + 1e-4)
 
 
+@pytest.mark.parametrize("beta", [0.3, 1.0, 7.0])
+@pytest.mark.parametrize("threshold", [15.0, 20.0, 40.0])
+def test_where_softplus_has_a_constant_its_jump_is_below_the_rounding_of_float32(beta: float, threshold: float) -> None:
+    module = nn.Softplus(beta, threshold)
+    assert gain(module) == 1
+    edge = torch.tensor(threshold / beta)
+    jump = math.log1p(math.exp(-threshold)) / beta
+    assert 0 < jump < float(torch.nextafter(edge, 2 * edge).double() - edge.double()) / 2
+
+
 @pytest.mark.parametrize("module", [nn.Softmax(-1), nn.Softmin(-1), nn.LogSoftmax(-1), nn.Softmax2d()], ids=repr)
 def test_constants_of_softmax_hold_and_are_approached(module: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -165,6 +165,7 @@ class Function(nn.Module):
         super().__init__()
         self.function = function
         self.constant = nn.Parameter(torch.tensor([[2.0, -3.0], [0.5, 0.25]]))
+        self.register_buffer("indices", torch.zeros(1, dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Any:
         return self.function(self, x)
@@ -248,6 +249,13 @@ UNKNOWN: list[tuple[Callable[[Any, Tensor], Any], str]] = [
     (lambda m, x: x.long().float(), "long"),
     (lambda m, x: x.view(torch.int32), "integers"),
     (lambda m, x: x.view(torch.bfloat16), "bits"),
+    (lambda m, x: x.type_as(m.indices).float(), "integers"),
+    (lambda m, x: x.to(m.indices).float(), "integers"),
+    (lambda m, x: x.to(tensor=m.indices).float(), "integers"),
+    (lambda m, x: x.type("torch.LongTensor").float(), "integers"),
+    (lambda m, x: x.type(torch.uint8).float(), "integers"),
+    (lambda m, x: x.sum(0, dtype=torch.int64), "integers"),
+    (lambda m, x: x.to(x.new_zeros(1, dtype=torch.int64)), "integers"),
     (lambda m, x: x[torch.tensor([0, 0])], "several times"),
     (lambda m, x: torch.where(x > 0, x, -x), "gt"),
     (lambda m, x: F.normalize(x), "normalize"),
@@ -282,6 +290,34 @@ def test_shapes_taken_from_an_input_need_no_inputs() -> None:
         certificate = specopt.certify(Function(function))
         assert certificate.unknown == () and certificate.lipschitz == 1
     assert specopt.certify(Function(functions[-1])).lipschitz is None
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda m, x: x.type_as(m.constant),
+        lambda m, x: x.to(m.constant).to("cpu"),
+        lambda m, x: x.type("torch.DoubleTensor").type(torch.float16),
+        lambda m, x: x.to(m.constant.dtype),
+        lambda m, x: x.view(x.size(0), -1).float(),
+    ],
+)
+@pytest.mark.parametrize("sized", [True, False])
+def test_casts_to_floating_point_have_constant_one(cast: Callable[[Any, Tensor], Tensor], sized: bool) -> None:
+    certificate = specopt.certify(Function(cast), torch.randn(2, 2) if sized else None)
+    assert certificate.unknown == () and certificate.lipschitz == 1
+
+
+def test_a_cast_to_the_dtype_of_an_input_depends_on_it() -> None:
+    class Alike(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x.to(y.dtype)
+
+    x, y = torch.randn(2), torch.zeros(2)
+    assert "give inputs=" in specopt.certify(Alike()).unknown[0]
+    assert specopt.certify(Alike(), (x, y)).lipschitz == 1
+    assert specopt.certify(Alike(), (x, y.int())).lipschitz is None
+    assert specopt.certify(Alike(), (y.int(), x)).lipschitz == 1
 
 
 def test_sums_of_branches_ask_for_inputs() -> None:
