@@ -70,6 +70,7 @@ class _Walk(fx.Interpreter):
         self.unknown: list[str] = []
         self.node: fx.Node | None = None
         self.named: Mapping[str, Any] = {}
+        self.weights = {memory_of(param) for param in module.parameters() if param.numel()}
         self.sized = False
 
     def whole(self, args: Sequence[Any] | None, named: Mapping[str, Any]) -> float | None:
@@ -135,6 +136,9 @@ class _Walk(fx.Interpreter):
 
     def _step(self, label: str, execute: Any, args: Any, kwargs: Any, gain: Any, in_place: bool) -> Any:
         """One call: its result, with its constant."""
+        if in_place and args and memory_of(args[0]) in self.weights:
+            self.unknown.append(f"{label} changes a weight of the model in place")
+            return Value(None)
         values = values_in((args, kwargs))
         if not values:
             return execute(*args, **kwargs)

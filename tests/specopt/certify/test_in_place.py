@@ -125,6 +125,19 @@ def test_a_constant_changed_by_a_size_needs_the_size() -> None:
     assert specopt.certify(Layered(by_a_size), torch.ones(1, 4)).lipschitz == pytest.approx(4, rel=1e-6)
 
 
+def changed_weight(module: Any, x: Tensor) -> Tensor:
+    weight = module.constant
+    weight *= 2
+    return x * module.constant
+
+
+def test_a_weight_changed_in_place_is_unknown_and_stays_as_it_is() -> None:
+    model = Layered(changed_weight)
+    certificate = specopt.certify(model)
+    assert certificate.lipschitz is None and "changes a weight of the model" in certificate.unknown[0]
+    assert float(model.constant) == 1
+
+
 def scaled(module: Any, x: Tensor) -> Tensor:
     h = module.fc(x)
     h *= 10
