@@ -73,6 +73,7 @@ class _Walk(fx.Interpreter):
         self.node: fx.Node | None = None
         self.named: Mapping[str, Any] = {}
         self.fixed = {memory_of(param) for param in module.parameters() if param.numel()}
+        """Memory that the graph must not write into: weights, and constants, which are read more than once."""
         self.sized = False
 
     def whole(self, args: Sequence[Any] | None, named: Mapping[str, Any]) -> float | None:
