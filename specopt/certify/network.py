@@ -48,10 +48,12 @@ def lipschitz(
     errors: Errors = {}
     try:
         with in_modes(training):
-            graph = Tracer(errors).trace(top)
+            tracer = Tracer(errors)
+            graph = tracer.trace(top)
     except Exception as error:
         return None, (f"{_kind(model)}: {untraceable(error)}",)
     walk = _Walk(top, graph, norms, training, errors)
+    walk.fixed |= {memory_of(copy) for _, copy in tracer.constants.values() if copy.numel()}
     try:
         constant = walk.whole(args, named)
     except Exception as error:
@@ -70,6 +72,8 @@ class _Walk(fx.Interpreter):
         self.unknown: list[str] = []
         self.node: fx.Node | None = None
         self.named: Mapping[str, Any] = {}
+        self.fixed = {memory_of(param) for param in module.parameters() if param.numel()}
+        """Memory that the graph must not write into: weights, and constants, which are read more than once."""
         self.sized = False
 
     def whole(self, args: Sequence[Any] | None, named: Mapping[str, Any]) -> float | None:
@@ -135,6 +139,9 @@ class _Walk(fx.Interpreter):
 
     def _step(self, label: str, execute: Any, args: Any, kwargs: Any, gain: Any, in_place: bool) -> Any:
         """One call: its result, with its constant."""
+        if in_place and args and memory_of(args[0]) in self.fixed:
+            self.unknown.append(f"{label} changes a weight or buffer of the model in place")
+            return Value(None)
         values = values_in((args, kwargs))
         if not values:
             return execute(*args, **kwargs)

@@ -76,9 +76,18 @@ class Tracer(fx.Tracer):
     def __init__(self, errors: Errors) -> None:
         super().__init__()
         self.errors = errors
+        self.constants: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        """Tensors that are no parameters, with a copy each, by object and version."""
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return InPlaceProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        """Buffers and other constants as they are when they are used: ``forward`` may change them afterwards."""
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
+            key = id(a), 0 if a.is_inference() else a._version
+            a = self.constants.setdefault(key, (a, a.detach().clone()))[1]
+        return super().create_arg(a)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         if rule_of(module) is not None or hooks_of(module) or super().is_leaf_module(module, qualified_name):

@@ -125,6 +125,54 @@ def test_a_constant_changed_by_a_size_needs_the_size() -> None:
     assert specopt.certify(Layered(by_a_size), torch.ones(1, 4)).lipschitz == pytest.approx(4, rel=1e-6)
 
 
+def changed_weight(module: Any, x: Tensor) -> Tensor:
+    weight = module.constant
+    weight *= 2
+    return x * module.constant
+
+
+def test_a_weight_changed_in_place_is_unknown_and_stays_as_it_is() -> None:
+    model = Layered(changed_weight)
+    certificate = specopt.certify(model)
+    assert certificate.lipschitz is None and "changes a weight or buffer" in certificate.unknown[0]
+    assert model.constant.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("sized", [True, False])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_buffer_counts_as_it_is_when_it_is_read(in_place: bool, sized: bool) -> None:
+    class Fading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.full((), 10.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * self.scale
+            if in_place:
+                self.scale *= 0.1
+            else:
+                self.scale = self.scale * 0.1
+            return y
+
+    bound = specopt.certify(Fading(), torch.ones(1, 4) if sized else None).lipschitz
+    assert bound == pytest.approx(10, rel=1e-6)
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_a_buffer_that_takes_the_input_is_unknown(sized: bool) -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("total", torch.zeros(5, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.total += x
+            return self.total * 1
+
+    certificate = specopt.certify(Sum(), torch.ones(4) if sized else None)
+    assert certificate.lipschitz is None and "weight or buffer" in certificate.unknown[0]
+
+
 def scaled(module: Any, x: Tensor) -> Tensor:
     h = module.fc(x)
     h *= 10
