@@ -120,7 +120,7 @@ def test_launches_of_a_cold_step(kind: str, launches: Launches) -> None:
     assert counts == COLD[kind]
 
 
-@pytest.mark.parametrize("kind", ["rank 3", "composed"])
+@pytest.mark.parametrize("kind", ["rank 2", "composed"])
 def test_operations_on_lists_are_as_many_for_any_number_of_layers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What goes by no launches over a bucket: corrections of several triplets, and composed rules."""
     calls: list[object] = []
@@ -129,10 +129,10 @@ def test_operations_on_lists_are_as_many_for_any_number_of_layers(kind: str, mon
 
     def count(layers: int) -> int:
         generator = torch.Generator().manual_seed(0)
-        params = [torch.randn(32 + 4 * i, 28 + 4 * i, generator=generator) for i in range(layers)]
+        params = [torch.randn(20 + 4 * i, 18 + 4 * i, generator=generator) for i in range(layers)]
         params = [param.to(DEVICE).requires_grad_() for param in params]
-        scale = specopt.NormScale(mode="cap", rank=3, block=8, tolerance=1e-9, max_passes=2)
-        rule = scale if kind == "rank 3" else specopt.Compose(specopt.SpectralPenalty(0.1), scale)
+        scale = specopt.NormScale(mode="cap", rank=2, block=4, tolerance=1e-9, max_passes=2)
+        rule = scale if kind == "rank 2" else specopt.Compose(specopt.SpectralPenalty(0.1), scale)
         optimizer = specopt.wrap(torch.optim.SGD(params, lr=0.1), rule)
         warm_up(optimizer, params)
         set_gradients(params)
@@ -140,7 +140,7 @@ def test_operations_on_lists_are_as_many_for_any_number_of_layers(kind: str, mon
         optimizer.step()
         return len(calls)
 
-    assert 0 < count(2) == count(4) < 60
+    assert 0 < count(1) == count(3) < 70
 
 
 def test_counter_counts_work_and_no_views() -> None:
