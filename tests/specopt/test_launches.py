@@ -120,7 +120,7 @@ def test_launches_of_a_cold_step(kind: str, launches: Launches) -> None:
     assert counts == COLD[kind]
 
 
-@pytest.mark.parametrize("kind", ["rank 2", "composed"])
+@pytest.mark.parametrize("kind", ["rank 2", pytest.param("composed", marks=pytest.mark.full)])
 def test_operations_on_lists_are_as_many_for_any_number_of_layers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What goes by no launches over a bucket: corrections of several triplets, and composed rules."""
     calls: list[object] = []
