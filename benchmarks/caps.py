@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +38,6 @@ class Result:
     over_worst: float
     pairs: float
     """Mean over the tracked matrices after the cold phase; 0 with "full", which follows none."""
-    step_ms: float
-    """Median of ``optimizer.step()`` after the cold phase."""
-    cost: float = 1.0
-    """``step_ms`` over that of rank 1, which ran before it and not in turns with it."""
 
     def line(self) -> str:
         ours = f"{self.median:8.4f} {self.worst:8.4f}"
@@ -60,8 +55,6 @@ COLUMNS = {
     "over_median": "difference: median",
     "over_worst": "worst  ",
     "pairs": "pairs of products",
-    "step_ms": "step (ms)",
-    "cost": "step / rank 1",
 }
 
 
@@ -73,22 +66,19 @@ def capped(rank: int | str, steps: int, data: workloads.Data, width: int, every:
     exact: list[float] = []
     ours: list[float] = []
     pairs: list[float] = []
-    times: list[float] = []
     for t in range(steps):
         optimizer.zero_grad()
         workload.loss().backward()
         look = t < 8 or t % every == 0
         exact += [exact_cap(before_correction(optimizer, weight, RATE), rank) for weight in weights] if look else []
-        began = time.perf_counter()
         optimizer.step()
-        times += [1e3 * (time.perf_counter() - began)] if t >= COLD_STEPS else []
         ours += [float(relative(weight)[0]) for weight in weights] if look else []
         found = [float(optimizer.state[weight][STATS][Stat.PAIRS]) for weight in weights]
         pairs += [count for count in found if count >= 1] if t >= COLD_STEPS else []
     over = [mine - other for mine, other in zip(ours, exact, strict=True)]
     mean_pairs = statistics.mean(pairs) if pairs else 0.0
     columns = [statistics.median(exact), max(exact), statistics.median(ours), max(ours)]
-    columns += [statistics.median(over), max(over), mean_pairs, statistics.median(times or [math.nan])]
+    columns += [statistics.median(over), max(over), mean_pairs]
     return Result(str(rank), len(over), *columns)
 
 
@@ -123,7 +113,6 @@ def main(arguments: argparse.Namespace) -> None:
     for text in arguments.rank:
         rank = text if text == "full" else int(text)
         results.append(capped(rank, arguments.steps, data, arguments.width, arguments.every))
-        results[-1].cost = results[-1].step_ms / results[0].step_ms
         print(results[-1].line(), flush=True)
     report = reporting.about("caps", torch.device("cpu"))
     name = "MNIST" if arguments.data_dir else "digits"

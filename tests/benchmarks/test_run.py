@@ -356,3 +356,20 @@ def test_what_was_recorded_has_no_folder_of_the_machine_in_it() -> None:
     for path in reporting.RESULTS.glob("*.json"):
         assert str(Path.home()) not in path.read_text()
         assert " /" not in json.loads(path.read_text()).get("command", "")
+
+
+def test_caps_are_recorded_beside_exact_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run.main(["caps", "--steps", "24", "--width", "80", "--rank", "1", "4", "full", "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "caps.json").read_text())
+    rows = {row["rank"]: row for row in report["results"]}
+    assert set(rows) == {"1", "4", "full"}
+    assert rows["full"]["worst"] <= 1 + 1e-5 < rows["4"]["worst"] < rows["1"]["worst"]
+    assert all(abs(row["over_worst"]) <= 0.03 for row in rows.values())
+    assert "rank" in capsys.readouterr().out
+    assert (tmp_path / "caps.png").stat().st_size > 0
+
+
+def test_the_cost_of_operators_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    run.main(["operators", "--batch", "2", "--warm-up", "1", "--repeats", "1"])
+    printed = capsys.readouterr().out
+    assert "cap, conv=operator" in printed and "AdamW                1.00" in printed
