@@ -104,7 +104,7 @@ def _cap_stack(
         width = torch.where(live, bound, 1.0).to(part.dtype)
         level = (width / FAR[part.dtype]).clamp(min=1.0)  # what this round caps at, over the limit
         scaled = part * (ratio.to(part.dtype) / level)[:, None, None]
-        most = float((width / level).max()) if looks else (FAR if far else TAME)[part.dtype]
+        most = float((width / level).max()) if looks else FAR[part.dtype]
         capped = part + part @ _shrinking(scaled, width / level, most)
         a = torch.where(live[:, None, None], capped, part)
         if not looks or float(width.max()) <= TAME[part.dtype]:

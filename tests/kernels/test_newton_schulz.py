@@ -110,13 +110,14 @@ def test_list_of_many_shapes_layouts_and_limits() -> None:
 
 def test_what_a_device_does_without_looking_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(newton_schulz, "_looks", lambda like: False)
-    for values, wild in ((SPECTRA["flat"](40), False), (SPECTRA["one far above"](40), True)):
+    ten = torch.cat([torch.full((20,), 0.5), torch.linspace(1.2, 10.0, 20)]).double()
+    for values, wild in ((SPECTRA["flat"](40), False), (ten, False), (SPECTRA["one far above"](40), True)):
         matrix = with_values(values, (60, 40), 9).float().to(DEVICE)
         u, before, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
         cap(matrix, 1.0, wild=wild)
-        assert float(torch.linalg.svdvals(matrix.double())[0]) <= 1 + 1e-5
+        assert float(torch.linalg.svdvals(matrix.double())[0]) <= 1 + (1e-4 if values is ten else 1e-5)
         expected = (u * before.clamp(max=1.0)) @ vh
-        assert float(torch.linalg.matrix_norm(matrix.double() - expected, 2)) <= 2e-5
+        assert float(torch.linalg.matrix_norm(matrix.double() - expected, 2)) <= (1e-4 if values is ten else 2e-5)
 
 
 def test_stochastic_rounding_makes_the_mean_right() -> None:
