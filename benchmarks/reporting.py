@@ -165,12 +165,12 @@ def plot_bars(
         axes.legend(loc="lower right", frameon=False)
     axes.set_yticks(places, names)
     axes.invert_yaxis()
+    axes.margins(x=0.12)  # room for the numbers behind the bars
     if log and any(values.values()):
-        axes.set_xscale("log")
-        axes.set_xlim(left=0.5 * min(value for value in values.values() if value))
+        low, high = (end(value for value in values.values() if value) for end in (min, max))
+        axes.set(xscale="log", xlim=(0.5 * low, high * (2 * high / low) ** 0.12))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.margins(x=0.12)
     axes.set(title=title, xlabel=label)
     axes.title.set_fontsize(10)
     figure.savefig(path, dpi=110)
