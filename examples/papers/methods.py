@@ -1,0 +1,125 @@
+"""What is compared: training without control, with a term in the loss, and with a rule in the optimizer's step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import specopt
+
+ADVERSARIAL_SHARE = 0.5
+"""alpha: the weight of the clean loss beside that of the perturbed inputs."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One column of a table.
+
+    Raises:
+        ValueError: a base that is not known, or a number that is negative or not finite.
+    """
+
+    name: str
+    base: str = "sgd"
+    """``"sgd"`` with momentum, or ``"adamw"``."""
+    weight_decay: float = 0.0
+    """Of all parameters: coupled under SGD, decoupled under AdamW."""
+    adversarial: float = 0.0
+    """epsilon: the l2 norm by which each input of the loss' second half is moved; 0 for none."""
+    snr_lambda: float = 0.0
+    """lambda of the spectral norm regularization ``lambda/2 sum sigma_1^2``; 0 for none."""
+    norm_scale: Mapping[str, Any] = field(default_factory=dict)
+    """Options of :class:`specopt.NormScale` but for the target; empty for none."""
+    target: str = "size"
+    gain: float = 1.0
+    """On all targets."""
+    spared: tuple[str, ...] = ("*downsample*",)
+    """Patterns of modules that rules leave alone."""
+
+    def __post_init__(self) -> None:
+        if self.base not in ("sgd", "adamw"):
+            raise ValueError(f"base must be 'sgd' or 'adamw', got {self.base!r}")
+        for name in ("weight_decay", "adversarial", "snr_lambda", "gain"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+
+    @property
+    def rules(self) -> list[Any]:
+        """What is attached to the base optimizer."""
+        found: list[Any] = [specopt.SpectralPenalty(self.snr_lambda)] if self.snr_lambda else []
+        return [*found, specopt.NormScale(**self.norm_scale)] if self.norm_scale else found
+
+
+def optimizer_for(
+    method: Method, model: nn.Module, inputs: Tensor, *, lr: float, momentum: float, one_target: bool = False
+) -> torch.optim.Optimizer:
+    """The base optimizer of ``method``, under its rules.
+
+    Args:
+        inputs: a small batch, of which ``target="size"`` records the layers' sizes.
+        momentum: of SGD.
+        one_target: every layer has the first one's target, as in Norm Scaling's published runs.
+    """
+    options: dict[str, Any] = {"lr": lr, "weight_decay": method.weight_decay}
+    rules = method.rules
+    params: Any = list(model.parameters()) if not rules else controlled_groups(method, model, inputs, one_target)
+    if method.base == "sgd":
+        base: torch.optim.Optimizer = torch.optim.SGD(params, momentum=momentum, **options)
+    else:
+        base = torch.optim.AdamW(params, **options)
+    if not rules:
+        return base
+    return specopt.wrap(base, rules[0] if len(rules) == 1 else specopt.Compose(*rules))
+
+
+def controlled_groups(method: Method, model: nn.Module, inputs: Tensor, one_target: bool) -> list[dict[str, Any]]:
+    """``specopt.param_groups`` of the model, with targets as numbers where the method has any."""
+    overrides = {pattern: {"spectral": False} for pattern in spared(method, model)}
+    if not method.norm_scale:
+        return specopt.param_groups(model, overrides=overrides, weight_decay=method.weight_decay)
+    groups = specopt.param_groups(
+        model, overrides=overrides, weight_decay=method.weight_decay, target=method.target, inputs=inputs
+    )
+    entries = [entry for group in groups for entry in group.get("target", []) if entry is not None]
+    for group in groups:
+        if isinstance(group.get("target"), list):
+            group["target"] = [
+                None if entry is None else scaled(entries[0] if one_target else entry, method.gain)
+                for entry in group["target"]
+            ]
+    return groups
+
+
+def scaled(entry: float | list[float], gain: float) -> float | list[float]:
+    return [gain * sigma for sigma in entry] if isinstance(entry, list) else gain * entry
+
+
+def spared(method: Method, model: nn.Module) -> list[str]:
+    """Those patterns that match a module of the model."""
+    names = [name for name, _ in model.named_modules()]
+    return [pattern for pattern in method.spared if any(fnmatch(name, pattern) for name in names)]
+
+
+def start_orthogonal(method: Method, model: nn.Module, inputs: Tensor, seed: int) -> None:
+    """Norm Scaling's initialization, of every matrix: orthogonal, times its target."""
+    specopt.init.scaled_orthogonal_(model, method.gain, target=method.target, inputs=inputs, seed=seed)
+
+
+def loss_of(method: Method, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross entropy of a batch; of adversarial training, with ``g`` the gradient of the clean loss by ``x``,
+    ``alpha L(x) + (1 - alpha) L(x + epsilon g / ||g||_2)``, image by image, the step taken as a constant."""
+    if not method.adversarial:
+        return F.cross_entropy(model(images), labels)
+    images = images.detach().requires_grad_()
+    clean = F.cross_entropy(model(images), labels)
+    (gradient,) = torch.autograd.grad(clean, images, retain_graph=True)
+    moved = images.detach() + method.adversarial * F.normalize(gradient.flatten(1), dim=1).view_as(images)
+    return ADVERSARIAL_SHARE * clean + (1 - ADVERSARIAL_SHARE) * F.cross_entropy(model(moved), labels)

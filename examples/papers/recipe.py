@@ -1,0 +1,118 @@
+"""A recipe: everything that decides a training run but its seed and its machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from .methods import Method
+
+STARTS = ("default", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A run made smaller than its recipe, by the same measure for every method of a row."""
+
+    name: str
+    epochs: int | None = None
+    """In place of the recipe's."""
+    train: int | None = None
+    """Images to train on, chosen by the seed; None for all."""
+    test: int | None = None
+    channels: float = 1.0
+    """On the channels of convolutional networks and the width of an MLP."""
+    batch: int = 1
+    """What batch sizes are divided by, down to 32 at the least."""
+
+
+FULL = Scale("full")
+SCALES = {
+    scale.name: scale
+    for scale in (
+        FULL,
+        Scale("cpu", epochs=12, train=4000, test=2000, channels=0.25, batch=8),
+        Scale("tiny", epochs=2, train=256, test=128, channels=0.125, batch=2),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A cell of a table. The learning rate falls to ``gamma`` times itself at each of ``milestones``, fractions of the
+    run.
+
+    Raises:
+        ValueError: a number or a choice that makes no sense, by name.
+    """
+
+    name: str
+    """Such as ``snr/vgg-cifar10-b64/snr``: table, row, method."""
+    data: str
+    model: str
+    method: Method
+    batch: int
+    epochs: int
+    lr: float
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    momentum: float = 0.9
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1
+    augment: bool = True
+    start: str = "default"
+    """How weights are drawn: as torch does, or ``"orthogonal"`` times the target."""
+    label_noise: float = 0.0
+    """The fraction of training labels that are replaced by wrong ones."""
+    threshold: float | None = None
+    """The test accuracy from which on an epoch counts for the generalization gap; None where the paper has none."""
+    published: bool = False
+    """The published code of Norm Scaling as it was run: every layer has the first layer's target, test images are
+    cropped and flipped at random, and images are normalized by CIFAR-10's mean and deviation."""
+    train: int | None = None
+    test: int | None = None
+    scale: str = "full"
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "epochs", "train", "test"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        for name in ("lr", "gamma"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive finite number, got {getattr(self, name)!r}")
+        for name, values in (("milestones", self.milestones), ("label_noise", (self.label_noise,))):
+            if not all(0 <= value < 1 for value in values):
+                raise ValueError(f"{name} must be fractions from 0 to below 1, got {getattr(self, name)!r}")
+        if self.start not in STARTS:
+            raise ValueError(f"start must be one of {', '.join(STARTS)}, got {self.start!r}")
+
+    @property
+    def row(self) -> str:
+        """The recipe's name without its method."""
+        return self.name.rpartition("/")[0]
+
+    def scaled(self, scale: Scale) -> Recipe:
+        """The same at a smaller scale; its threshold of the generalization gap does not carry over."""
+        if scale == FULL:
+            return self
+        options = dict(self.model_options)
+        if self.model == "mlp":
+            options["width"] = max(16, round(options["width"] * scale.channels))
+        else:
+            options["scale"] = scale.channels
+        return replace(
+            self,
+            model_options=options,
+            epochs=scale.epochs or self.epochs,
+            batch=min(self.batch, max(32, self.batch // scale.batch)),
+            train=scale.train,
+            test=scale.test,
+            threshold=None,
+            scale=scale.name,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for results and checkpoints."""
+        return asdict(self)
