@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -62,14 +62,14 @@ def input_gradient_norms(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     Raises:
         ValueError: no samples.
     """
-    norms = []
+    found = []
     with _evaluating(model), torch.enable_grad():
         for images, labels in batches:
             inputs = images.detach().clone().requires_grad_()
             loss = cross_entropy(model(inputs).float(), labels, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, inputs)
-            norms.append(_row_norms(gradient.flatten(1).float()))
-    return _joined(norms)
+            found.append(_row_norms(gradient.flatten(1).float()))
+    return _joined(found)
 
 
 def _row_norms(rows: Tensor) -> Tensor:
@@ -110,11 +110,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _joined(parts: list[Tensor]) -> Tensor:
     """On the CPU."""
     if sum(map(len, parts)) == 0:
         raise ValueError("batches must hold a sample or more, got none")
-    return torch.cat([*parts]).cpu()
+    return torch.cat(parts).cpu()
 
 
 # --- spectra ----------------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ class Norms:
 class Spectrum(Norms):
     """All singular values of a weight as a matrix."""
 
-    values: Tensor
+    values: Tensor = field(compare=False, repr=False)
     """``(min(out, in·k·k),)``, largest first, in float64 on the CPU."""
     rank: float
     """How many values are above ``σ₁·max(rows, columns)·eps``, with the eps of float32 (of float64 for float64
