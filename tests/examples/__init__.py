@@ -1,0 +1,1 @@
+"""What reproduces the papers: data, models, methods, recipes, measures and tables."""
