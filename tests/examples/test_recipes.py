@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
-from papers import published, recipes
+import torch
+from papers import models, published, recipes
+from papers.methods import loss_of, optimizer_for, start_orthogonal
 from papers.recipe import SCALES, Recipe
 from papers.recipes import find, names, rows
 
@@ -114,3 +117,78 @@ def test_every_recipe_can_be_scaled(scale: object) -> None:
     for name in names():
         found = find(name).scaled(scale)  # type: ignore[arg-type]
         assert isinstance(found, Recipe) and found.name == name
+
+
+# --- what recipes make ------------------------------------------------------------------------------------------------
+
+SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion-mnist": (1, 28, 28), "stl10": (3, 96, 96)}
+"""Of images; all others are CIFAR's."""
+CLASSES = {"cifar100": 100}
+TINY = SCALES["tiny"]
+ONE_OF_EACH = (
+    *names("snr/vgg-cifar10-b64/*"),
+    *names("normscale/resnet34/*"),
+    *names("normscale/mlp-5x2000/*"),
+    *names("digits/mlp/*"),
+    *(f"{row}/snr" for row in ("snr/nin-cifar100-b4096", "snr/densenet-cifar100-b64", "mnist/lenet5")),
+)
+
+
+def made(recipe: Recipe) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """The recipe's network and a batch of 4."""
+    torch.manual_seed(0)
+    shape = SHAPES.get(recipe.data, (3, 32, 32))
+    classes = CLASSES.get(recipe.data, 10)
+    model = models.build(recipe.model, shape, classes, **recipe.model_options)
+    return model, torch.randn(4, *shape), torch.randint(classes, (4,))
+
+
+@pytest.mark.parametrize("row", sorted({find(name).row for name in names()}))
+def test_every_row_builds_its_network_at_every_scale(row: str) -> None:
+    recipe = find(names(f"{row}/*")[0]).scaled(TINY)
+    model, images, _ = made(recipe)
+    assert model.eval()(images[:2]).shape == (2, CLASSES.get(recipe.data, 10))
+    with torch.device("meta"):
+        assert made(find(recipe.name))[0] is not None
+
+
+@pytest.mark.filterwarnings("ignore:the first step moves")  # of published runs, whose targets are not where they start
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_step_of_each_method_changes_every_weight_and_keeps_it_finite(name: str) -> None:
+    recipe = find(name).scaled(TINY)
+    model, images, labels = made(recipe)
+    if recipe.start == "orthogonal":
+        start_orthogonal(model, images, 0)
+    optimizer = optimizer_for(
+        recipe.method, model, images, lr=recipe.lr, momentum=recipe.momentum, one_target=recipe.published
+    )
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    loss_of(recipe.method, model, images, labels).backward()
+    optimizer.step()
+    for key, weight in model.named_parameters():
+        assert weight.isfinite().all() and not torch.equal(weight, before[key]), key
+
+
+def test_methods_of_a_row_start_from_the_same_weights() -> None:
+    starts = []
+    for name in names("normscale/mlp-5x2000/*"):
+        model, images, _ = made(find(name).scaled(TINY))
+        start_orthogonal(model, images, 7)
+        starts.append(torch.cat([weight.flatten() for weight in model.parameters()]))
+    assert all(torch.equal(start, starts[0]) for start in starts)
+
+
+def test_published_runs_have_one_target_and_stated_ones_each_their_own() -> None:
+    def targets(method: str) -> list[float]:
+        recipe = find(f"normscale/mlp-5x2000/{method}").scaled(TINY)
+        model, images, _ = made(recipe)
+        optimizer = optimizer_for(recipe.method, model, images, lr=1e-3, momentum=0, one_target=recipe.published)
+        lists = [group["target"] for group in optimizer.param_groups if isinstance(group.get("target"), list)]
+        return [target for targets in lists for target in targets if target is not None]
+
+    width = 250
+    sizes = [3072, *[width] * 4, 100]
+    own = [(b / a) ** 0.5 for a, b in pairwise(sizes)]
+    assert targets("spectral") == pytest.approx(own)
+    assert targets("spectral-published") == pytest.approx([own[0]] * 5)
+    assert targets("ours") == pytest.approx([2 * target for target in own[:4]])

@@ -1,0 +1,40 @@
+"""The papers' claims, each held, not held or undecided on what was run: see :mod:`.testing` for how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from ..results import Row
+from . import normscale, snr
+from .testing import Finding, Rows, Verdict
+
+__all__ = ["CLAIMS", "Finding", "Verdict", "verdicts"]
+
+CLAIMS: dict[str, tuple[Callable[[Rows, str], Verdict], ...]] = {
+    "snr": (snr.claim_a, snr.claim_b, snr.claim_c, snr.claim_d, snr.claim_e),
+    "normscale": (
+        normscale.claim_a,
+        normscale.claim_b,
+        normscale.claim_c,
+        normscale.claim_d,
+        normscale.claim_e,
+    ),
+}
+"""Of each paper, in the order of its letters."""
+
+
+def verdicts(table: str, rows: Iterable[Row], *, published: bool = False) -> list[Verdict]:
+    """Of a table's claims.
+
+    Args:
+        rows: of one scale; those of other tables are not looked at.
+        published: of the methods with the defects of the published code, in place of the stated ones.
+
+    Raises:
+        ValueError: rows of more than one scale, which are not to be compared.
+    """
+    by_name = {row.name: row for row in rows if row.name.startswith(f"{table}/")}
+    scales = sorted({row.scale for row in by_name.values()})
+    if len(scales) > 1:
+        raise ValueError(f"rows must be of one scale, got {', '.join(scales)}")
+    return [claim(by_name, "-published" if published else "") for claim in CLAIMS[table]]

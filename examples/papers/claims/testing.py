@@ -1,0 +1,186 @@
+"""How a claim is decided: comparisons, their two-sided tests, and the verdict.
+
+A claim is a set of comparisons. Each is a quantity that the claim says is positive, with a value for each seed: most
+are differences of two methods from the same seed, which share data, batches and start. A comparison is decided by
+Student's t-test of its mean against 0, two-sided, at 5 % after Holm's correction over the comparisons of the claim. The
+claim is
+
+- **not held** where one comparison is significantly negative;
+- **held** where all are significantly positive, in all rows that the claim names;
+- **undecided** otherwise, as with fewer than three seeds, rows that were not run, or values that were not finite.
+  Values that are alike in all seeds have no spread to test by, and decide nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy import stats
+
+from ..results import Row, Run
+
+LEVEL = 0.05
+SEEDS = 3
+"""Fewer decide nothing."""
+PERMUTATIONS = 20_000
+
+Values = Sequence[float]
+Rows = Mapping[str, Row]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a claim says is positive, a value for each seed; or why there is none."""
+
+    what: str
+    values: Values = ()
+    missing: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A comparison and its two-sided p-value, corrected; None where it was not tested."""
+
+    what: str
+    mean: float | None
+    p: float | None
+    missing: str = ""
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where significant, else 0."""
+        if self.p is None or self.mean is None or self.p > LEVEL:
+            return 0
+        return 1 if self.mean > 0 else -1
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return f"{self.what}: {self.missing}"
+        return f"{self.what}: {self.mean:+.3g}, " + (self.missing if self.p is None else f"p {self.p:.2g}")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    claim: str
+    """Such as ``snr (a)``."""
+    text: str
+    verdict: str
+    """held, not held or undecided."""
+    test: str
+    """What was compared."""
+    findings: tuple[Finding, ...] = field(default=())
+
+
+def judge(claim: str, text: str, test: str, comparisons: Sequence[Comparison]) -> Verdict:
+    return conclude(claim, text, test, findings_of(comparisons))
+
+
+def conclude(claim: str, text: str, test: str, findings: Sequence[Finding]) -> Verdict:
+    if any(each.sign < 0 for each in findings):
+        word = "not held"
+    else:
+        word = "held" if findings and all(each.sign > 0 for each in findings) else "undecided"
+    return Verdict(claim, text, word, test, tuple(findings))
+
+
+def findings_of(comparisons: Sequence[Comparison]) -> list[Finding]:
+    """Student's t-tests, corrected by Holm over those that could be made."""
+    raw = [t_test(each.values) for each in comparisons]
+    corrected = iter(holm([p for p in raw if p is not None]))
+    found = []
+    for each, p in zip(comparisons, raw, strict=True):
+        mean = statistics.fmean(each.values) if each.values else None
+        missing = each.missing or ("" if p is not None else untested(each.values))
+        found.append(Finding(each.what, mean, None if p is None else next(corrected), missing))
+    return found
+
+
+def t_test(values: Values) -> float | None:
+    """The two-sided p-value of a mean of 0; None of fewer than three values, or of values without spread."""
+    if untested(values):
+        return None
+    return float(stats.ttest_1samp(values, 0.0).pvalue)
+
+
+def untested(values: Values) -> str:
+    """Why, or nothing."""
+    if len(values) < SEEDS:
+        return f"{len(values)} of at least {SEEDS} seeds"
+    if not all(map(math.isfinite, values)):
+        return "not finite"
+    spread = max(values) - min(values)
+    return "no spread over seeds" if spread <= 1e-9 * max(map(abs, values)) else ""
+
+
+def holm(p_values: Values) -> list[float]:
+    """``max over j <= i of min(1, (m - j) p_j)`` of the sorted p-values, j from 0: Holm (1979)."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for place, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def compare(rows: Rows, row: str, what: str, value: Callable[..., float | None], *methods: str) -> Comparison:
+    """``value(run of the first method, run of the second, ...)`` of every seed that all methods have."""
+    if row not in rows:
+        return Comparison(f"{row}: {what}", missing="not run")
+    by_method = [rows[row].of(method) for method in methods]
+    absent = [method for method, runs in zip(methods, by_method, strict=True) if not runs]
+    if absent:
+        return Comparison(f"{row}: {what}", missing=f"{', '.join(absent)} not run")
+    seeds = sorted(set.intersection(*map(set, by_method)))
+    values = [value(*(runs[seed] for runs in by_method)) for seed in seeds]
+    known = [each for each in values if each is not None]
+    if len(known) < len(values):
+        lost = len(values) - len(known)
+        return Comparison(f"{row}: {what}", missing=f"no value in {lost} of {len(values)} seeds")
+    return Comparison(f"{row}: {what}", known)
+
+
+def pooled(what: str, comparisons: Sequence[Comparison]) -> Comparison:
+    """One comparison of the values of several rows, for a claim about all of them. The rows' own differences add to the
+    spread, which only makes the test of these rows' mean more careful."""
+    values = [value for each in comparisons for value in each.values]
+    rows = sum(bool(each.values) for each in comparisons)
+    return Comparison(f"{what}, {rows} row(s)", values, "" if values else "not run")
+
+
+def difference(one: Run, other: Run, value: Callable[[Run], float | None]) -> float | None:
+    a, b = value(one), value(other)
+    return None if a is None or b is None else a - b
+
+
+def accuracy(run: Run) -> float | None:
+    return run.last("test_accuracy")
+
+
+def final_gap(run: Run) -> float | None:
+    train, test = run.last("train_accuracy"), run.last("test_accuracy")
+    return None if train is None or test is None else train - test
+
+
+def permutation_test(rows: Sequence[tuple[Values, Values]]) -> tuple[float, float]:
+    """The mean over rows of Spearman's correlation, and its two-sided p-value under ``PERMUTATIONS`` drawn ones."""
+    random = np.random.default_rng(0)
+    found, drawn = 0.0, np.zeros(PERMUTATIONS)
+    for pair in rows:
+        one, other = (_standardized(values) for values in pair)
+        found += float(one @ other) / len(rows)
+        drawn += random.permuted(np.tile(one, (PERMUTATIONS, 1)), axis=1) @ other / len(rows)
+    extreme = int((np.abs(drawn) >= abs(found) - 1e-9).sum())
+    return found, (1 + extreme) / (1 + PERMUTATIONS)
+
+
+def _standardized(values: Values) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Ranks with mean 0 and norm 1, or 0 where all values are alike."""
+    ranks = stats.rankdata(values)
+    centered = ranks - ranks.mean()
+    norm = float(np.linalg.norm(centered))
+    found: np.ndarray[tuple[int], np.dtype[np.float64]] = centered / norm if norm > 0 else centered
+    return found

@@ -1,0 +1,230 @@
+"""What was run of a row, small enough to be kept: measures by epoch, norms of layers, seeds, hardware and commit.
+
+A file of ``examples/results`` holds one row at one scale. Numbers are rounded to four digits, and layers are kept at 41
+epochs at most; means over layers at all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .measures import generalization_gap
+from .recipe import Recipe
+
+DIGITS = 4
+LAYER_EPOCHS = 41
+COLUMNS = ("epoch", "train_accuracy", "train_loss", "test_accuracy", "test_loss", "gradient_norm")
+LAYER_VALUES = ("sigma", "frobenius", "stable_rank", "rank")
+OWN = ("name", "method", "published", "lr", "threshold")
+"""What recipes of one row may differ in; all else is the row's protocol."""
+
+Values = list[float | None]
+"""None where a number was not finite."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method from one seed."""
+
+    method: str
+    seed: int
+    epochs: Mapping[str, Values]
+    """``COLUMNS``, and ``sigma_mean`` and ``sigma_deviation`` over the layers: a value before training and one after
+    each epoch."""
+    layers: Mapping[str, Mapping[str, Any]]
+    """By weight: ``LAYER_VALUES`` at ``layer_epochs``, and ``target``."""
+    layer_epochs: list[int]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Machine, torch, commit, settings, and what the recipe has of its own."""
+
+    def last(self, name: str) -> float | None:
+        """After the last epoch."""
+        return self.epochs[name][-1]
+
+    def trained(self, name: str) -> Values:
+        """After each epoch, without the value before training."""
+        return self.epochs[name][1:]
+
+    def best(self, name: str) -> float:
+        return max((value for value in self.trained(name) if value is not None), default=0.0)
+
+    def gap(self, threshold: float) -> float | None:
+        """The generalization gap: the least of training accuracy less test accuracy over epochs whose test accuracy
+        exceeds ``threshold``; None where none does."""
+        pairs = zip(self.trained("train_accuracy"), self.trained("test_accuracy"), strict=True)
+        known = [(train, test) for train, test in pairs if train is not None and test is not None]
+        return generalization_gap([train for train, _ in known], [test for _, test in known], threshold)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What there is of a row at one scale."""
+
+    name: str
+    scale: str
+    protocol: Mapping[str, Any]
+    """What all recipes of the row share."""
+    threshold: float | None
+    """The paper's, of the generalization gap."""
+    runs: tuple[Run, ...] = ()
+    times: Mapping[str, float] = field(default_factory=dict)
+    """A training step's time over the first method's, by method."""
+
+    @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(run.method for run in self.runs))
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({run.seed for run in self.runs})
+
+    def of(self, method: str) -> dict[int, Run]:
+        """By seed."""
+        return {run.seed: run for run in self.runs if run.method == method}
+
+    def gap_threshold(self) -> float | None:
+        """The paper's, at its own scale. Else the least over the methods of the mean of their best test accuracies,
+        less 0.01, rounded down to 0.01: one threshold for all methods, which they can reach. Runs of published defects
+        are not asked. None where there are no others."""
+        if self.threshold is not None:
+            return self.threshold
+        best = [
+            statistics.fmean(run.best("test_accuracy") for run in self.of(method).values())
+            for method in self.methods
+            if not method.endswith("-published")
+        ]
+        return math.floor(100 * (min(best) - 0.01) + 1e-9) / 100 if best else None
+
+
+def compact(result: Mapping[str, Any]) -> Run:
+    """Of what :func:`papers.running.train` gives back."""
+    recipe, rows = result["recipe"], result["epochs"]
+    sigmas = [[layer["sigma"][i] for layer in result["layers"].values()] for i in range(len(rows))]
+    epochs = {name: [rounded(row[name]) for row in rows] for name in COLUMNS}
+    epochs["sigma_mean"] = [_over(statistics.fmean, layers) for layers in sigmas]
+    epochs["sigma_deviation"] = [_over(statistics.pstdev, layers) for layers in sigmas]
+    kept = thinned(len(rows))
+    layers = {
+        name: {key: [rounded(layer[key][i]) for i in kept] for key in LAYER_VALUES}
+        | {"target": _plain_target(layer.get("target"))}
+        for name, layer in result["layers"].items()
+    }
+    about = {key: result.get(key) for key in ("machine", "torch", "commit", "settings")}
+    about |= {key: _plain(recipe[key]) for key in OWN}
+    return Run(
+        method=recipe["name"].rpartition("/")[2],
+        seed=result["seed"],
+        epochs=epochs,
+        layers=layers,
+        layer_epochs=[int(rows[i]["epoch"]) for i in kept],
+        about=about,
+    )
+
+
+def row_of(recipes: Sequence[Recipe], runs: Sequence[Run] = (), times: Mapping[str, float] | None = None) -> Row:
+    """Of recipes of one row at one scale, whose published threshold may be gone with the scale."""
+    first = recipes[0]
+    return Row(first.row, first.scale, protocol_of(first), first.threshold, tuple(runs), dict(times or {}))
+
+
+def protocol_of(recipe: Recipe) -> dict[str, Any]:
+    plain: dict[str, Any] = _plain({key: value for key, value in recipe.as_dict().items() if key not in OWN})
+    return plain
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def path_of(folder: Path, row: str, scale: str) -> Path:
+    return folder / f"{row.replace('/', '-')}-{scale}.json"
+
+
+def read(path: Path) -> Row:
+    """
+    Raises:
+        ValueError: a file that does not hold a row.
+    """
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        return Row(**{**plain, "runs": tuple(Run(**run) for run in plain["runs"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} must hold a row's results, as --record writes them, and does not: {error}") from None
+
+
+def read_all(folder: Path) -> list[Row]:
+    return [read(path) for path in sorted(folder.glob("*.json"))]
+
+
+def check_mergeable(folder: Path, row: Row) -> Row | None:
+    """What is recorded of the row at this scale.
+
+    Raises:
+        ValueError: it is of another protocol.
+    """
+    path = path_of(folder, row.name, row.scale)
+    if not path.exists():
+        return None
+    there = read(path)
+    differing = [key for key, value in row.protocol.items() if there.protocol.get(key) != value]
+    if differing:
+        told = ", ".join(f"{key} {there.protocol.get(key)!r} instead of {row.protocol[key]!r}" for key in differing)
+        raise ValueError(f"{path} holds runs with {told}: move it away to record these")
+    return there
+
+
+def record(folder: Path, row: Row) -> Path:
+    """Writes the row's file. Runs that it holds already stay, but for those that ``row`` has anew."""
+    there = check_mergeable(folder, row)
+    if there is not None:
+        new = {(run.method, run.seed) for run in row.runs}
+        kept = tuple(run for run in there.runs if (run.method, run.seed) not in new)
+        row = replace(row, runs=kept + row.runs, times={**there.times, **row.times})
+    runs = sorted(row.runs, key=lambda run: run.seed)
+    times = {method: float(f"{value:.3g}") for method, value in row.times.items()}
+    path = path_of(folder, row.name, row.scale)
+    plain = asdict(replace(row, runs=tuple(runs), times=times))
+    path.write_text(in_lines(plain) + "\n", encoding="utf-8")
+    return path
+
+
+def in_lines(plain: Any) -> str:
+    """JSON with a list of numbers on one line."""
+    text = json.dumps(plain, indent=1, allow_nan=False)
+    return re.sub(r"\[[^\[\]{}\"]*\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def rounded(value: float | None) -> float | None:
+    """To four digits; None of what is not finite."""
+    if value is None or not math.isfinite(value):
+        return None
+    return value if isinstance(value, int) else float(f"{value:.{DIGITS}g}")
+
+
+def thinned(count: int) -> list[int]:
+    """Places of at most ``LAYER_EPOCHS`` of so many, evenly, the first and the last among them."""
+    if count <= LAYER_EPOCHS:
+        return list(range(count))
+    return [round(i * (count - 1) / (LAYER_EPOCHS - 1)) for i in range(LAYER_EPOCHS)]
+
+
+def _over(mean: Any, layers: Sequence[float | None]) -> float | None:
+    return None if None in layers or not layers else rounded(mean(layers))
+
+
+def _plain_target(target: Any) -> Any:
+    return [rounded(each) for each in target] if isinstance(target, list | tuple) else rounded(target)
+
+
+def _plain(tree: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(tree))

@@ -1,0 +1,69 @@
+"""Made-up results, as training gives them back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from papers.recipe import Scale
+from papers.recipes import find
+from papers.results import Row, compact, row_of
+
+LAYERS = ("layers.0.weight", "layers.1.weight", "head.weight")
+EPOCHS = 4
+TINY = Scale("tiny", epochs=EPOCHS, train=256, test=128)
+
+Last = Mapping[str, float]
+"""What a made-up run ends with; see :func:`result`."""
+
+
+def result(name: str, seed: int, scale: Scale = TINY, **last: float) -> dict[str, Any]:
+    """Of a run that goes evenly from chance to ``test`` and ``train`` accuracy, ``test_loss``, ``gradient_norm``,
+    ``sigma``, the mean over layers, ``uneven``, their deviation over it, and ``rest``, the norm beside the first
+    direction; ``rise`` is the log of the last test loss over its least."""
+    asked = {"test": 0.5, "train": 0.6, "test_loss": 2.0, "gradient_norm": 1.0}
+    asked |= {"sigma": 2.0, "uneven": 0.1, "rest": 4.0, "rise": 0.0, **last}
+    recipe = find(name).scaled(scale)
+    parts = np.linspace(0, 1, recipe.epochs + 1)
+    factors = 1 + asked["uneven"] * np.array([-1.0, 1.0, 0.0]) * math.sqrt(1.5)
+    sigma = 1 + parts[:, None] * (asked["sigma"] * factors - 1)
+    frobenius = np.hypot(sigma, asked["rest"])
+    least = asked["test_loss"] * math.exp(-asked["rise"])
+    epochs = [
+        {
+            "epoch": i,
+            "lr": recipe.lr,
+            "train_accuracy": 0.1 + part * (asked["train"] - 0.1),
+            "train_loss": 4.6 - part,
+            "test_accuracy": 0.1 + part * (asked["test"] - 0.1),
+            "test_loss": asked["test_loss"] if part == 1 else least + 3 * (1 - part) - 3 / recipe.epochs,
+            "gradient_norm": part * asked["gradient_norm"],
+        }
+        for i, part in enumerate(parts)
+    ]
+    layers = {
+        layer: {
+            "sigma": sigma[:, i].tolist(),
+            "frobenius": frobenius[:, i].tolist(),
+            "stable_rank": ((frobenius / sigma) ** 2)[:, i].tolist(),
+            "rank": [16, *[None] * (recipe.epochs - 1), 12],
+            "target": None,
+        }
+        for i, layer in enumerate(LAYERS)
+    }
+    about = {"machine": "CPU, 1 threads", "torch": "2.9.0", "commit": "abc1234", "settings": {"device": "cpu"}}
+    return {"recipe": recipe.as_dict(), "seed": seed, **about, "epochs": epochs, "layers": layers, "step_ms": 2.0}
+
+
+def made_row(name: str, methods: Mapping[str, Last], seeds: Iterable[int] = range(4), scale: Scale = TINY) -> Row:
+    """Each method ends with its numbers, times ``1 ± 1 %`` by seed and method."""
+    random = np.random.default_rng(0)
+    runs = []
+    for seed in seeds:
+        for method, last in methods.items():
+            shaken = {key: value * (1 + 0.01 * random.standard_normal()) for key, value in last.items()}
+            runs.append(compact(result(f"{name}/{method}", seed, scale, **shaken)))
+    recipes = [find(f"{name}/{method}").scaled(scale) for method in methods]
+    return row_of(recipes, runs, {method: 1.0 + 0.05 * i for i, method in enumerate(methods)})
