@@ -1,0 +1,239 @@
+"""Results as markdown: for each row paper and ours side by side, for each claim its verdict."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import published
+from .claims import Verdict, verdicts
+from .published import Cell
+from .recipes import rows as recipes_of
+from .results import Row, Run
+
+NOTHING = "–"
+NOT_RUN = "not run"
+
+LABELS = {
+    "weight-decay": "weight decay",
+    "snr": "SNR",
+    "snr-adamw": "SNR on AdamW (ours)",
+    "cap": "cap (ours)",
+    "ours": "cap (ours)",
+    "frobenius": "Frobenius",
+}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column or two: what the paper has, where it has any of the row, and what was found here."""
+
+    head: str
+    here: Callable[[Run], float | None]
+    paper: Callable[[Cell], float | None]
+    digits: int = 3
+    """Behind the point."""
+
+
+def measures(row: Row) -> list[Measure]:
+    threshold = row.gap_threshold()
+    head = f"gap above {NOTHING if threshold is None else f'{threshold:g}'}"
+    return [
+        Measure("test accuracy", lambda run: run.last("test_accuracy"), lambda cell: cell.accuracy),
+        Measure("test loss", lambda run: run.last("test_loss"), lambda cell: cell.loss, 2),
+        Measure(head, lambda run: None if threshold is None else run.gap(threshold), lambda cell: cell.gap),
+        Measure("mean σ₁", lambda run: run.last("sigma_mean"), lambda cell: cell.sigma, 2),
+        Measure("deviation of σ₁", late_deviation, lambda cell: cell.sigma_deviation, 2),
+        Measure("stable rank", stable_rank, lambda cell: None, 1),
+        Measure("gradient norm", lambda run: run.last("gradient_norm"), lambda cell: None),
+    ]
+
+
+NOTES = """\
+Mean ± standard deviation over seeds. Test accuracy, test loss and gradient norm (the mean l2 norm of a test loss'
+gradient by its normalized input) are those after the last epoch. Gap: the least training less test accuracy over
+epochs whose test accuracy is above the threshold. That is the paper's at full scale; else one for all methods of the
+row, the least over them of the mean best test accuracy, less 0.01, rounded down to 0.01. Mean σ₁ and stable rank: over
+layers, after the last epoch; deviation of σ₁: over layers, the mean of the last half of the epochs. Time: of a training
+step over that of the first method, steps taken in turn, the median of their ratios."""
+
+
+def late_deviation(run: Run) -> float | None:
+    values = run.trained("sigma_deviation")
+    late = [value for value in values[len(values) // 2 :] if value is not None]
+    return statistics.fmean(late) if late else None
+
+
+def stable_rank(run: Run) -> float | None:
+    """The mean over layers after the last epoch."""
+    values = [layer["stable_rank"][-1] for layer in run.layers.values()]
+    return None if not values or None in values else statistics.fmean(values)
+
+
+# --- a row ------------------------------------------------------------------------------------------------------------
+
+
+def row_section(row: Row, figures: Sequence[tuple[str, str]] = ()) -> str:
+    """Of one row at one scale.
+
+    Args:
+        figures: what each shows, and its address.
+    """
+    pictures = [f"![{what}]({address})" for what, address in figures]
+    return "\n\n".join([f"### `{row.name}`, {row.scale} scale", row_table(row), facts(row), *pictures])
+
+
+def row_table(row: Row) -> str:
+    """A line for each method, those not run among them."""
+    asked = measures(row)
+    methods = [*dict.fromkeys([*stated_methods(row.name), *row.methods])]
+    cells = {method: published.cell(row.name, method) for method in methods}
+    with_paper = [any(cell is not None and each.paper(cell) is not None for cell in cells.values()) for each in asked]
+    head = ["method", "seeds"]
+    for each, has_paper in zip(asked, with_paper, strict=True):
+        head += [f"{each.head}: paper", "here"] if has_paper else [each.head]
+    lines = [[*head, "time"]]
+    for method in methods:
+        runs, cell = list(row.of(method).values()), cells[method]
+        line = [label(method), str(len(runs)) if runs else NOT_RUN]
+        for each, has_paper in zip(asked, with_paper, strict=True):
+            line += [of_paper(each, cell)] if has_paper else []
+            line += [over_seeds([each.here(run) for run in runs], each.digits)]
+        time = row.times.get(method)
+        lines.append([*line, NOTHING if time is None else f"{time:.2f}"])
+    return aligned(lines)
+
+
+def stated_methods(row: str) -> list[str]:
+    """Of the row's recipes, but those with the defects of published code, which are shown where they were run."""
+    recipes = recipes_of(row.partition("/")[0]).get(row, ())
+    return [recipe.method.name for recipe in recipes if not recipe.published]
+
+
+def label(method: str) -> str:
+    stated = method.removesuffix("-published")
+    return LABELS.get(stated, stated) + (", as published" if stated != method else "")
+
+
+def of_paper(measure: Measure, cell: Cell | None) -> str:
+    value = None if cell is None else measure.paper(cell)
+    return NOTHING if value is None else f"{value:g}"
+
+
+def over_seeds(values: Sequence[float | None], digits: int) -> str:
+    """``0.512 ± 0.004``; how many seeds have a value, where not all have."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "none" if values else NOTHING
+    text = f"{statistics.fmean(known):.{digits}f}"
+    if len(known) > 1:
+        text += f" ± {statistics.stdev(known):.{digits}f}"
+    return text + (f" ({len(known)} of {len(values)})" if len(known) < len(values) else "")
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    head, *rest = lines
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *rest))
+
+
+def facts(row: Row) -> str:
+    """Seeds, schedule, images, network, hardware, versions and commit."""
+    protocol, about = row.protocol, [run.about for run in row.runs]
+    options = ", ".join(f"{name} {value:g}" for name, value in protocol["model_options"].items())
+    parts = [
+        f"seeds {', '.join(map(str, row.seeds))}",
+        f"{protocol['epochs']} epochs of batches of {protocol['batch']}",
+        f"{images(protocol['train'], 'training')} and {images(protocol['test'], 'test')} images of {protocol['data']}",
+        f"{protocol['model']}{f' ({options})' if options else ''}",
+    ]
+    if protocol["label_noise"]:
+        parts.append(f"{protocol['label_noise']:.0%} of the training labels wrong")
+    parts += [distinct(one.get("machine") for one in about), f"torch {distinct(one.get('torch') for one in about)}"]
+    if any((one.get("settings") or {}).get("bf16") for one in about):
+        parts.append("forward passes in bfloat16")
+    return f"{'; '.join(parts)}; commit {distinct(one.get('commit') for one in about)}."
+
+
+def images(count: int | None, part: str) -> str:
+    return f"all {part}" if count is None else f"{count:,} {part}"
+
+
+def distinct(values: Iterable[Any]) -> str:
+    return ", ".join(dict.fromkeys(str(value) for value in values if value is not None)) or "not known"
+
+
+# --- a table ----------------------------------------------------------------------------------------------------------
+
+
+def table_section(
+    table: str,
+    rows: Sequence[Row],
+    *,
+    reasons: Mapping[str, str] | None = None,
+    figures: Callable[[Row], Sequence[tuple[str, str]]] = lambda row: (),
+) -> str:
+    """All rows of a table that were run, then those that were not.
+
+    Args:
+        rows: in any order, at any scales.
+        reasons: by row, why it was not run.
+        figures: of a row, as :func:`row_section` takes them.
+    """
+    order = list(recipes_of(table))
+    run = sorted((row for row in rows if row.runs and row.name in order), key=lambda row: order.index(row.name))
+    sections = [row_section(row, figures(row)) for row in run]
+    if run:
+        sections.append(NOTES)
+    absent = [name for name in order if name not in {row.name for row in run}]
+    if absent:
+        sections.append("Not run:\n\n" + "\n".join(not_run(name, (reasons or {}).get(name)) for name in absent))
+    return "\n\n".join(sections)
+
+
+def not_run(name: str, reason: str | None) -> str:
+    return f"- `{name}`" + (f": {reason}" if reason else "")
+
+
+# --- claims -----------------------------------------------------------------------------------------------------------
+
+
+def claims_section(table: str, rows: Sequence[Row]) -> str:
+    """A verdict for each claim and each scale that anything of the table was run at, and what it rests on."""
+    scales = list(dict.fromkeys(row.scale for row in rows if row.runs and row.name.startswith(f"{table}/")))
+    head = ["claim", "", *(scale_head(scale) for scale in scales or [NOTHING])]
+    by_scale = [verdicts(table, [row for row in rows if row.scale == scale]) for scale in scales or [""]]
+    lines = [
+        [one[0].claim, one[0].text, *(f"**{each.verdict}** ({tally(each)})" for each in one)]
+        for one in zip(*by_scale, strict=True)
+    ]
+    parts = ["\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))]
+    for scale, found in zip(scales, by_scale, strict=False):
+        parts.append(details(f"Comparisons, {scale} scale", found))
+    for scale in scales:
+        there = [row for row in rows if row.scale == scale]
+        if any(run.method.endswith("-published") for row in there for run in row.runs):
+            found = verdicts(table, there, published=True)
+            words = "; ".join(f"{each.claim}: {each.verdict}" for each in found)
+            parts += [f"With the defects of the published code, {scale} scale: {words}.", details("Comparisons", found)]
+    return "\n\n".join(parts)
+
+
+def scale_head(scale: str) -> str:
+    return "nothing run" if scale == NOTHING else f"{scale} scale"
+
+
+def tally(verdict: Verdict) -> str:
+    """How the comparisons came out."""
+    signs = [finding.sign for finding in verdict.findings]
+    untested = sum(finding.p is None for finding in verdict.findings)
+    return f"{signs.count(1)} for, {signs.count(-1)} against, {signs.count(0) - untested} open, {untested} untested"
+
+
+def details(title: str, found: Iterable[Verdict]) -> str:
+    lines = [f"<details><summary>{title}</summary>\n"]
+    for each in found:
+        lines += [f"{each.claim}: {each.test}.\n", *(f"- {finding}" for finding in each.findings), ""]
+    return "\n".join([*lines, "</details>"])

@@ -1,0 +1,221 @@
+"""Markdown of made-up results."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from papers import results, table
+from papers.recipe import SCALES
+from papers.recipes import find
+from papers.results import Row, compact, row_of, thinned
+
+from tests.examples.results_samples import EPOCHS, LAYERS, TINY, made_row, result
+
+VGG = "snr/vgg-cifar10-b4096"
+MLP = "normscale/mlp-5x2000"
+
+
+def lines_of(row: Row) -> dict[str, dict[str, str]]:
+    """Cells of the row's table by method and head; "here" belongs to the head before it."""
+    head, _, *rest = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.row_table(row).splitlines()]
+    heads = [f"{head[i - 1].removesuffix(': paper')}: here" if name == "here" else name for i, name in enumerate(head)]
+    return {line[0]: dict(zip(heads, line, strict=True)) for line in rest}
+
+
+def made(name: str, *runs: tuple[str, int, dict[str, float]], times: dict[str, float] | None = None) -> Row:
+    recipes = [find(f"{name}/{method}").scaled(TINY) for method, _, _ in runs]
+    return row_of(recipes, [compact(result(f"{name}/{method}", seed, **last)) for method, seed, last in runs], times)
+
+
+# --- a row ------------------------------------------------------------------------------------------------------------
+
+
+def test_paper_and_ours_stand_side_by_side_with_mean_and_deviation_over_seeds() -> None:
+    row = made(
+        VGG,
+        ("vanilla", 0, {"test": 0.5, "train": 0.6}),
+        ("vanilla", 1, {"test": 0.6, "train": 0.9}),
+        ("snr", 0, {"test": 0.7, "train": 0.71}),
+        times={"vanilla": 1.0, "snr": 1.0345},
+    )
+    found = lines_of(row)
+    assert found["vanilla"]["test accuracy: paper"] == "0.858"
+    assert found["vanilla"]["test accuracy: here"] == "0.550 ± 0.071"
+    assert found["SNR"]["test accuracy: here"] == "0.700"
+    assert (found["vanilla"]["seeds"], found["SNR"]["seeds"]) == ("2", "1")
+    assert (found["vanilla"]["time"], found["SNR"]["time"], found["cap (ours)"]["time"]) == ("1.00", "1.03", "–")
+    assert found["SNR"]["mean σ₁"] == "2.00" and found["SNR"]["deviation of σ₁"].startswith("0.1")
+
+
+def test_gap_has_one_threshold_below_the_worst_methods_mean_best_accuracy() -> None:
+    row = made(VGG, ("vanilla", 0, {"test": 0.5}), ("vanilla", 1, {"test": 0.6}), ("snr", 0, {"test": 0.7}))
+    assert row.gap_threshold() == 0.54  # min(0.55, 0.7) - 0.01
+    found = lines_of(row)
+    assert found["vanilla"]["gap above 0.54: paper"] == "0.092"
+    assert found["vanilla"]["gap above 0.54: here"].endswith("(1 of 2)")
+
+
+def test_gap_threshold_is_rounded_down_and_never_by_a_float_to_the_next_below() -> None:
+    for test, threshold in ((0.5, 0.49), (0.509, 0.49), (0.51, 0.5), (0.58, 0.57), (0.29, 0.28)):
+        assert made(VGG, ("vanilla", 0, {"test": test})).gap_threshold() == threshold
+
+
+def test_gap_threshold_is_the_papers_at_full_scale_whatever_the_accuracies() -> None:
+    row = row_of([find(f"{VGG}/snr")], [compact(result(f"{VGG}/snr", 0, test=0.2))])
+    assert row.gap_threshold() == 0.85
+    assert lines_of(row)["SNR"]["gap above 0.85: here"] == "none"
+
+
+def test_runs_of_published_defects_do_not_set_the_threshold() -> None:
+    row = made(MLP, ("none", 0, {"test": 0.5}), ("none-published", 0, {"test": 0.2}))
+    assert row.gap_threshold() == 0.49
+    assert made(MLP, ("none-published", 0, {"test": 0.2})).gap_threshold() is None
+
+
+def test_norm_scaling_has_the_papers_losses_and_norms() -> None:
+    found = lines_of(made(MLP, ("none", 0, {"sigma": 30.0}), ("spectral", 0, {}), ("spectral-published", 0, {})))
+    assert found["none"]["mean σ₁: paper"] == "35.4" and found["none"]["mean σ₁: here"] == "30.00"
+    assert found["spectral"]["test loss: paper"] == found["spectral, as published"]["test loss: paper"] == "3.53"
+    assert "gap above 0.49" in found["none"]
+    assert "none, as published" not in found  # it was not run, and is only a switch
+
+
+def test_methods_not_run_are_listed_as_not_run() -> None:
+    found = lines_of(made(VGG, ("vanilla", 0, {})))
+    assert list(found) == ["vanilla", "weight decay", "adversarial", "SNR", "SNR on AdamW (ours)", "cap (ours)"]
+    assert found["adversarial"]["seeds"] == "not run" and found["adversarial"]["test accuracy: here"] == "–"
+    assert found["adversarial"]["test accuracy: paper"] == "0.87"
+
+
+def test_values_that_are_not_finite_are_counted_out() -> None:
+    lost = result(f"{VGG}/vanilla", 0)
+    lost["epochs"][-1]["test_loss"] = None
+    lost["layers"][LAYERS[0]]["sigma"][-1] = None
+    row = row_of([find(f"{VGG}/vanilla").scaled(TINY)], [compact(lost), compact(result(f"{VGG}/vanilla", 1))])
+    found = lines_of(row)["vanilla"]
+    assert found["test loss"] == "2.00 (1 of 2)" and found["mean σ₁"] == "2.00 (1 of 2)"
+
+
+def test_facts_name_seeds_epochs_images_machine_versions_and_commit() -> None:
+    text = table.facts(made(VGG, ("vanilla", 0, {}), ("vanilla", 3, {})))
+    for part in ("seeds 0, 3", f"{EPOCHS} epochs of batches of 4096", "256 training and 128 test images of cifar10"):
+        assert part in text
+    assert "vgg16 (scale 1)" in text and text.endswith("CPU, 1 threads; torch 2.9.0; commit abc1234.")
+    noisy = table.facts(made(f"{VGG.replace('4096', '64')}-noise20", ("snr", 0, {})))
+    assert "20% of the training labels wrong" in noisy
+
+
+# --- a table ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_come_in_the_tables_order_and_those_not_run_with_their_reasons() -> None:
+    rows = [made_row(VGG, {"snr": {}}), made_row(VGG.replace("4096", "64"), {"snr": {}}), made_row(MLP, {"none": {}})]
+    text = table.table_section("snr", rows, reasons={"snr/densenet-stl10-b64": "no stl10_binary"})
+    assert text.index("### `snr/vgg-cifar10-b64`, tiny scale") < text.index("### `snr/vgg-cifar10-b4096`, tiny scale")
+    assert "normscale" not in text
+    absent = text.partition("Not run:\n\n")[2].splitlines()
+    assert len(absent) == 16 - 2 and "- `snr/densenet-stl10-b64`: no stl10_binary" in absent
+
+
+def test_a_table_of_nothing_lists_all_rows_as_not_run() -> None:
+    text = table.table_section("normscale", [])
+    assert text.startswith("Not run:") and text.count("- `normscale/") == 4
+
+
+def test_every_line_of_a_table_has_as_many_cells() -> None:
+    for name, methods in ((VGG, ("vanilla", "snr")), (MLP, ("none", "ours"))):
+        lines = table.row_table(made_row(name, {method: {} for method in methods})).splitlines()
+        assert len({line.count("|") for line in lines}) == 1 and len(lines) > 4
+
+
+def test_claims_have_a_verdict_for_each_scale_and_their_comparisons_below() -> None:
+    four = {name: {"test": 0.7 if name == "snr" else 0.4} for name in ("vanilla", "weight-decay", "adversarial", "snr")}
+    cpu = made_row(VGG, four, scale=replace(TINY, name="cpu"))
+    text = table.claims_section("snr", [made_row(VGG, four, range(1)), cpu])
+    line = next(line for line in text.splitlines() if line.startswith("| snr (a) |"))
+    assert line.count("**undecided**") == 2
+    assert "(0 for, 0 against, 0 open, 12 untested)" in line and "(3 for, 0 against, 0 open, 9 untested)" in line
+    assert text.count("<details>") == text.count("</details>") == 2
+    assert f"- {VGG}: snr over vanilla: +0.3" in text
+    assert "- snr/nin-cifar100-b4096: snr over vanilla: not run" in text
+
+
+def test_claims_of_nothing_run_are_undecided() -> None:
+    text = table.claims_section("normscale", [])
+    assert text.count("**undecided**") == 5 and "nothing run" in text
+
+
+def test_verdicts_on_published_defects_are_shown_where_they_were_run() -> None:
+    stated = {"none": {}, "spectral": {}}
+    assert "published code" not in table.claims_section("normscale", [made_row(MLP, stated)])
+    text = table.claims_section("normscale", [made_row(MLP, {**stated, "none-published": {}})])
+    assert "With the defects of the published code, tiny scale: normscale (a): undecided;" in text
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    row = made_row(MLP, {"none": {}, "spectral": {}})
+    path = results.record(tmp_path, row)
+    assert path.name == "normscale-mlp-5x2000-tiny.json"
+    (found,) = results.read_all(tmp_path)
+    assert table.row_section(found) == table.row_section(row)
+    assert sorted(found.runs, key=str) == sorted(row.runs, key=str)
+
+
+def test_recording_adds_new_runs_keeps_old_ones_and_replaces_the_same(tmp_path: Path) -> None:
+    results.record(tmp_path, made(VGG, ("vanilla", 0, {"test": 0.5}), ("snr", 0, {}), times={"vanilla": 1.0}))
+    path = results.record(tmp_path, made(VGG, ("vanilla", 0, {"test": 0.6}), ("vanilla", 1, {}), times={"snr": 1.2}))
+    found = results.read(path)
+    assert [(run.method, run.seed) for run in found.runs] == [("snr", 0), ("vanilla", 0), ("vanilla", 1)]
+    assert found.of("vanilla")[0].last("test_accuracy") == 0.6
+    assert found.times == {"vanilla": 1.0, "snr": 1.2}
+
+
+def test_recording_the_same_again_leaves_the_file_as_it_is(tmp_path: Path) -> None:
+    row = made_row(VGG, {"vanilla": {}, "snr": {}})
+    before = results.record(tmp_path, row).read_text()
+    assert results.record(tmp_path, row).read_text() == before
+
+
+def test_runs_of_another_protocol_are_not_mixed_in(tmp_path: Path) -> None:
+    results.record(tmp_path, made_row(VGG, {"vanilla": {}}))
+    longer = made_row(VGG, {"snr": {}}, scale=replace(TINY, epochs=9))
+    with pytest.raises(ValueError, match=r"vgg-cifar10-b4096-tiny.json holds runs with epochs 4 instead of 9"):
+        results.record(tmp_path, longer)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"runs": [{}]}', '{"runs": []}'])
+def test_a_file_of_something_else_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=r"x\.json must hold a row's results"):
+        results.read_all(tmp_path)
+
+
+def test_layers_are_kept_at_41_epochs_at_most_the_first_and_last_among_them() -> None:
+    assert thinned(5) == [0, 1, 2, 3, 4] and thinned(41) == list(range(41))
+    for count in (42, 61, 201, 1001):
+        kept = thinned(count)
+        assert len(set(kept)) == 41 and kept[0] == 0 and kept[-1] == count - 1 and kept == sorted(kept)
+    long = compact(result(f"{MLP}/none", 0, replace(TINY, epochs=200)))
+    assert long.layer_epochs == list(range(0, 201, 5))
+    assert len(long.layers["head.weight"]["sigma"]) == 41 and len(long.epochs["sigma_mean"]) == 201
+
+
+def test_a_row_of_200_epochs_is_a_small_file(tmp_path: Path) -> None:
+    row = made_row(MLP, {"none": {}, "spectral": {}}, range(3), scale=replace(TINY, epochs=200))
+    assert results.record(tmp_path, row).stat().st_size < 15_000 * len(row.runs)
+
+
+def test_numbers_are_rounded_to_four_digits_and_lists_stand_on_one_line(tmp_path: Path) -> None:
+    text = results.record(tmp_path, made_row(VGG, {"snr": {"test": 1 / 3}}, range(1))).read_text()
+    assert '"epoch": [0, 1, 2, 3, 4]' in text and "0.33333" not in text
+
+
+def test_protocol_leaves_out_only_what_methods_differ_in() -> None:
+    for scale in SCALES.values():
+        protocols = [results.protocol_of(find(f"{MLP}/{name}").scaled(scale)) for name in ("none", "spectral-published")]
+        assert protocols[0] == protocols[1] and "epochs" in protocols[0]
