@@ -40,7 +40,7 @@ def mnist(folder: Path) -> Data:
 
 def cifar10(folder: Path) -> Data:
     """The first 20,000 of CIFAR-10's training images."""
-    (images, labels), _ = published.cifar.read10(folder / "cifar-10-batches-bin")
+    (images, labels), _ = published.cifar.read10(folder / "cifar-10-batches-bin", counts=None)
     return (images[:20_000].double() / 255 - 0.5).float(), labels[:20_000]
 
 
