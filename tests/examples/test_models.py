@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
+from collections import Counter
 from itertools import pairwise
 from typing import Any
 
@@ -185,6 +187,66 @@ def test_resnet_stages_halve_the_size_after_the_stem(name: str, sizes: list[int]
         stage.register_forward_hook(lambda _module, _inputs, output: found.append(output.shape[-1]))
     model(torch.zeros(1, *CIFAR))
     assert found == sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "relus", "max_pools", "mean_pools", "dropouts"),
+    [
+        ("mlp", 4, 0, 0, 0),
+        ("lenet5", 3, 2, 0, 1),
+        ("vgg16", 13, 5, 0, 0),
+        ("nin", 8, 1, 1, 2),
+        ("densenet40", 39, 0, 2, 38),
+        ("resnet34", 1 + 2 * 16, 0, 0, 0),
+        ("resnet50", 1 + 3 * 16, 1, 0, 0),
+        ("resnet50-cifar", 1 + 3 * 16, 0, 0, 0),
+    ],
+)
+def test_forward_passes_every_nonlinearity_pool_and_dropout(
+    name: str, relus: int, max_pools: int, mean_pools: int, dropouts: int
+) -> None:
+    calls: Counter[type[nn.Module]] = Counter()
+    with torch.device("meta"):
+        model = build(name, CIFAR, 10)
+        for module in model.modules():
+            module.register_forward_hook(lambda module, *_: calls.update([type(module)]))
+        model(torch.empty(2, *CIFAR))
+    assert [calls[kind] for kind in (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Dropout)] == [
+        relus, max_pools, mean_pools, dropouts,
+    ]  # fmt: skip
+    used = {type(module) for module in model.modules() if not list(module.children())}
+    assert used <= set(calls)
+
+
+@pytest.mark.parametrize(("name", "at"), [("vgg16", "stages.4"), ("nin", "features"), ("densenet40", "blocks.4")])
+@pytest.mark.parametrize(("shape", "whole"), [(MNIST, 28), (CIFAR, 32), (STL, 96)])
+def test_pools_halve_and_round_up(name: str, at: str, shape: tuple[int, int, int], whole: int) -> None:
+    model, sizes = small(name, shape).eval(), []
+    model.get_submodule(at).register_forward_hook(lambda _module, _inputs, output: sizes.append(output.shape[2:]))
+    model(torch.zeros(1, *shape))
+    side = math.ceil(whole / (32 if name == "vgg16" else 4))
+    assert sizes == [(side, side)]
+
+
+def test_residual_block_without_a_branch_is_the_relu_of_its_input() -> None:
+    block = small("resnet34").eval().get_submodule("stages.0.1")
+    for layer in block.get_submodule("branch").modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.zeros_(layer.weight)
+    x = torch.randn(2, 8, 4, 4)
+    assert torch.equal(block(x), x.relu())
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet50-cifar"])
+def test_bottleneck_strides_in_its_3_by_3_convolution(name: str) -> None:
+    model = small(name)
+    strided = {
+        at: layer.kernel_size
+        for at, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2) and not at.startswith("stem")
+    }
+    assert len(strided) == 6
+    assert all(kernel == ((1, 1) if "downsample" in at else (3, 3)) for at, kernel in strided.items())
 
 
 def test_dense_layer_keeps_its_input_before_what_it_adds() -> None:
