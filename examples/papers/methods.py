@@ -108,9 +108,10 @@ def spared(method: Method, model: nn.Module) -> list[str]:
     return [pattern for pattern in method.spared if any(fnmatch(name, pattern) for name in names)]
 
 
-def start_orthogonal(method: Method, model: nn.Module, inputs: Tensor, seed: int) -> None:
-    """Norm Scaling's initialization, of every matrix: orthogonal, times its target."""
-    specopt.init.scaled_orthogonal_(model, method.gain, target=method.target, inputs=inputs, seed=seed)
+def start_orthogonal(model: nn.Module, inputs: Tensor, seed: int) -> None:
+    """Norm Scaling's initialization, of every matrix: orthogonal, times ``sqrt(size_out/size_in)`` of its layer. It
+    does not ask for the method, so that all methods of a row start from the same weights."""
+    specopt.init.scaled_orthogonal_(model, target="size", inputs=inputs, seed=seed)
 
 
 def loss_of(method: Method, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

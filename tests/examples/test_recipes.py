@@ -1,0 +1,116 @@
+"""The recipes by name, and that they say what the papers say."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from papers import published, recipes
+from papers.recipe import SCALES, Recipe
+from papers.recipes import find, names, rows
+
+
+def test_every_cell_of_both_papers_has_a_recipe() -> None:
+    cells = [f"{row}/{method}" for row, methods in published.CELLS.items() for method in methods]
+    assert len(cells) == 8 * 4 + 4 * 3
+    assert set(cells) <= set(names())
+
+
+def test_a_name_is_the_row_and_the_method_and_no_two_are_alike() -> None:
+    assert len(set(names())) == len(names())
+    for name in names():
+        assert find(name).name == name == f"{find(name).row}/{find(name).method.name}"
+
+
+@pytest.mark.parametrize("wrong", ["snr/vgg-cifar10-b64/srn", "normscale/mlp-5x200/ours", "digit/mlp/snr"])
+def test_a_wrong_name_lists_the_near_ones(wrong: str) -> None:
+    near = {"srn": "snr/vgg-cifar10-b64/snr", "ours": "normscale/mlp-5x2000/ours", "snr": "digits/mlp/snr"}
+    with pytest.raises(ValueError, match=f"recipe must be .* got '{wrong}'; near: .*{near[wrong.split('/')[-1]]}"):
+        find(wrong)
+
+
+def test_a_name_like_no_other_and_a_wrong_table_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"recipe must be .* got 'zzz'$"):
+        find("zzz")
+    with pytest.raises(ValueError, match="table must be one of snr, normscale, got 'digits'"):
+        rows("digits")
+
+
+def test_patterns_choose_names_in_the_order_of_the_tables() -> None:
+    assert names("normscale/mlp-5*/[ns]*") == tuple(
+        f"normscale/mlp-5x2000/{method}" for method in ("none", "spectral", "none-published", "spectral-published")
+    )
+    assert names("nothing*") == ()
+
+
+@pytest.mark.parametrize("table", recipes.TABLES)
+def test_methods_of_a_row_differ_by_nothing_but_method_base_and_published_defects(table: str) -> None:
+    for row in rows(table).values():
+        first = row[0]
+        for recipe in row:
+            same = {**recipe.as_dict(), "name": first.name, "method": first.as_dict()["method"], "published": False}
+            if recipe.method.base != first.method.base:
+                same["lr"] = first.lr
+            assert same == first.as_dict()
+
+
+def test_learning_rates_of_sgd_are_the_papers_and_their_geometric_mean_between() -> None:
+    def lr(row: str) -> float:
+        return find(f"snr/{row}/vanilla").lr
+
+    large_ones = {"vgg-cifar10": 0.1, "nin-cifar100": 1.0, "densenet-cifar100": 0.1, "densenet-stl10": 1.0}
+    for network, large in large_ones.items():
+        assert (lr(f"{network}-b64"), lr(f"{network}-b4096")) == (0.01, large)
+        assert lr(f"{network}-b512") ** 2 == pytest.approx(0.01 * large)
+        assert math.log2(512 / 64) == math.log2(4096 / 512)
+
+
+def test_snr_rows_have_the_papers_settings() -> None:
+    methods = {recipe.method.name: recipe.method for recipe in rows("snr")["snr/vgg-cifar10-b64"]}
+    assert methods["weight-decay"].weight_decay == 1e-4
+    assert methods["adversarial"].adversarial == 1.0
+    assert methods["snr"].snr_lambda == methods["snr-adamw"].snr_lambda == 0.01
+    assert find("snr/densenet-stl10-b4096/snr").threshold == 0.67
+    assert find("snr/vgg-cifar10-b64-noise20/snr").label_noise == 0.2
+
+
+def test_norm_scaling_falls_at_epochs_60_and_120_of_200() -> None:
+    for row in rows("normscale").values():
+        for recipe in row:
+            assert (recipe.batch, recipe.lr, recipe.gamma, recipe.epochs) == (512, 1e-3, 0.1, 200)
+            assert [part * recipe.epochs for part in recipe.milestones] == [60, 120]
+            assert (recipe.method.base, recipe.method.weight_decay, recipe.start) == ("adamw", 0.0, "orthogonal")
+
+
+def test_published_defects_are_a_switch_that_is_off_in_the_stated_method() -> None:
+    chosen = [name for name in names() if find(name).published]
+    assert chosen == [name for name in names() if name.endswith("-published")]
+    assert len(chosen) == 4 * 3
+
+
+def test_every_data_set_has_a_recipe() -> None:
+    used = {find(name).data for name in names()}
+    assert used == {"digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "stl10"}
+
+
+def test_published_figures_are_fractions_and_the_best_are_where_the_papers_print_them_bold() -> None:
+    cells = published.CELLS
+    for methods in cells.values():
+        assert all(0 < cell.accuracy < 1 and (cell.gap is None or 0 < cell.gap < 0.4) for cell in methods.values())
+    best = {row: max(methods, key=lambda name: methods[name].accuracy) for row, methods in cells.items()}
+    assert [best[row] for row in best if row.endswith("b4096")] == ["snr"] * 4
+    assert [best[row] for row in best if row.endswith("b64")] == ["snr", "weight-decay", "weight-decay", "snr"]
+    assert [best[row] for row in best if row.startswith("norm")] == ["frobenius", "spectral", "frobenius", "frobenius"]
+
+
+def test_paper_has_nothing_of_our_methods_and_rows() -> None:
+    assert published.cell("snr/vgg-cifar10-b64", "cap") is None
+    assert published.cell("snr/vgg-cifar10-b512", "snr") is None
+    assert published.cell("normscale/resnet34", "spectral-published") == published.Cell(0.7179, loss=1.78)
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_every_recipe_can_be_scaled(scale: object) -> None:
+    for name in names():
+        found = find(name).scaled(scale)  # type: ignore[arg-type]
+        assert isinstance(found, Recipe) and found.name == name
