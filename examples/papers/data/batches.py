@@ -17,7 +17,7 @@ class Batches:
     """Shuffled batches of images (N, C, H, W) uint8 with labels (N,), on the device that holds both.
 
     An epoch gives whole batches; the images left over wait for another epoch's order. ``augment`` crops at random after
-    padding by reflection by 4, and with ``flip`` mirrors every other image. ``mean`` and ``std`` are by channel, of
+    padding by reflection by 4, and with ``flip`` mirrors with probability ½. ``mean`` and ``std`` are by channel, of
     values in [0, 1].
 
     Raises:
