@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import specopt
+from examples.papers import data as published
 
 Data = tuple[Tensor, Tensor]
 
@@ -30,23 +28,20 @@ class Workload(NamedTuple):
 
 
 def digits() -> Data:
-    images, labels = load_digits(return_X_y=True)
-    return torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
+    images, labels = published.digits.images()
+    return images.flatten(1) / published.digits.LARGEST, labels
 
 
 def mnist(folder: Path) -> Data:
-    def read(name: str, offset: int) -> np.ndarray:
-        return np.frombuffer(gzip.decompress((folder / "MNIST" / "raw" / name).read_bytes()), np.uint8, offset=offset)
-
-    images = read("train-images-idx3-ubyte.gz", 16).reshape(-1, 784)
-    return torch.tensor(images / 255, dtype=torch.float32), torch.tensor(read("train-labels-idx1-ubyte.gz", 8)).long()
+    """MNIST's training set as rows of 784."""
+    (images, labels), _ = published.mnist.read(folder / "MNIST" / "raw", counts=None)
+    return images.flatten(1) / 255, labels
 
 
 def cifar10(folder: Path) -> Data:
-    files = [folder / "cifar-10-batches-bin" / f"data_batch_{i}.bin" for i in (1, 2)]
-    records = np.concatenate([np.fromfile(file, np.uint8).reshape(-1, 3073) for file in files])
-    images = torch.tensor(records[:, 1:].reshape(-1, 3, 32, 32) / 255 - 0.5, dtype=torch.float32)
-    return images, torch.tensor(records[:, 0]).long()
+    """The first 20,000 of CIFAR-10's training images."""
+    (images, labels), _ = published.cifar.read10(folder / "cifar-10-batches-bin", counts=None)
+    return (images[:20_000].double() / 255 - 0.5).float(), labels[:20_000]
 
 
 def batches(data: Data, size: int, seed: int) -> Iterator[Data]:

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.examples.formats import write_mnist
+
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("SGD", "SNRSGD", "AdamW", "NormScaleAdamW spectral", "NormScaleAdamW frobenius")
 
@@ -167,23 +169,8 @@ def test_guide_spectrum_of_a_circular_convolution_is_that_of_its_map(monkeypatch
     torch.testing.assert_close(spectrum(conv, 5), torch.linalg.svdvals(dense))
 
 
-def write_idx(file: Path, *shape: int, most: int) -> None:
-    content = bytes(i * 7919 % (most + 1) for i in range(math.prod(shape)))
-    file.write_bytes(gzip.compress(struct.pack(f">BBBB{len(shape)}I", 0, 0, 8, len(shape), *shape) + content))
-
-
-def write_mnist(folder: Path) -> Path:
-    """Images of noise in MNIST's files; returns the folder of one of them."""
-    raw = folder / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name, count in (("train", 40), ("t10k", 30)):
-        write_idx(raw / f"{name}-images-idx3-ubyte.gz", count, 28, 28, most=255)
-        write_idx(raw / f"{name}-labels-idx1-ubyte.gz", count, most=9)
-    return raw
-
-
 def test_guide_reads_mnist_in_its_publishers_files(tmp_path: Path) -> None:
-    write_mnist(tmp_path)
+    write_mnist(tmp_path / "MNIST" / "raw")
     options = ("--data-dir", tmp_path, "--out", tmp_path / "out", "--steps", "1", "--width", "16")
     done = run("guide.py", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -213,18 +200,18 @@ def test_guide_refuses_what_makes_no_sense_before_training(option: str, value: s
     [
         (b"no gzip", "Not a gzipped file"),
         (gzip.compress(b"0" * 99)[:-12], "cannot read"),
-        (gzip.compress(struct.pack(">BBBB3I", 0, 0, 8, 3, 40, 28, 28)), "is not a file of MNIST's kind"),
-        (gzip.compress(b""), "is not a file of MNIST's kind"),
-        (gzip.compress(struct.pack(">BBBB1I", 0, 0, 8, 1, 2) + b"xx"), "must hold images of 28 x 28"),
+        (gzip.compress(struct.pack(">BBBB3I", 0, 0, 8, 3, 40, 28, 28)), "has 16 bytes unpacked, must have 31376"),
+        (gzip.compress(b""), "must be idx of unsigned bytes with 3 dimensions"),
+        (gzip.compress(struct.pack(">BBBB3I", 0, 0, 8, 3, 1, 2, 1) + b"xx"), "must hold N x 28 x 28 bytes"),
     ],
-    ids=["no gzip", "cut off", "no content", "empty", "of one dimension"],  # gzip's own bytes hold the time
+    ids=["no-gzip", "cut-gzip", "cut", "nothing", "small"],  # gzip's own bytes hold the time
 )
 def test_guide_refuses_broken_data_by_name(
     content: bytes, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     load = importlib.import_module("guide_data").load
-    raw = write_mnist(tmp_path)
+    raw = write_mnist(tmp_path / "MNIST" / "raw")
     assert load(tmp_path).train_x.shape == (40, 1, 28, 28)
     (raw / "train-images-idx3-ubyte.gz").write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(str(raw))) as found:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from benchmarks import kernel_bandwidth, models, peers, probe, reporting, run, sigma, step, timing, workloads
+from tests.examples import formats
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -125,6 +126,21 @@ def test_weights_only_leaves_out_what_works_in_the_loss() -> None:
     assert rows["SGD + torch spectral_norm on layers"]["step_ms"] is None
     assert rows["SNRSGD"]["step_ratio"] > 0
     assert "train_ms" not in report["columns"]
+
+
+def test_the_data_of_the_workloads_is_what_was_written_scaled(tmp_path: Path) -> None:
+    formats.write_mnist(tmp_path / "MNIST" / "raw")
+    formats.write_cifar10(tmp_path / "cifar-10-batches-bin")
+    rows, labels = workloads.mnist(tmp_path)
+    assert torch.equal(rows, torch.from_numpy(formats.noise(40, 784, seed=40)).float() / 255)
+    assert labels.tolist() == formats.marks(40, 10).tolist()
+    images, labels = workloads.cifar10(tmp_path)
+    assert images.shape == (60, 3, 32, 32)
+    torch.testing.assert_close(images[12:24], torch.from_numpy(formats.noise(12, 3, 32, 32, seed=1)) / 255 - 0.5)
+    assert labels.tolist() == 5 * formats.marks(12, 10).tolist()
+    pixels, labels = workloads.digits()
+    assert (pixels.shape, pixels.dtype, pixels.min(), pixels.max()) == ((1797, 64), torch.float32, 0, 1)
+    assert len(labels) == 1797
 
 
 def test_workloads_have_the_parameters_of_their_networks() -> None:

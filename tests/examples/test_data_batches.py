@@ -12,6 +12,7 @@ import torch
 from papers.data import Batches, evaluation
 from papers.data.augment import crop, draw
 from papers.data.batches import Batch
+from papers.data.seeding import Use, generator
 from torch import Tensor
 
 MEAN, STD = (0.5, 0.25, 0.4), (0.2, 0.3, 0.1)
@@ -57,6 +58,11 @@ def test_two_epochs_read_in_turn_do_not_disturb_each_other() -> None:
     in_turn = list(zip(batches.epoch(0), batches.epoch(1), strict=True))
     assert_same(alone[0], [pair[0] for pair in in_turn])
     assert_same(alone[1], [pair[1] for pair in in_turn])
+
+
+def test_no_two_uses_epochs_or_seeds_have_one_generator() -> None:
+    states = {generator(use, seed, i).initial_seed() for use in Use for seed in range(4) for i in range(4)}
+    assert len(states) == len(Use) * 16
 
 
 def test_drawing_leaves_the_global_generator_alone() -> None:

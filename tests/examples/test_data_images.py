@@ -100,6 +100,14 @@ def test_label_noise_draws_evenly_from_the_other_classes() -> None:
     assert ((others - expected).abs() < 5 * (expected * 0.75) ** 0.5).all()
 
 
+def test_one_seed_holds_out_other_images_than_get_a_wrong_label(data: Images) -> None:
+    wrong = set((data.with_label_noise(0.25, seed=0).train_y != data.train_y).nonzero().flatten().tolist())
+    held = set(number(data.validation(150, seed=0).test_x))
+    kept = set(number(data.subset(150, 1, seed=0).train_x))
+    for a, b in ((wrong, held), (wrong, kept), (held, kept)):
+        assert 15 < len(a & b) < 60
+
+
 def test_no_label_noise_changes_nothing(data: Images) -> None:
     assert torch.equal(data.with_label_noise(0.0, seed=0).train_y, data.train_y)
 
@@ -129,6 +137,7 @@ def test_parts_are_the_same_on_every_device(data: Images, device: torch.device) 
         ("subset", (600, 0, 0), "test must be 1 to 50 images of made, got 0"),
         ("validation", (600, 0), "count must be 1 to 599 of made's training set, got 600"),
         ("validation", (0, 0), "count must be 1 to 599 of made's training set, got 0"),
+        ("subset", (1, 1, -1), "seed must be 0 or more, got -1"),
         ("with_label_noise", (1.1, 0), "fraction must be 0 to 1, got 1.1"),
         ("with_label_noise", (float("nan"), 0), "fraction must be 0 to 1, got nan"),
     ],

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .augment import PADDING, crop, draw
+from .seeding import Use, check_seed, generator
 
 Batch = tuple[Tensor, Tensor]
 
@@ -17,7 +17,7 @@ class Batches:
     """Shuffled batches of images (N, C, H, W) uint8 with labels (N,), on the device that holds both.
 
     An epoch gives whole batches; the images left over wait for another epoch's order. ``augment`` crops at random after
-    padding by reflection by 4, and with ``flip`` mirrors every other image. ``mean`` and ``std`` are by channel, of
+    padding by reflection by 4, and with ``flip`` mirrors with probability ½. ``mean`` and ``std`` are by channel, of
     values in [0, 1].
 
     Raises:
@@ -37,7 +37,8 @@ class Batches:
         flip: bool = True,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
-        _check(x, y, size, augment, seed)
+        _check(x, y, size, augment)
+        check_seed(seed)
         if size > len(x):
             raise ValueError(f"size must be at most the {len(x)} images there are, got a batch of {size}")
         self.x, self.y, self.size, self.seed = x, y, size, seed
@@ -60,9 +61,9 @@ class Batches:
         """
         if i < 0:
             raise ValueError(f"i must be an epoch from 0, got {i}")
-        generator = _generator(self.x.device, self.seed, i)
-        order = torch.randperm(len(self.x), generator=generator, device=self.x.device)[: self.steps * self.size]
-        crops = draw(len(order), generator, flip=self.flip) if self.augment else None
+        chance = generator(Use.EPOCH, self.seed, i, device=self.x.device)
+        order = torch.randperm(len(self.x), generator=chance, device=self.x.device)[: self.steps * self.size]
+        crops = draw(len(order), chance, flip=self.flip) if self.augment else None
         return _batches(self.x, self.y, order, crops, self.size, self._normalize)
 
 
@@ -83,9 +84,9 @@ def evaluation(
     Raises:
         ValueError: of the arguments, naming the one that is wrong.
     """
-    _check(x, y, size, augment, seed)
-    order = torch.arange(len(x), device=x.device)
-    crops = draw(len(x), _generator(x.device, seed), flip=flip) if augment else None
+    _check(x, y, size, augment)
+    order, chance = torch.arange(len(x), device=x.device), generator(Use.EVALUATION, seed, device=x.device)
+    crops = draw(len(x), chance, flip=flip) if augment else None
     return _batches(x, y, order, crops, size, _Normalize(x, mean, std, memory_format))
 
 
@@ -115,20 +116,12 @@ def _batches(
         yield normalize(images), y[chosen]
 
 
-def _generator(device: torch.device, *numbers: int) -> torch.Generator:
-    """Seeded by all of ``numbers``, so that neighbouring seeds and epochs have nothing in common."""
-    (state,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(state))
-
-
-def _check(x: Tensor, y: Tensor, size: int, augment: bool, seed: int) -> None:
+def _check(x: Tensor, y: Tensor, size: int, augment: bool) -> None:
     if x.dtype != torch.uint8 or x.ndim != 4:
         raise ValueError(f"x must be images (N, C, H, W) uint8, got {tuple(x.shape)} {x.dtype}")
     if y.shape != x.shape[:1] or y.device != x.device:
         raise ValueError(f"y must be ({len(x)},) on {x.device}, got {tuple(y.shape)} on {y.device}")
     if size < 1:
         raise ValueError(f"size must be a batch of 1 or more, got {size}")
-    if seed < 0:
-        raise ValueError(f"seed must be 0 or more, got {seed}")
     if augment and min(x.shape[2:]) <= PADDING:
         raise ValueError(f"augment needs images larger than its padding of {PADDING}, got {tuple(x.shape[2:])}")

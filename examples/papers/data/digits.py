@@ -10,6 +10,7 @@ import torch
 from .reading import Split
 
 STEP = 15
+LARGEST = 16 * STEP
 TO_TRAIN = 1200
 
 

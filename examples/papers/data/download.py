@@ -19,9 +19,9 @@ TIMEOUT = 60
 
 
 def fetch(one: Download, folder: Path) -> None:
-    """Puts the files of a download below ``folder``, over what has their names; all of them or none.
+    """Puts the files of a download below ``folder``, over what has their names, once all of them are there and right.
 
-    Everything happens in a temporary folder inside ``folder``, which goes whatever happens.
+    Until then they are in a temporary folder inside ``folder``, which goes whatever happens.
 
     Raises:
         ValueError: no answer, another MD5 than the publisher's, a file that the archive has not, or a folder that

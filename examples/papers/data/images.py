@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .reading import Split
+from .seeding import Use, generator
 
 CHUNK = 4096
 """Images counted at a time: bounds what the mean and standard deviation take beside the images."""
@@ -76,10 +77,9 @@ class Images:
         for part, count, x in (("train", train, self.train_x), ("test", test, self.test_x)):
             if not 1 <= count <= len(x):
                 raise ValueError(f"{part} must be 1 to {len(x)} images of {self.name}, got {count}")
-        generator = torch.Generator().manual_seed(seed)
-        a = _drawn(self.train_y, generator)[:train]
-        b = _drawn(self.test_y, generator)[:test]
-        return self._with(self.train_x[a], self.train_y[a], self.test_x[b], self.test_y[b])
+        chance = generator(Use.SUBSET, seed)
+        kept, tested = _drawn(self.train_y, chance)[:train], _drawn(self.test_y, chance)[:test]
+        return self._with(self.train_x[kept], self.train_y[kept], self.test_x[tested], self.test_y[tested])
 
     def validation(self, count: int, seed: int) -> Images:
         """``count`` drawn training images become the test part; the real test part is nowhere in the result.
@@ -89,21 +89,23 @@ class Images:
         """
         if not 1 <= count < len(self.train_x):
             raise ValueError(f"count must be 1 to {len(self.train_x) - 1} of {self.name}'s training set, got {count}")
-        order = _drawn(self.train_y, torch.Generator().manual_seed(seed))
+        order = _drawn(self.train_y, generator(Use.VALIDATION, seed))
         kept, held = order[count:], order[:count]
         return self._with(self.train_x[kept], self.train_y[kept], self.train_x[held], self.train_y[held])
 
     def with_label_noise(self, fraction: float, seed: int) -> Images:
         """``round(fraction·N)`` drawn training labels are each replaced by one drawn evenly from the other classes.
 
+        Images held out for validation keep their labels only if they are held out before.
+
         Raises:
             ValueError: ``fraction`` outside [0, 1].
         """
         if not 0 <= fraction <= 1:
             raise ValueError(f"fraction must be 0 to 1, got {fraction}")
-        generator = torch.Generator().manual_seed(seed)
-        wrong = _drawn(self.train_y, generator)[: round(fraction * len(self.train_y))]
-        turn = torch.randint(1, self.classes, (len(wrong),), generator=generator).to(self.train_y.device)
+        chance = generator(Use.LABEL_NOISE, seed)
+        wrong = _drawn(self.train_y, chance)[: round(fraction * len(self.train_y))]
+        turn = torch.randint(1, self.classes, (len(wrong),), generator=chance).to(self.train_y.device)
         y = self.train_y.clone()
         y[wrong] = (y[wrong] + turn) % self.classes
         return replace(self, train_y=y)
@@ -112,9 +114,9 @@ class Images:
         return replace(self, train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y)
 
 
-def _drawn(y: Tensor, generator: torch.Generator) -> Tensor:
+def _drawn(y: Tensor, chance: torch.Generator) -> Tensor:
     """A permutation of the images of ``y``, drawn on the CPU so that every device gets the same one."""
-    return torch.randperm(len(y), generator=generator).to(y.device)
+    return torch.randperm(len(y), generator=chance).to(y.device)
 
 
 def mean_and_std(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,0 +1,41 @@
+"""A run's log in TensorBoard's files, where tensorboard is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .log import Log
+
+FOLDER = "tensorboard"
+
+
+class Board:
+    """Scalars by epoch: accuracies, losses, gradient norm, and sigma and stable rank of each layer."""
+
+    def __init__(self, writer: Any, written: int) -> None:
+        self.writer, self.written = writer, written
+
+    def add(self, log: Log) -> None:
+        """What has come since the last call."""
+        for i in range(self.written, len(log.epochs)):
+            row = log.epochs[i]
+            epoch = int(row["epoch"])
+            for name, value in row.items():
+                if name != "epoch":
+                    self.writer.add_scalar(name, value, epoch)
+            for layer, values in log.layers.items():
+                for quantity in ("sigma", "stable_rank"):
+                    self.writer.add_scalar(f"{quantity}/{layer}", values[quantity][i], epoch)
+        self.written = len(log.epochs)
+        self.writer.flush()
+
+
+def board_of(run: Path, epochs_done: int) -> Board | None:
+    """Files of a run that goes on after so many epochs; what was written of later ones is hidden."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    writer = SummaryWriter(run / FOLDER, purge_step=epochs_done + 1 if epochs_done else None)
+    return Board(writer, epochs_done + 1 if epochs_done else 0)

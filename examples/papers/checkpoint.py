@@ -1,0 +1,105 @@
+"""A run's folder: whether it can be written, and files that are either whole or not there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+NAME = "checkpoint.pt"
+BESIDE = 2**20
+"""Bytes for logs and figures."""
+
+
+def reserve(folder: Path, size: int) -> None:
+    """Makes the folder, and room in it for a moment, so that a run fails before it starts rather than hours later.
+
+    Args:
+        size: bytes that the run will have in it at once.
+
+    Raises:
+        OSError: the folder cannot be made or written to, or has no room.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            _allocate(file, size)
+    except OSError as error:
+        room = f"{size / 2**20:.0f} MiB"
+        raise OSError(error.errno, f"cannot write {room} there ({error.strerror})", str(folder)) from None
+
+
+def _allocate(file: BinaryIO | Any, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    for start in range(0, size, 2**20):
+        file.write(bytes(min(2**20, size - start)))
+    file.flush()
+
+
+def size_of(model: nn.Module) -> int:
+    """Bytes of two checkpoints, the last one and the next: weights, and as much again thrice for an optimizer."""
+    weights: int = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    return 2 * 4 * weights + BESIDE
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write under; the file then takes the place of ``path`` at once, on the disk as well."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        yield beside
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        with suppress(FileNotFoundError):
+            beside.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def save(folder: Path, state: Mapping[str, Any]) -> None:
+    with replacing(folder / NAME) as beside:
+        torch.save(dict(state), beside)
+
+
+def load(folder: Path, device: torch.device, expected: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The state that :func:`save` wrote, or None where there is none.
+
+    Args:
+        expected: plain values that the state must hold, such as the recipe's.
+
+    Raises:
+        ValueError: the file is damaged, or of another run; names what differs.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # whatever a damaged archive makes unpickling raise
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); remove it to start anew") from error
+    differing = list(differences(expected, {name: state.get(name) for name in expected}))
+    if differing:
+        raise ValueError(f"{path} is of another run: {'; '.join(differing)}")
+    return state
+
+
+def differences(wanted: Any, found: Any, name: str = "") -> Iterator[str]:
+    """What differs between two trees of plain values, by name."""
+    if isinstance(wanted, Mapping) and isinstance(found, Mapping):
+        for key in {**wanted, **found}:
+            yield from differences(wanted.get(key), found.get(key), f"{name}.{key}" if name else str(key))
+    elif wanted != found:
+        yield f"{name} is {found!r} there and {wanted!r} here"

@@ -1,0 +1,187 @@
+"""Runs on the disk: trained, gone on with after a stop, or given back where they are finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import checkpoint
+from .board import board_of
+from .data import Images, load
+from .figures import draw_run
+from .log import finite
+from .recipe import Recipe
+from .training import Settings, Training
+
+RESULT = "result.json"
+
+
+class Run:
+    """A recipe and a seed in their folder ``folder/<recipe's name>/seed-<seed>``: checkpoint, logs, figures and result.
+
+    Args:
+        folder: of all runs.
+        data_dir: where the data set is, or is downloaded to.
+        device: ``"auto"`` for a GPU where there is one.
+        resume: go on with a run that is there; without it, one that is there is an error.
+
+    Raises:
+        ValueError: a run of other settings is there, data that cannot be had, or a recipe that fits no data.
+        OSError: the folder cannot be written, or has no room for the run.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        seed: int,
+        folder: Path,
+        *,
+        data_dir: Path | None = None,
+        download: bool = False,
+        device: str = "auto",
+        bf16: bool = False,
+        channels_last: bool = False,
+        compile: bool = False,
+        resume: bool = True,
+    ) -> None:
+        settings = Settings(device_of(device), bf16, channels_last, compile)
+        self.folder = folder / recipe.name / f"seed-{seed}"
+        self.identity = {"recipe": recipe.as_dict(), "seed": seed, "settings": asdict(settings)}
+        if not resume and (self.folder / checkpoint.NAME).exists():
+            raise ValueError(f"{self.folder} holds a run already: --resume goes on with it")
+        self.result = result_in(self.folder, self.identity)
+        if self.result is None:
+            self.training = self._prepared(recipe, seed, settings, images_of(recipe.data, data_dir, download))
+
+    def _prepared(self, recipe: Recipe, seed: int, settings: Settings, images: Images) -> Training:
+        deterministic()
+        training = Training(recipe, images, seed, settings)
+        checkpoint.reserve(self.folder, checkpoint.size_of(training.model))
+        state = checkpoint.load(self.folder, torch.device(settings.device), self.identity)
+        if state is not None:
+            training.load(state)
+        return training
+
+    def finish(self, *, show: bool = True, deadline: float | None = None) -> dict[str, Any] | None:
+        """Trains to the end; gives back the result of a finished run at once.
+
+        Args:
+            show: a progress bar, TensorBoard's files and figures.
+            deadline: of ``time.monotonic()``, looked at before each epoch.
+
+        Returns:
+            What result.json holds; None where the deadline came first, and another run of the same goes on.
+        """
+        if self.result is None and to_the_end(self.training, self.folder, show, deadline):
+            self.result = result_of(self.training, self.identity)
+            checkpoint.write_text(self.folder / RESULT, json.dumps(self.result, indent=1, allow_nan=False))
+            if show:
+                draw_run(self.training.log, self.folder)
+        return self.result
+
+
+def to_the_end(training: Training, run: Path, show: bool, deadline: float | None) -> bool:
+    """Whether it came there before the deadline. After each epoch the checkpoint, then the logs, are on the disk."""
+    recipe, steps = training.recipe, training.train.steps
+    board = board_of(run, training.epochs_done) if show else None
+    with tqdm(
+        total=recipe.epochs * steps,
+        initial=training.epochs_done * steps,
+        desc=f"{recipe.name} seed {training.seed}",
+        unit="step",
+        disable=None if show else True,
+    ) as bar:
+        while training.epochs_done < recipe.epochs:
+            if deadline is not None and time.monotonic() > deadline:
+                return False
+            training.run_epoch(bar)
+            checkpoint.save(run, training.state())
+            training.log.write(run)
+            row = training.log.epochs[-1]
+            bar.set_postfix(test=f"{row['test_accuracy']:.4f}", train=f"{row['train_accuracy']:.4f}")
+            if board is not None:
+                board.add(training.log)
+    training.log.write(run)
+    return True
+
+
+def result_of(training: Training, identity: dict[str, Any]) -> dict[str, Any]:
+    about = {"torch": torch.__version__, "machine": machine(training.settings.device), "commit": commit()}
+    found: dict[str, Any] = finite({**identity, **about, **training.log.as_dict()})
+    return found | {"step_ms": training.log.median_step()}
+
+
+def result_in(run: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of a finished run.
+
+    Raises:
+        ValueError: it is of another recipe or other settings, naming what differs.
+    """
+    path = run / RESULT
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(identity))
+    differing = list(checkpoint.differences(wanted, {name: found.get(name) for name in wanted}))
+    if differing:
+        raise ValueError(f"{path} is of another run: {'; '.join(differing)}")
+    return found
+
+
+@lru_cache(maxsize=1)
+def images_of(name: str, data_dir: Path | None, download: bool) -> Images:
+    """Read once for all runs of a table's row."""
+    return load(name, data_dir, download=download)
+
+
+def device_of(name: str) -> str:
+    """
+    Raises:
+        ValueError: a name that torch does not know, or a GPU where it sees none.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be auto or cpu, as torch sees no GPU here, got {name!r}")
+    return name
+
+
+def deterministic() -> None:
+    """Makes two runs the same to the bit, where the device has such kernels."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS reads at its first product
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def machine(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+@lru_cache(maxsize=1)
+def commit() -> str | None:
+    """Of the tree that these files are in, with a + where it was changed since; None outside of one."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,89 @@
+"""Trains a recipe of the papers: python examples/train.py --recipe normscale/mlp-5x2000/spectral --data-dir data
+
+Every run has a folder OUT/RECIPE/seed-S with its checkpoint, log.csv, layers.csv, log.json, times.csv, TensorBoard
+files, figures and result.json. A run that was stopped, however, goes on with --resume and ends in the same log as one
+that was not. --list shows what recipes there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from papers.recipe import FULL, SCALES, Recipe
+from papers.recipes import find, names
+from papers.running import Run
+
+COLUMNS = ("seed", "test accuracy", "test loss", "train accuracy", "gradient norm", "largest sigma", "ms a step")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--recipe", help="such as normscale/mlp-5x2000/spectral")
+    what.add_argument("--list", nargs="?", const="*", metavar="PATTERN", help="print the names of recipes")
+    parser.add_argument("--data-dir", type=Path, help="folder of the data sets, as their publishers' archives unpack")
+    parser.add_argument("--download", action="store_true", help="get a data set that is not there")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--seeds", "--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--epochs", type=int, help="in place of the recipe's; the schedule shrinks with them")
+    parser.add_argument("--scale", choices=SCALES, default=FULL.name, help="smaller networks, sets and schedules")
+    parser.add_argument("--out", type=Path, default=Path("out/runs"), help="folder of all runs")
+    parser.add_argument("--resume", action="store_true", help="go on with a run that is there")
+    parser.add_argument("--bf16", action="store_true", help="forward passes under autocast to bfloat16")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network")
+    args = parser.parse_args()
+    if min(args.seeds) < 0:
+        parser.error(f"--seeds must be 0 or more, got {min(args.seeds)}")
+    if args.list is None:
+        try:
+            args.chosen = chosen(args)
+        except ValueError as error:
+            parser.error(str(error))
+    args.error = parser.error
+    return args
+
+
+def chosen(args: argparse.Namespace) -> Recipe:
+    recipe = find(args.recipe).scaled(SCALES[args.scale])
+    return recipe if args.epochs is None else replace(recipe, epochs=args.epochs)
+
+
+def line(seed: int, result: dict[str, Any]) -> list[str]:
+    last, layers = result["epochs"][-1], result["layers"].values()
+    sigmas = [layer["sigma"][-1] for layer in layers if layer["sigma"][-1] is not None]
+    values = [last[name] for name in ("test_accuracy", "test_loss", "train_accuracy", "gradient_norm")]
+    values += [max(sigmas, default=None), result["step_ms"]]
+    return [str(seed), *("-" if value is None else f"{value:.4g}" for value in values)]
+
+
+def show(lines: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for cells in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
+
+
+def main() -> None:
+    args = arguments()
+    if args.list is not None:
+        print("\n".join(names(args.list)))
+        return
+    how = {name: getattr(args, name) for name in ("data_dir", "download", "device", "resume", "bf16", "channels_last")}
+    lines = [list(COLUMNS)]
+    for seed in args.seeds:
+        try:
+            run = Run(args.chosen, seed, args.out, compile=args.compile, **how)
+        except (ValueError, OSError) as error:
+            args.error(str(error))
+        result = run.finish()
+        assert result is not None  # without a deadline every run comes to its end
+        lines.append(line(seed, result))
+    show(lines)
+    print(f"\nWritten: {args.out / args.chosen.name}")
+
+
+if __name__ == "__main__":
+    main()
