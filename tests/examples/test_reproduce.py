@@ -1,0 +1,304 @@
+"""A table's runs and report, with training that is made up and, once, with training as it is."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reproduce
+import torch
+from papers import page, reproducing, results, running
+from papers.data import Images
+from papers.data.reading import Split
+from papers.recipe import SCALES, Recipe
+from papers.reproducing import Machine, Tools, collected, planned, run_all
+from papers.row_figures import draw_row
+
+from tests.examples.results_samples import made_row, result
+
+MLP = "normscale/mlp-5x2000"
+METHODS = ("none", "frobenius", "spectral", "ours")
+
+
+class Fake:
+    """Training that takes no time and writes what a finished run leaves; it stops before the ``limit``-th run."""
+
+    def __init__(self, limit: int | None = None, lost: Sequence[str] = (), full: Sequence[str] = ()) -> None:
+        self.limit, self.lost, self.full = limit, lost, full
+        self.trained: list[tuple[str, int]] = []
+        self.timed: list[list[str]] = []
+
+    def train(
+        self, recipe: Recipe, seed: int, folder: Path, machine: Machine, deadline: float | None
+    ) -> dict[str, Any] | None:
+        if self.limit is not None and len(self.trained) >= self.limit:
+            return None
+        if recipe.row in self.full:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it")
+        self.trained.append((recipe.name, seed))
+        found = result(recipe.name, seed, SCALES["tiny"], test=0.5 + 0.01 * seed)
+        found["recipe"] = recipe.as_dict()
+        path = folder / recipe.name / f"seed-{seed}" / "result.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(found))
+        return found
+
+    def images(self, recipe: Recipe, machine: Machine) -> None:
+        if recipe.data in self.lost:
+            raise ValueError(f"{recipe.data} is not there")
+
+    def times(self, recipes: Sequence[Recipe], images: object, machine: Machine) -> dict[str, float]:
+        self.timed.append([recipe.name for recipe in recipes])
+        return {recipe.name: 1 + 0.1 * i for i, recipe in enumerate(recipes)}
+
+    @property
+    def tools(self) -> Tools:
+        return Tools(self.train, self.images, self.times)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without figures, which take longer than all the rest; some tests draw them nevertheless."""
+    monkeypatch.setattr(reproduce, "draw_row", lambda row, folder: [])
+
+
+def reproduced(fake: Fake, folder: Path, *words: str | Path, table: str = "normscale") -> str:
+    """Runs the program; its report."""
+    reproduce.main([table, "--scale", "tiny", "--out", str(folder), *map(str, words)], fake.tools)
+    return (folder / "tiny" / f"{table}.md").read_text()
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_has_all_rows_and_all_stated_methods() -> None:
+    plan = planned("normscale", scale=SCALES["cpu"])
+    assert len(plan) == 4
+    for recipes in plan.values():
+        assert tuple(recipe.method.name for recipe in recipes) == METHODS
+        assert all(recipe.scale == "cpu" for recipe in recipes)
+
+
+def test_patterns_choose_rows_with_or_without_the_table_and_methods() -> None:
+    for pattern in ("vgg-*-b64", "snr/vgg-*-b64"):
+        plan = planned("snr", rows=[pattern], methods=["snr*", "vanilla"], scale=SCALES["tiny"], epochs=7)
+        (recipes,) = plan.values()
+        assert [recipe.method.name for recipe in recipes] == ["vanilla", "snr", "snr-adamw"]
+        assert {recipe.epochs for recipe in recipes} == {7}
+    (recipes,) = planned("normscale", rows=["resnet34"], methods=["*-published"], scale=SCALES["full"]).values()
+    assert all(recipe.published for recipe in recipes) and len(recipes) == 3
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_runs_go_seed_by_seed_over_all_methods_of_a_row(tmp_path: Path) -> None:
+    fake = Fake()
+    reproduced(fake, tmp_path, "--rows", "mlp-*", "--seeds", "2")
+    row = [(f"{MLP}/{method}", seed) for seed in (0, 1) for method in METHODS]
+    assert fake.trained[:8] == row and len(fake.trained) == 16
+    assert fake.timed[0] == [f"{MLP}/{method}" for method in METHODS]
+
+
+def test_a_second_call_makes_only_what_is_missing(tmp_path: Path) -> None:
+    reproduced(Fake(), tmp_path, "--rows", "mlp-5*", "--seeds", "1")
+    again = Fake()
+    text = reproduced(again, tmp_path, "--rows", "mlp-5*", "--seeds", "2")
+    assert again.trained == [(f"{MLP}/{method}", 1) for method in METHODS] and again.timed == []
+    third = Fake(lost=["cifar100"])
+    assert reproduced(third, tmp_path, "--rows", "mlp-5*", "--seeds", "2") == text and third.trained == []
+
+
+def test_a_stop_leaves_a_report_of_what_there_is_and_the_next_call_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = reproduced(Fake(limit=5), tmp_path, "--rows", "mlp-*", "--seeds", "2")
+    assert "The budget is spent; the same command goes on." in capsys.readouterr().out
+    assert f"Not finished:\n\n- `{MLP}`: the budget ended before" in text
+    assert "- `normscale/mlp-7x4000`: the budget ended before" in text
+    counts = [line.split("|")[2].strip() for line in text.splitlines() if line.startswith(("| none", "| spectral"))]
+    assert counts == ["2", "1"]
+    rest = Fake()
+    reproduced(rest, tmp_path, "--rows", "mlp-*", "--seeds", "2")
+    assert len(rest.trained) == 16 - 5
+    assert "budget" not in capsys.readouterr().out
+
+
+def test_no_run_begins_after_the_budget(tmp_path: Path) -> None:
+    fake = Fake()
+    text = reproduced(fake, tmp_path, "--budget", "0")
+    assert fake.trained == [] and fake.timed == []
+    assert text.count("the budget ended before") == 4
+
+
+def test_training_is_told_the_deadline(tmp_path: Path) -> None:
+    told: list[float | None] = []
+
+    def train(recipe: Recipe, seed: int, folder: Path, machine: Machine, deadline: float | None) -> None:
+        told.append(deadline)
+
+    before = time.monotonic()
+    reproduce.main(["snr", "--budget", "2", "--out", str(tmp_path)], Tools(train, Fake().images, Fake().times))
+    assert told[0] is not None and before + 120 <= told[0] <= time.monotonic() + 120
+
+
+def test_a_row_without_its_data_is_not_run_with_the_reason_and_the_others_are(tmp_path: Path) -> None:
+    fake = Fake(lost=["stl10"])
+    text = reproduced(fake, tmp_path, "--rows", "*-b64", "--seeds", "1", "--methods", "vanilla", "snr", table="snr")
+    assert "- `snr/densenet-stl10-b64`: stl10 is not there" in text
+    assert {name.split("/")[1] for name, _ in fake.trained} == {
+        "vgg-cifar10-b64", "nin-cifar100-b64", "densenet-cifar100-b64"
+    }  # fmt: skip
+
+
+def test_a_row_too_large_for_the_device_is_passed_over_with_the_reason(tmp_path: Path) -> None:
+    fake = Fake(full=["normscale/mlp-7x4000"])
+    text = reproduced(fake, tmp_path, "--seeds", "1")
+    assert "- `normscale/mlp-7x4000`: the device has too little memory (CUDA out of memory.)" in text
+    assert len(fake.trained) == 12
+
+
+def test_methods_without_the_first_one_are_not_timed(tmp_path: Path) -> None:
+    fake = Fake()
+    reproduced(fake, tmp_path, "--rows", "mlp-5*", "--seeds", "1", "--methods", "spectral")
+    assert fake.timed == []
+    reproduced(fake, tmp_path, "--rows", "mlp-5*", "--seeds", "1")
+    assert len(fake.timed) == 1 and len(fake.timed[0]) == 4
+
+
+def test_scales_epochs_and_precisions_have_folders_of_their_own(tmp_path: Path) -> None:
+    for words in ((), ("--epochs", "5"), ("--bf16",)):
+        words = ("normscale", "--rows", "mlp-5*", "--seeds", "1", "--scale", "tiny", "--out", str(tmp_path), *words)
+        reproduce.main(words, Fake().tools)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny", "tiny-5-epochs", "tiny-bf16"]
+
+
+def test_a_finished_run_of_another_recipe_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    fake, plan = Fake(), planned("normscale", rows=["mlp-5*"], scale=SCALES["tiny"])
+    run_all(plan, 1, tmp_path, Machine(), tools=fake.tools, tell=lambda _: None)
+    other = planned("normscale", rows=["mlp-5*"], scale=SCALES["tiny"], epochs=9)
+    with pytest.raises(ValueError, match=r"result.json is of another recipe, with other epochs"):
+        collected(other, 1, tmp_path)
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_has_the_tables_claims_and_figures_that_exist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reproduce, "draw_row", draw_row)
+    text = reproduced(Fake(), tmp_path, "--rows", "mlp-5*", "--seeds", "2")
+    assert "| none | 2 | 0.2512 | 0.505 ± 0.007 |" in text
+    assert text.count("| normscale (") == 5
+    addresses = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    assert len(addresses) == 3
+    for address in addresses:
+        assert (tmp_path / "tiny" / address).read_bytes().startswith(b"\x89PNG")
+
+
+def test_recording_and_rendering_give_the_page_the_same_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    docs, recorded = tmp_path / "docs", tmp_path / "recorded"
+    docs.mkdir()
+    (docs / "results.md").write_text(reproduce.PAGE.read_text())
+    monkeypatch.setattr(reproduce, "PAGE", docs / "results.md")
+    text = reproduced(Fake(), tmp_path, "--rows", "mlp-5*", "--seeds", "2", "--record", recorded)
+    assert [path.name for path in recorded.iterdir()] == ["normscale-mlp-5x2000-tiny.json"]
+    reproduce.main(["--render", "--record", str(recorded)])
+    rendered = (docs / "results.md").read_text()
+    table = "\n".join(line for line in text.splitlines() if line.startswith("| none | 2"))
+    assert table and table in rendered
+    for address in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", rendered):
+        assert (docs / address).exists()
+    assert rendered.count("- `snr/") == 16 and "- `normscale/resnet34`" in rendered
+    reproduce.main(["--render", "--record", str(recorded)])
+    assert (docs / "results.md").read_text() == rendered
+
+
+def test_the_page_is_what_the_recorded_results_render_and_its_figures_exist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = re.compile(r"\n\n!\[[^\]]+\]\(([^)]+)\)")
+    text = reproduce.PAGE.read_text()
+    monkeypatch.setattr(page, "draw_row", lambda row, folder: [])
+    assert page.rendered(text, reproduce.RECORDED, tmp_path) == picture.sub("", text)
+    assert all((reproduce.PAGE.parent / address).exists() for address in picture.findall(text))
+
+
+def test_a_block_of_an_unknown_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a block's table must be one of snr, normscale, got 'digits'"):
+        page.rendered("<!-- table: digits -->\n<!-- end -->", tmp_path, tmp_path)
+
+
+# --- what is refused before anything is run ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "TABLE must be one of snr, normscale, where --render is not given"),
+        (("digits",), "invalid choice: 'digits'"),
+        (("snr", "--rows", "vgg-cifar11*"), "rows must match one of the table's, got 'snr/vgg-cifar11*'; near: snr/"),
+        (("snr", "--methods", "srn"), "methods must match one of the table's, got 'srn'; near: snr"),
+        (("snr", "--seeds", "0"), "--seeds must be 1 or more, got 0"),
+        (("snr", "--budget", "-1"), "--budget must be 0 or more, got -1"),
+        (("snr", "--budget", "nan"), "--budget must be 0 or more, got nan"),
+        (("snr", "--epochs", "0"), "--epochs must be 1 or more, got 0"),
+        (("snr", "--device", "gpu"), "device must be auto, cpu or cuda, got 'gpu'"),
+        (("snr", "--out", "/proc/none"), "--out /proc/none: cannot write there"),
+        (("snr", "--record", "/proc/none"), "--record /proc/none: cannot write there"),
+    ],
+)
+def test_what_makes_no_sense_is_told_before_anything_is_run(
+    words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    fake = Fake()
+    out = () if "--out" in words else ("--out", str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        reproduce.main([*words, *out], fake.tools)
+    assert ended.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
+    assert fake.trained == [] and list(tmp_path.iterdir()) == []
+
+
+def test_a_record_of_another_protocol_is_told_before_anything_is_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results.record(tmp_path, made_row(MLP, {"none": {}}))
+    fake = Fake()
+    with pytest.raises(SystemExit):
+        reproduced(fake, tmp_path / "out", "--rows", "mlp-5*", "--record", tmp_path)
+    assert "holds runs with" in capsys.readouterr().err and fake.trained == []
+
+
+# --- as it is ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_trained_timed_and_reported_on_real_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(0)
+
+    def split(count: int) -> Split:
+        x = torch.randint(256, (count, 3, 32, 32), generator=random, dtype=torch.uint8)
+        return Split(x, torch.randint(100, (count,), generator=random))
+
+    images = Images.of("cifar100", 100, split(300), split(200))
+    for module in (reproducing, running):
+        monkeypatch.setattr(module, "images_of", lambda *_: images)
+    monkeypatch.setattr(reproducing, "TIMED_STEPS", 2)
+    words = ("normscale", "--rows", "mlp-5*", "--seeds", "1", "--scale", "tiny", "--epochs", "1", "--device", "cpu")
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    reproduce.main([*words, "--out", str(out), "--record", str(kept)])
+    text = (out / "tiny-1-epochs" / "normscale.md").read_text()
+    lines = [line.split("|") for line in text.splitlines() if line.startswith(("| none |", "| spectral |"))]
+    assert [line[2].strip() for line in lines] == ["1", "1"] and lines[0][-2].strip() == "1.00"
+    (row,) = results.read_all(kept)
+    assert set(row.methods) == set(METHODS) == set(row.times)
+    starts = {json.dumps([run.epochs[name][0] for name in ("test_loss", "sigma_mean")]) for run in row.runs}
+    assert len(starts) == 1
+    assert row.of("spectral")[0].layers["head.weight"]["target"] == pytest.approx((100 / 250) ** 0.5, rel=1e-3)
