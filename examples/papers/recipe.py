@@ -20,7 +20,7 @@ class Scale:
     epochs: int | None = None
     """In place of the recipe's."""
     train: int | None = None
-    """Images to train on, chosen by the seed; None for all."""
+    """Images to train on at most; None for all."""
     test: int | None = None
     channels: float = 1.0
     """On the channels of convolutional networks and the width of an MLP."""
@@ -33,6 +33,7 @@ SCALES = {
     scale.name: scale
     for scale in (
         FULL,
+        Scale("half", channels=0.5),
         Scale("cpu", epochs=12, train=4000, test=2000, channels=0.25, batch=8),
         Scale("tiny", epochs=2, train=256, test=128, channels=0.125, batch=2),
     )
@@ -71,7 +72,11 @@ class Recipe:
     """The published code of Norm Scaling as it was run: every layer has the first layer's target, test images are
     cropped and flipped at random, and images are normalized by CIFAR-10's mean and deviation."""
     train: int | None = None
+    """Images to train on at most, drawn by the seed; None for all."""
     test: int | None = None
+    validation: float = 0.0
+    """This fraction of the training images, the same ones for every seed, takes the place of the test images, which are
+    then nowhere in the run."""
     scale: str = "full"
 
     def __post_init__(self) -> None:
@@ -82,7 +87,11 @@ class Recipe:
         for name in ("lr", "gamma"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a positive finite number, got {getattr(self, name)!r}")
-        for name, values in (("milestones", self.milestones), ("label_noise", (self.label_noise,))):
+        for name, values in (
+            ("milestones", self.milestones),
+            ("label_noise", (self.label_noise,)),
+            ("validation", (self.validation,)),
+        ):
             if not all(0 <= value < 1 for value in values):
                 raise ValueError(f"{name} must be fractions from 0 to below 1, got {getattr(self, name)!r}")
         if self.start not in STARTS:

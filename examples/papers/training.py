@@ -28,6 +28,7 @@ EVALUATED = 500
 TRAIN_EVALUATED, GRADIENTS = 10_000, 2_000
 """Training images whose accuracy, and test images whose gradient, is measured after an epoch: all, or the first so many
 (of a set that comes in the order of its classes, drawn by the seed)."""
+VALIDATION_SEED = 0
 EPOCHS_OF_A_SEED = 1_000_003
 RANKED = 4
 """Whole spectra, of which ranks are counted, are made before training and so often during it."""
@@ -58,7 +59,10 @@ class Training:
 
     def __init__(self, recipe: Recipe, images: Images, seed: int, settings: Settings = Settings()) -> None:
         self.recipe, self.settings, self.seed = recipe, settings, seed
-        images = images.subset(recipe.train or len(images.train_x), recipe.test or len(images.test_x), seed)
+        if recipe.validation:
+            images = images.validation(round(recipe.validation * len(images.train_x)), VALIDATION_SEED)
+        train, test = len(images.train_x), len(images.test_x)
+        images = images.subset(min(recipe.train or train, train), min(recipe.test or test, test), seed)
         images = images.to(settings.device)
         if recipe.label_noise:
             images = images.with_label_noise(recipe.label_noise, seed)

@@ -1,0 +1,39 @@
+"""Settings of this library from which the best for a row is chosen on a validation split (see examples/search.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from .methods import Method
+from .recipe import Recipe
+
+HELD_OUT = 0.1
+"""Of the training images: those that candidates are judged by."""
+FREE = ("*downsample*", "head*")
+"""Modules that are left alone beside shortcuts: the last layer, whose small target holds the logits down."""
+
+
+def candidates(recipe: Recipe) -> Iterator[Recipe]:
+    """Those of a row, which differ from ``recipe`` in their method alone, after its own method. All are trained on the
+    same part of the training set."""
+    for method in (recipe.method, *methods(recipe.method.base)):
+        name = f"search/{recipe.row}/{method.name}"
+        yield replace(recipe, name=name, method=method, validation=HELD_OUT, threshold=None)
+
+
+def methods(base: str) -> Iterator[Method]:
+    """Penalties by lambda; caps by rank and gain; Frobenius scaling by gain; all with and without the last layer."""
+    for snr_lambda in (0.01, 0.1):
+        yield Method(f"snr-{snr_lambda:g}", base=base, snr_lambda=snr_lambda)
+    for gain in (1.0, 2.0, 4.0):
+        for rank in (1, 8):
+            yield _scaled(f"cap-{rank}-gain-{gain:g}", base, gain, mode="cap", rank=rank)
+        yield _scaled(f"cap-full-50-gain-{gain:g}", base, gain, mode="cap", rank="full", every=50)
+    for gain in (0.5, 1.0, 2.0):
+        yield _scaled(f"frobenius-gain-{gain:g}", base, gain, norm="frobenius")
+    yield _scaled("set-gain-1", base, 1.0, mode="set")
+
+
+def _scaled(name: str, base: str, gain: float, **options: str | int) -> Method:
+    return Method(name, base=base, norm_scale=options, gain=gain, spared=FREE)

@@ -1,0 +1,117 @@
+"""Chooses a setting for a row of a table by a validation split of the training set; test images are never looked at.
+
+    python examples/search.py --recipe normscale/mlp-5x2000/none --data-dir data --scale half --epochs 15 --bf16
+
+Trains the recipe and every candidate (papers/candidates.py) from the same starts on the same batches, times them side
+by side, and prints and writes which has the best mean validation accuracy among those whose step costs at most
+--most-time over the recipe's. Stopped runs are gone on with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from papers.candidates import HELD_OUT, candidates
+from papers.checkpoint import write_text
+from papers.recipe import FULL, SCALES, Recipe
+from papers.recipes import find
+from papers.running import Run, commit, device_of, images_of, machine
+from papers.timing import time_methods
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True, help="the row's method without control")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="of candidates' names")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--download", action="store_true")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seeds", type=int, default=1, help="how many: 0, 1, ...")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--scale", choices=SCALES, default=FULL.name)
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--most-time", type=float, default=1.05, help="of a step, over the recipe's")
+    parser.add_argument("--out", type=Path, default=Path("out/runs"))
+    parser.add_argument("--record", type=Path, default=Path("out/search.json"), help="what was found, as JSON")
+    args = parser.parse_args()
+    if args.seeds < 1:
+        parser.error(f"--seeds must be 1 or more, got {args.seeds}")
+    try:
+        recipe = find(args.recipe).scaled(SCALES[args.scale])
+        recipe = recipe if args.epochs is None else replace(recipe, epochs=args.epochs)
+        args.candidates = [one for one in candidates(recipe) if matches(one, recipe, args.only)]
+    except ValueError as error:
+        parser.error(str(error))
+    args.error = parser.error
+    return args
+
+
+def matches(candidate: Recipe, recipe: Recipe, patterns: list[str]) -> bool:
+    """The recipe's own method always does."""
+    return candidate.method == recipe.method or any(fnmatch(candidate.method.name, one) for one in patterns)
+
+
+def trained(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Validation accuracies after the last epoch, a seed each, by method; seed by seed, so that a stop leaves as many
+    of each."""
+    found: dict[str, list[float]] = {one.method.name: [] for one in args.candidates}
+    for seed in range(args.seeds):
+        for one in args.candidates:
+            run = Run(
+                one, seed, args.out, data_dir=args.data_dir, download=args.download, device=args.device, bf16=args.bf16
+            )
+            result = run.finish(show=False)
+            assert result is not None  # without a deadline every run comes to its end
+            found[one.method.name].append(result["epochs"][-1]["test_accuracy"])
+            print(f"seed {seed}  {one.method.name:20}  {found[one.method.name][-1]:.4f}", flush=True)
+    return found
+
+
+def summary(args: argparse.Namespace, accuracies: dict[str, list[float]]) -> dict[str, Any]:
+    device = device_of(args.device)
+    images = images_of(args.candidates[0].data, args.data_dir, False)
+    times = time_methods(args.candidates, images, device, bf16=args.bf16)
+    rows = [
+        {
+            "method": one.method.name,
+            "validation_accuracy": statistics.mean(accuracies[one.method.name]),
+            "seeds": accuracies[one.method.name],
+            "time_over_none": times[one.name],
+        }
+        for one in args.candidates
+    ]
+    allowed = [row for row in rows[1:] if row["time_over_none"] <= args.most_time]
+    best, cheap = (max(some, key=lambda row: row["validation_accuracy"], default=None) for some in (rows[1:], allowed))
+    about = {"machine": machine(device), "commit": commit(), "bf16": args.bf16, "held_out": HELD_OUT}
+    about |= {
+        "recipe": args.recipe,
+        "scale": args.scale,
+        "epochs": args.candidates[0].epochs,
+        "most_time": args.most_time,
+    }
+    return {**about, "rows": rows, "best": best and best["method"], "best_within_time": cheap and cheap["method"]}
+
+
+def main() -> None:
+    args = arguments()
+    try:
+        found = summary(args, trained(args))
+    except (ValueError, OSError) as error:
+        args.error(str(error))
+    args.record.parent.mkdir(parents=True, exist_ok=True)
+    write_text(args.record, json.dumps(found, indent=1))
+    print(f"\n{'method':20}  validation accuracy  step / {found['rows'][0]['method']}'s")
+    for row in sorted(found["rows"], key=lambda row: -row["validation_accuracy"]):
+        print(f"{row['method']:20}  {row['validation_accuracy']:19.4f}  {row['time_over_none']:.3f}")
+    print(f"\nbest: {found['best']}; within {args.most_time:g} of the time: {found['best_within_time']}")
+    print(f"Written: {args.record}")
+
+
+if __name__ == "__main__":
+    main()

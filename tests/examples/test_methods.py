@@ -1,0 +1,126 @@
+"""Methods: the optimizer and the loss that each stands for."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from papers.methods import Method, loss_of, optimizer_for, start_orthogonal
+from torch import nn
+
+import specopt
+
+IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+class Net(nn.Sequential):
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.downsample = nn.Conv2d(4, 8, 1)
+        self.flatten = nn.Flatten()
+        self.head = nn.Linear(8 * 16, 5)
+
+
+def optimizer_of(method: Method, **how: bool) -> tuple[Net, torch.optim.Optimizer]:
+    net = Net()
+    return net, optimizer_for(method, net, IMAGES, lr=0.1, momentum=0.9, **how)
+
+
+def targets(net: Net, optimizer: torch.optim.Optimizer) -> dict[str, float | None]:
+    names = {param: name for name, param in net.named_parameters()}
+    return {
+        names[param]: entry
+        for group in optimizer.param_groups
+        if isinstance(group["target"], list)
+        for param, entry in zip(group["params"], group["target"], strict=True)
+    }
+
+
+@pytest.mark.parametrize(("base", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_method_without_control_is_the_plain_optimizer_of_all_parameters(base: str, kind: type) -> None:
+    net, optimizer = optimizer_of(Method("plain", base=base, weight_decay=1e-4))
+    assert type(optimizer) is kind
+    (group,) = optimizer.param_groups
+    assert group["params"] == list(net.parameters())
+    assert group["weight_decay"] == 1e-4
+
+
+def test_targets_are_roots_of_size_ratios_times_the_gain_and_shortcuts_are_spared() -> None:
+    net, optimizer = optimizer_of(Method("set", base="adamw", norm_scale={"mode": "set"}, gain=2.0))
+    found = {name: target for name, target in targets(net, optimizer).items() if target is not None}
+    expected = {"conv.weight": 2 * math.sqrt(4 * 16 / (3 * 64)), "head.weight": 2 * math.sqrt(5 / 128)}
+    assert found == pytest.approx(expected)
+
+
+def test_one_target_is_the_first_layers_everywhere() -> None:
+    net, optimizer = optimizer_of(Method("set", base="adamw", norm_scale={"mode": "set"}), one_target=True)
+    found = [target for target in targets(net, optimizer).values() if target is not None]
+    assert found == pytest.approx([math.sqrt(4 * 16 / (3 * 64))] * 2)
+
+
+def test_patterns_that_a_model_has_not_are_no_error() -> None:
+    optimizer_for(Method("snr", snr_lambda=0.1), nn.Sequential(nn.Linear(4, 4)), torch.ones(2, 4), lr=0.1, momentum=0.0)
+
+
+def test_penalty_and_cap_compose() -> None:
+    net, optimizer = optimizer_of(Method("both", base="adamw", snr_lambda=0.1, norm_scale={"mode": "cap"}))
+    F.cross_entropy(net(IMAGES), LABELS).backward()
+    optimizer.step()
+    assert {row.name for row in specopt.spectral_report(optimizer)} == {"conv.weight", "head.weight"}
+
+
+def test_snr_step_is_that_of_the_optimizer_class() -> None:
+    net, optimizer = optimizer_of(Method("snr", snr_lambda=0.5, spared=()))
+    other = Net()
+    same = specopt.SNRSGD(other, lr=0.1, momentum=0.9, snr_lambda=0.5)
+    for model, one in ((net, optimizer), (other, same)):
+        for _ in range(3):
+            one.zero_grad()
+            F.cross_entropy(model(IMAGES), LABELS).backward()
+            one.step()
+    torch.testing.assert_close(list(net.parameters()), list(other.parameters()), rtol=0, atol=0)
+
+
+def test_adversarial_loss_is_half_clean_and_half_at_inputs_moved_along_their_gradients() -> None:
+    net, epsilon = Net().double(), 0.3
+    images = IMAGES.double()
+    found = loss_of(Method("adversarial", adversarial=epsilon), net, images, LABELS)
+    clean = F.cross_entropy(net(images), LABELS)
+    moved = []
+    for image, label in zip(images, LABELS, strict=True):
+        x = image[None].clone().requires_grad_()
+        (g,) = torch.autograd.grad(F.cross_entropy(net(x), label[None]), x)
+        moved.append(x.detach() + epsilon * g / g.norm())
+    expected = 0.5 * clean + 0.5 * F.cross_entropy(net(torch.cat(moved)), LABELS)
+    torch.testing.assert_close(found, expected)
+    (grads, wanted) = (torch.autograd.grad(loss, list(net.parameters())) for loss in (found, expected))
+    torch.testing.assert_close(grads, wanted)
+    assert found > clean
+
+
+def test_orthogonal_start_does_not_ask_for_the_method_and_is_of_the_seed() -> None:
+    first, second, third = Net(), Net(), Net()
+    for net, seed in ((first, 1), (second, 1), (third, 2)):
+        start_orthogonal(net, IMAGES, seed)
+    assert torch.equal(first.conv.weight, second.conv.weight)
+    assert not torch.equal(first.conv.weight, third.conv.weight)
+    sigma = torch.linalg.svdvals(first.head.weight.detach().double())
+    torch.testing.assert_close(sigma, torch.full_like(sigma, math.sqrt(5 / 128)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"base": "adam"}, "base must be 'sgd' or 'adamw', got 'adam'"),
+        ({"snr_lambda": -1.0}, "snr_lambda must be a finite number of at least 0, got -1.0"),
+        ({"adversarial": math.nan}, "adversarial must be"),
+    ],
+)
+def test_method_refuses_what_makes_no_sense(options: dict[str, float | str], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Method("x", **options)  # type: ignore[arg-type]

@@ -1,0 +1,71 @@
+"""The choice of a setting: by held-out training images alone."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from papers.candidates import candidates
+from papers.data import load
+from papers.recipe import SCALES
+from papers.recipes import find
+from papers.training import Training
+
+RECIPE = find("digits/mlp/adamw")
+
+
+def rows(images: torch.Tensor) -> set[bytes]:
+    return {image.numpy().tobytes() for image in images}
+
+
+def test_validation_run_sees_no_test_image_and_trains_on_none_it_is_judged_by() -> None:
+    digits = load("digits")
+    for seed in (0, 1):
+        images = Training(replace(RECIPE, validation=0.1), digits, seed).images
+        assert len(images.test_x) == 120
+        train, test = rows(images.train_x), rows(images.test_x)
+        assert not test & train
+        assert not (train | test) & rows(digits.test_x)
+
+
+def test_every_seed_is_judged_by_the_same_images() -> None:
+    digits = load("digits")
+    first, second = (Training(replace(RECIPE, validation=0.1), digits, seed).images for seed in (0, 1))
+    assert rows(first.test_x) == rows(second.test_x)
+
+
+def test_candidates_differ_in_their_method_alone_and_have_a_name_each() -> None:
+    found = list(candidates(RECIPE))
+    assert found[0].method == RECIPE.method
+    assert len({one.name for one in found}) == len(found) > 10
+    assert len({repr(replace(one, name="", method=RECIPE.method)) for one in found}) == 1
+    assert all(one.validation > 0 for one in found)
+
+
+def test_every_candidate_trains() -> None:
+    digits = load("digits")
+    for one in candidates(RECIPE.scaled(SCALES["tiny"])):
+        training = Training(replace(one, epochs=1), digits, 0)
+        training.run_epoch()
+        assert training.log.epochs[-1]["test_loss"] < 10
+
+
+def test_search_writes_the_best_and_the_best_within_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "found" / "search.json"
+    options = ["--recipe", "digits/mlp/adamw", "--scale", "tiny", "--epochs", "1", "--only", "snr-*", "--seeds", "2"]
+    options += ["--out", str(tmp_path / "runs"), "--record", str(record), "--most-time", "1e-9"]
+    monkeypatch.setattr(sys, "argv", ["search.py", *options])
+    importlib.import_module("search").main()
+    found = json.loads(record.read_text())
+    assert [row["method"] for row in found["rows"]] == ["adamw", "snr-0.01", "snr-0.1"]
+    assert all(len(row["seeds"]) == 2 for row in found["rows"])
+    assert found["best"] == max(found["rows"][1:], key=lambda row: row["validation_accuracy"])["method"]
+    assert found["best_within_time"] is None
+    assert f"best: {found['best']}; within 1e-09 of the time: None" in capsys.readouterr().out
