@@ -68,7 +68,8 @@ def checked(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:
         if args.record is not None:
             writable(args.record, "--record")
             for recipes in plan.values():
-                results.check_mergeable(args.record, results.row_of(recipes))
+                methods = {recipe.method.name: results.own_of(recipe.as_dict()) for recipe in recipes}
+                results.recorded(args.record, results.row_of(recipes), methods)
         writable(args.out, "--out")
     except ValueError as error:
         made.error(str(error))

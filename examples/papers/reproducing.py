@@ -88,7 +88,7 @@ def planned(
     Args:
         rows: patterns, with or without the table's name before them.
         methods: patterns; without any, all but those with the defects of published code.
-        epochs: in place of the scale's.
+        epochs: in place of the scale's; the paper's threshold of the gap does not carry over to other than its own.
 
     Raises:
         ValueError: a pattern that nothing matches, with the near names.
@@ -98,13 +98,19 @@ def planned(
     known = list(dict.fromkeys(recipe.method.name for recipes in found.values() for recipe in recipes))
     stated = [method for method in known if not method.endswith("-published")]
     chosen_methods = chosen("methods", methods, known) if methods else stated
-    changed: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
     return {
         row: tuple(
-            replace(recipe.scaled(scale), **changed) for recipe in found[row] if recipe.method.name in chosen_methods
+            lasting(recipe.scaled(scale), epochs) for recipe in found[row] if recipe.method.name in chosen_methods
         )
         for row in chosen_rows
     }
+
+
+def lasting(recipe: Recipe, epochs: int | None) -> Recipe:
+    """For so many epochs, where they are asked for."""
+    if epochs in (None, recipe.epochs):
+        return recipe
+    return replace(recipe, epochs=epochs, threshold=None)
 
 
 def chosen(what: str, patterns: Sequence[str], names: Sequence[str]) -> list[str]:

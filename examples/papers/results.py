@@ -117,7 +117,7 @@ def compact(result: Mapping[str, Any]) -> Run:
         for name, layer in result["layers"].items()
     }
     about = {key: result.get(key) for key in ("machine", "torch", "commit", "settings")}
-    about |= {key: _plain(recipe[key]) for key in OWN}
+    about |= own_of(recipe)
     return Run(
         method=recipe["name"].rpartition("/")[2],
         seed=result["seed"],
@@ -137,6 +137,11 @@ def row_of(recipes: Sequence[Recipe], runs: Sequence[Run] = (), times: Mapping[s
 def protocol_of(recipe: Recipe) -> dict[str, Any]:
     plain: dict[str, Any] = _plain({key: value for key, value in recipe.as_dict().items() if key not in OWN})
     return plain
+
+
+def own_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe, as a dictionary, does not share with its row."""
+    return {key: _plain(recipe[key]) for key in OWN}
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -162,26 +167,37 @@ def read_all(folder: Path) -> list[Row]:
     return [read(path) for path in sorted(folder.glob("*.json"))]
 
 
-def check_mergeable(folder: Path, row: Row) -> Row | None:
-    """What is recorded of the row at this scale.
+def recorded(folder: Path, row: Row, methods: Mapping[str, Mapping[str, Any]]) -> Row | None:
+    """What is recorded of the row at this scale, which runs of ``row`` may join.
+
+    Args:
+        methods: what the recipe of each has of its own (:func:`own_of`).
 
     Raises:
-        ValueError: it is of another protocol.
+        ValueError: it is of another protocol, or of other settings of a method.
     """
     path = path_of(folder, row.name, row.scale)
     if not path.exists():
         return None
     there = read(path)
-    differing = [key for key, value in row.protocol.items() if there.protocol.get(key) != value]
-    if differing:
-        told = ", ".join(f"{key} {there.protocol.get(key)!r} instead of {row.protocol[key]!r}" for key in differing)
-        raise ValueError(f"{path} holds runs with {told}: move it away to record these")
+    told = [
+        f"{key} {there.protocol.get(key)!r} instead of {value!r}"
+        for key, value in row.protocol.items()
+        if there.protocol.get(key) != value
+    ]
+    told += [
+        f"other settings of {method}"
+        for method, own in methods.items()
+        if any(run.about.get(key) != value for run in there.of(method).values() for key, value in own.items())
+    ]
+    if told:
+        raise ValueError(f"{path} holds runs with {', '.join(told)}: move it away to record these")
     return there
 
 
 def record(folder: Path, row: Row) -> Path:
     """Writes the row's file. Runs that it holds already stay, but for those that ``row`` has anew."""
-    there = check_mergeable(folder, row)
+    there = recorded(folder, row, {run.method: {key: run.about[key] for key in OWN} for run in row.runs})
     if there is not None:
         new = {(run.method, run.seed) for run in row.runs}
         kept = tuple(run for run in there.runs if (run.method, run.seed) not in new)

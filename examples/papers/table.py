@@ -53,9 +53,10 @@ def measures(row: Row) -> list[Measure]:
 
 NOTES = """\
 Mean ± standard deviation over seeds. Test accuracy, test loss and gradient norm (the mean l2 norm of a test loss'
-gradient by its normalized input) are those after the last epoch. Gap: the least training less test accuracy over
-epochs whose test accuracy is above the threshold. That is the paper's at full scale; else one for all methods of the
-row, the least over them of the mean best test accuracy, less 0.01, rounded down to 0.01. Mean σ₁ and stable rank: over
+gradient by its normalized input, of at most 2,000 test images) are those after the last epoch. Gap: the least training
+less test accuracy, the former of at most 10,000 training images, over epochs whose test accuracy is above the
+threshold. That is the paper's at full scale and length; else one for all methods of the row, the least over them of the
+mean best test accuracy, less 0.01, rounded down to 0.01. Mean σ₁ and stable rank: over
 layers, after the last epoch; deviation of σ₁: over layers, the mean of the last half of the epochs. Time: of a training
 step over that of the first method, steps taken in turn, the median of their ratios."""
 

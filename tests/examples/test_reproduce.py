@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import reproduce
 import torch
-from papers import page, reproducing, results, running
+from papers import page, reproducing, results, running, timing
 from papers.data import Images
 from papers.data.reading import Split
 from papers.recipe import SCALES, Recipe
@@ -92,6 +92,14 @@ def test_patterns_choose_rows_with_or_without_the_table_and_methods() -> None:
         assert {recipe.epochs for recipe in recipes} == {7}
     (recipes,) = planned("normscale", rows=["resnet34"], methods=["*-published"], scale=SCALES["full"]).values()
     assert all(recipe.published for recipe in recipes) and len(recipes) == 3
+
+
+def test_the_papers_threshold_holds_at_full_scale_and_length_alone() -> None:
+    def threshold(**how: Any) -> float | None:
+        return planned("snr", rows=["vgg-*-b64"], **how)["snr/vgg-cifar10-b64"][0].threshold
+
+    assert threshold(scale=SCALES["full"]) == threshold(scale=SCALES["full"], epochs=200) == 0.88
+    assert threshold(scale=SCALES["full"], epochs=20) is threshold(scale=SCALES["cpu"]) is None
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -291,14 +299,16 @@ def test_a_row_is_trained_timed_and_reported_on_real_code(tmp_path: Path, monkey
     for module in (reproducing, running):
         monkeypatch.setattr(module, "images_of", lambda *_: images)
     monkeypatch.setattr(reproducing, "TIMED_STEPS", 2)
-    words = ("normscale", "--rows", "mlp-5*", "--seeds", "1", "--scale", "tiny", "--epochs", "1", "--device", "cpu")
+    monkeypatch.setattr(timing, "COLD", 1)
+    words = ["normscale", "--rows", "mlp-5*", "--methods", "none", "spectral", "--seeds", "1"]
+    words += ["--scale", "tiny", "--epochs", "1", "--device", "cpu"]
     out, kept = tmp_path / "out", tmp_path / "kept"
     reproduce.main([*words, "--out", str(out), "--record", str(kept)])
     text = (out / "tiny-1-epochs" / "normscale.md").read_text()
     lines = [line.split("|") for line in text.splitlines() if line.startswith(("| none |", "| spectral |"))]
     assert [line[2].strip() for line in lines] == ["1", "1"] and lines[0][-2].strip() == "1.00"
     (row,) = results.read_all(kept)
-    assert set(row.methods) == set(METHODS) == set(row.times)
+    assert row.methods == ["none", "spectral"] == list(row.times)
     starts = {json.dumps([run.epochs[name][0] for name in ("test_loss", "sigma_mean")]) for run in row.runs}
     assert len(starts) == 1
     assert row.of("spectral")[0].layers["head.weight"]["target"] == pytest.approx((100 / 250) ** 0.5, rel=1e-3)

@@ -189,6 +189,15 @@ def test_runs_of_another_protocol_are_not_mixed_in(tmp_path: Path) -> None:
         results.record(tmp_path, longer)
 
 
+def test_runs_of_a_method_whose_settings_have_changed_are_not_mixed_in(tmp_path: Path) -> None:
+    results.record(tmp_path, made_row(MLP, {"none": {}, "ours": {}}, range(1)))
+    row = made_row(MLP, {"ours": {}}, [1])
+    changed = {**row.runs[0].about, "method": {**row.runs[0].about["method"], "gain": 3.0}}
+    with pytest.raises(ValueError, match="holds runs with other settings of ours: move it away"):
+        results.record(tmp_path, replace(row, runs=(replace(row.runs[0], about=changed),)))
+    assert len(results.read(results.record(tmp_path, row)).runs) == 3
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"runs": [{}]}', '{"runs": []}'])
 def test_a_file_of_something_else_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
