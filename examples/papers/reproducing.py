@@ -166,14 +166,20 @@ def run_all(
             continue
         try:
             outcome.stopped = not run_row(recipes, seeds, folder, machine, deadline, tools, tell)
-            if not outcome.stopped:
-                time_row(recipes, images, folder, machine, tools, tell)
+            if not outcome.stopped and is_to_be_timed(recipes, folder):
+                outcome.stopped = is_past(deadline)
+                if not outcome.stopped:
+                    time_row(recipes, images, folder, machine, tools, tell)
         except torch.OutOfMemoryError as error:
             outcome.reasons[row] = f"the device has too little memory ({str(error).splitlines()[0]})"
             tell(f"{row}: {outcome.reasons[row]}")
         if outcome.stopped:
             outcome.reasons[row] = TOO_LATE
     return outcome
+
+
+def is_past(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() >= deadline
 
 
 def is_finished(recipes: Sequence[Recipe], seeds: int, folder: Path) -> bool:
@@ -196,7 +202,7 @@ def run_row(
         for recipe in recipes:
             if result_of(recipe, seed, folder) is not None:
                 continue
-            if deadline is not None and time.monotonic() >= deadline:
+            if is_past(deadline):
                 return False
             found = tools.train(recipe, seed, folder, machine, deadline)
             if found is None:
@@ -231,9 +237,7 @@ def time_row(
     tools: Tools,
     tell: Callable[[str], None],
 ) -> None:
-    """Side by side, where that is to be done."""
-    if not is_to_be_timed(recipes, folder):
-        return
+    """Of all methods, side by side."""
     tell(f"{recipes[0].row}: times of {len(recipes)} methods")
     found = tools.times(recipes, images, machine)
     times = {recipe.method.name: found[recipe.name] for recipe in recipes}

@@ -146,26 +146,29 @@ def spectral_norms(row: Row) -> Figure | None:
     layers = max(len(history.names) for history in shown.values())
     columns = min(2, len(shown))
     lines = -(-len(shown) // columns)
-    height = 2.8 if layers <= 8 else min(6.0, 1.4 + 0.13 * layers)
+    height = 2.8 if layers <= 8 else min(4.4, 1.4 + 0.13 * layers)
     figure = Figure(figsize=(6.8 * columns, height * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False).flat
-    for axes, (method, history) in zip(grid, shown.items(), strict=False):
-        specopt.plots.spectral_norms(history, quantity="sigma", ax=axes)
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes, (method, history) in zip(panels, shown.items(), strict=False):
+        specopt.plots.spectral_norms(history, ax=axes)
         axes.set_title(label(method), fontsize=PLAIN)
         axes.set_xlabel("epoch", fontsize=PLAIN)
-    for axes in list(grid)[len(shown) :]:
-        axes.remove()
+    for empty in panels[len(shown) :]:
+        empty.remove()
     return figure
 
 
 def history_of(runs: Sequence[Run]) -> SpectralHistory:
-    """Means over runs, with epochs as steps; a value that is not finite in one is not in the mean's."""
+    """Means over runs, with epochs as steps; nan where one is not finite. Targets of Frobenius norms are none of
+    sigma's."""
     first = runs[0]
     names = tuple(first.layers)
     sigma = np.array([[numbers(run.layers[name]["sigma"]) for name in names] for run in runs]).mean(0)
-    target = np.array([target_of(first.layers[name]) for name in names])
+    of_sigma = (first.about.get("method") or {}).get("norm_scale", {}).get("norm") != "frobenius"
+    target = np.array([target_of(first.layers[name]) if of_sigma else math.nan for name in names])
     return SpectralHistory(
-        Record(epoch, names, {"sigma": sigma[:, i], "target": target}) for i, epoch in enumerate(first.layer_epochs)
+        Record(epoch, names, {"sigma": sigma[:, i], "sigma_after": sigma[:, i], "target": target})
+        for i, epoch in enumerate(first.layer_epochs)
     )
 
 

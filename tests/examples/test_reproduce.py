@@ -144,6 +144,23 @@ def test_no_run_begins_after_the_budget(tmp_path: Path) -> None:
     assert text.count("the budget ended before") == 4
 
 
+def test_times_wait_for_the_next_call_where_the_budget_ends_with_the_last_run(tmp_path: Path) -> None:
+    plan = planned("normscale", rows=["mlp-5*"], scale=SCALES["tiny"])
+    fake = Fake()
+    ends = time.monotonic() + 0.3
+
+    def train(*words: Any) -> dict[str, Any] | None:
+        found = fake.train(*words)
+        time.sleep(max(0.0, ends + 0.01 - time.monotonic()) if len(fake.trained) == 4 else 0.0)
+        return found
+
+    tools = Tools(train, fake.images, fake.times)
+    first = run_all(plan, 1, tmp_path, Machine(), deadline=ends, tools=tools, tell=lambda _: None)
+    assert first.stopped and len(fake.trained) == 4 and fake.timed == []
+    second = run_all(plan, 1, tmp_path, Machine(), tools=tools, tell=lambda _: None)
+    assert not second.stopped and len(fake.trained) == 4 and len(fake.timed) == 1
+
+
 def test_training_is_told_the_deadline(tmp_path: Path) -> None:
     told: list[float | None] = []
 

@@ -107,15 +107,16 @@ def test_values_that_are_not_finite_leave_gaps_and_a_row_of_nothing_else_no_figu
     assert clashes(curves(all_)) == []
 
 
-def test_targets_are_drawn_where_a_method_has_them() -> None:
-    row = made_row(MLP, {"none": {}, "spectral": {}}, range(2))
+def test_targets_are_drawn_where_a_method_has_them_of_spectral_norms() -> None:
+    row = made_row(MLP, {"none": {}, "spectral": {}, "frobenius": {}}, range(2))
     runs = [
-        replace(run, layers={name: {**layer, "target": 0.75} for name, layer in run.layers.items()})
-        if run.method == "spectral"
-        else run
+        run
+        if run.method == "none"
+        else replace(run, layers={name: {**layer, "target": 0.75} for name, layer in run.layers.items()})
         for run in row.runs
     ]
     figure = spectral_norms(replace(row, runs=tuple(runs)))
     assert figure is not None
-    assert "targets" not in lines_of(figure, 0) and "targets" in lines_of(figure, 1)
-    assert [axes.get_title() for axes in figure.axes] == ["none", "spectral"]
+    assert [axes.get_title() for axes in figure.axes] == ["none", "spectral", "Frobenius"]
+    assert ["targets" in lines_of(figure, i) for i in range(3)] == [False, True, False]
+    assert figure.axes[0].get_ylabel() == "σ₁"
