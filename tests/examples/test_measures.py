@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
+from papers import measures
 from papers.measures import EXACT_SIDE, evaluate, generalization_gap, input_gradient_norms, norms, spectra
 from papers.models import NAMES, build
 from torch import Tensor, nn
@@ -286,6 +287,18 @@ def orthogonal_corner(side: int) -> Tensor:
 def test_sigma_of_norms_is_right_where_few_vectors_span_all(matrix: Tensor, sigma: float) -> None:
     """So that the method's next vector would be rounding error alone."""
     assert norms(layer(matrix))["0.weight"].sigma == pytest.approx(sigma, rel=1e-5)
+
+
+def test_sigma_of_norms_is_right_where_the_vectors_fill_the_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of matrices too small for the method, nearly orthogonal: rounding errors decide when it ends."""
+    monkeypatch.setattr(measures, "EXACT_SIDE", 1)
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(600):
+        rows, columns = 2 + trial % 19, 40 + trial % 53
+        matrix = nn.init.orthogonal_(torch.empty(rows, columns), generator=generator)
+        matrix[0] *= 1 + 10 ** (-5 * torch.rand((), generator=generator))
+        sigma = torch.linalg.svdvals(matrix.double())[0].item()
+        assert norms(layer(matrix))["0.weight"].sigma == pytest.approx(sigma, rel=1e-5), trial
 
 
 def test_norms_draw_no_random_number_and_repeat_themselves() -> None:
