@@ -229,7 +229,7 @@ def _lanczos(matrix: Tensor) -> float:
         numbers = torch.stack([made @ basis[k], torch.linalg.vector_norm(once), torch.linalg.vector_norm(twice)])
         tridiagonal[k, k], before, beta = numbers.tolist()
         tridiagonal[k + 1, k] = beta
-        # what a second projection takes away was not orthogonal after the first: an error of its rounding
+        # where the second projection takes most of it away, the first had left its rounding error
         spanned = beta <= before / 2
         if spanned or (k + 1) % LANCZOS_CHECK == 0:
             values, vectors = torch.linalg.eigh(tridiagonal[: k + 1, : k + 1])
