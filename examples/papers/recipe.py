@@ -34,7 +34,7 @@ SCALES = {
     for scale in (
         FULL,
         Scale("half", channels=0.5),
-        Scale("cpu", epochs=12, train=4000, test=2000, channels=0.25, batch=8),
+        Scale("cpu", epochs=8, train=4000, test=1000, channels=0.25, batch=8),
         Scale("tiny", epochs=2, train=256, test=128, channels=0.125, batch=2),
     )
 }

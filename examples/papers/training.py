@@ -25,7 +25,7 @@ EXAMPLES = 2
 """Images of the forward that records the layers' sizes."""
 EVALUATED = 500
 """Images at once where nothing is trained."""
-TRAIN_EVALUATED, GRADIENTS = 10_000, 2_000
+TRAIN_EVALUATED, GRADIENTS = 10_000, 1_000
 """Training images whose accuracy, and test images whose gradient, is measured after an epoch: all, or the first so many
 (of a set that comes in the order of its classes, drawn by the seed)."""
 VALIDATION_SEED = 0

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
+from papers import measures
 from papers.measures import EXACT_SIDE, evaluate, generalization_gap, input_gradient_norms, norms, spectra
 from papers.models import NAMES, build
 from torch import Tensor, nn
@@ -248,6 +249,56 @@ def test_sigma_of_norms_is_within_1e_5_of_float64_svd_above_the_exact_side(value
     sigma = torch.linalg.svdvals(matrix.double())[0].item()
     assert norms(model)["0.weight"].sigma == pytest.approx(sigma, rel=1e-5)
     assert spectra(model)["0.weight"].sigma == pytest.approx(sigma, rel=1e-9)
+
+
+def planted(*entries: tuple[int, int]) -> Tensor:
+    matrix = torch.zeros(ABOVE, ABOVE)
+    for entry in entries:
+        matrix[entry] = 1.0
+    return matrix
+
+
+def orthogonal_corner(side: int) -> Tensor:
+    """Beside zeros."""
+    matrix = torch.zeros(ABOVE, ABOVE)
+    matrix[:side, :side] = with_spectrum(torch.ones(side), side, side)
+    return matrix
+
+
+@pytest.mark.parametrize(
+    ("matrix", "sigma"),
+    [
+        (planted((0, 0)), 1.0),
+        (planted((ABOVE - 1, 3)), 1.0),
+        (planted((0, 0), (0, 1), (1, 0), (1, 1)), 2.0),
+        (planted(*((i, 0) for i in range(ABOVE))), ABOVE**0.5),
+        (planted(*((0, i) for i in range(ABOVE))), ABOVE**0.5),
+        (torch.ones(ABOVE, ABOVE), float(ABOVE)),
+        (torch.eye(ABOVE), 1.0),
+        (torch.eye(ABOVE).roll(7, 0), 1.0),
+        *((torch.eye(ABOVE) + above * planted((5, 5)), 1.0 + above) for above in (1.0, 1e-2, 1e-3, 1e-4, 1e-5)),
+        (torch.diag(torch.arange(ABOVE) % 2.0), 1.0),
+        *(
+            (nn.functional.pad(with_spectrum(torch.ones(few), few, few), [0, ABOVE - few] * 2), 1.0)
+            for few in (2, 15, 80)
+        ),
+    ],
+)
+def test_sigma_of_norms_is_right_where_few_vectors_span_all(matrix: Tensor, sigma: float) -> None:
+    """So that the method's next vector would be rounding error alone."""
+    assert norms(layer(matrix))["0.weight"].sigma == pytest.approx(sigma, rel=1e-5)
+
+
+def test_sigma_of_norms_is_right_where_the_vectors_fill_the_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of matrices too small for the method, nearly orthogonal: rounding errors decide when it ends."""
+    monkeypatch.setattr(measures, "EXACT_SIDE", 1)
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(600):
+        rows, columns = 2 + trial % 19, 40 + trial % 53
+        matrix = nn.init.orthogonal_(torch.empty(rows, columns), generator=generator)
+        matrix[0] *= 1 + 10 ** (-5 * torch.rand((), generator=generator))
+        sigma = torch.linalg.svdvals(matrix.double())[0].item()
+        assert norms(layer(matrix))["0.weight"].sigma == pytest.approx(sigma, rel=1e-5), trial
 
 
 def test_norms_draw_no_random_number_and_repeat_themselves() -> None:

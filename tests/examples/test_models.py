@@ -285,13 +285,22 @@ def test_scale_multiplies_stem_and_growth_of_a_densenet() -> None:
         assert widths("densenet40", scale) == expected
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["mlp", "lenet5", "vgg16", "nin", "densenet40", "resnet34"])
 def test_compiled_network_is_one_graph_and_agrees(name: str) -> None:
-    model = small(name).eval()
-    images = torch.randn(2, *CIFAR)
+    model, images = small(name).eval(), torch.randn(2, *CIFAR)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(images), model(images))
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet50-cifar"])
+def test_compiled_stem_and_bottleneck_are_one_graph_and_agree(name: str) -> None:
+    """The sixteen blocks of a whole network take seconds to trace."""
+    model, images = small(name).eval(), torch.randn(2, *CIFAR)
+    part = nn.Sequential(model.get_submodule("stem"), model.get_submodule("stages.0.0"))
+    torch._dynamo.reset()
+    compiled = torch.compile(part, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), part(images))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -65,7 +65,7 @@ def build(name: str, shape: tuple[int, int, int], classes: int, **options: Any) 
         ValueError: another name, or an option that the network does not take, with the near ones; a shape that is too
             small for the network; a value out of its range.
     """
-    if name not in _NETWORKS:
+    if name not in NAMES:
         raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}{_near(name, NAMES)}")
     check_input(shape, classes)
     network = _NETWORKS[name]

@@ -24,8 +24,9 @@ class NIN(nn.Module):
 
     Args:
         dropout: rate after the first two blocks.
-        batch_norm: after every convolution but the last. The authors have none; the SNR paper's learning rates of up
-            to 1.0 are hard to use without.
+        batch_norm: after every convolution but the last. The authors have none, and the documents do not say what the
+            SNR paper had. At its learning rate of 1.0 a trial at scale 0.125 was at a loss of 1e20 within five steps
+            without it, and went down with it.
     """
 
     def __init__(

@@ -20,8 +20,10 @@ class Shape(NamedTuple):
 
 
 def check_input(shape: tuple[int, int, int], classes: int) -> None:
-    """Raises:
-    ValueError: ``shape`` is not three positive numbers, or there are fewer than two classes.
+    """Whether a network can be made for such images.
+
+    Raises:
+        ValueError: ``shape`` is not three whole numbers from 1 up, or there are fewer than two classes.
     """
     if not isinstance(shape, tuple | list) or len(shape) != 3 or not all(_is_count(size, 1) for size in shape):
         raise ValueError(f"shape must be (C, H, W), three whole numbers from 1 up, got {shape!r}")
@@ -51,8 +53,10 @@ def flag(name: str, value: bool) -> bool:
 
 
 def dropout_layer(rate: float) -> nn.Dropout:
-    """Raises:
-    ValueError: ``rate`` is not in [0, 1).
+    """Dropout at ``rate``, the fraction that is set to zero; 0 is none.
+
+    Raises:
+        ValueError: ``rate`` is not in [0, 1).
     """
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
         raise ValueError(f"dropout must be a number in [0, 1), got {rate!r}")
