@@ -259,6 +259,25 @@ def test_published_methods_are_judged_apart_from_the_stated_ones() -> None:
     assert verdict(rows, "c", published=True).verdict == "held"
 
 
+def test_ours_is_compared_with_every_method_of_the_paper_in_each_row_that_has_it() -> None:
+    papers = {"none": {"test": 0.4}, "frobenius": {"test": 0.5}, "spectral": {"test": 0.3}}
+    rows = [
+        made_row(ALL_NS[0], {**papers, "ours": {"test": 0.6}}),
+        made_row(ALL_NS[1], {**papers, "ours": {"test": 0.45}}),
+        made_row(ALL_NS[2], papers),
+        made_row(ALL_NS[3], {"none": {"test": 0.4}, "ours": {"test": 0.6}}),
+    ]
+    found = claims.additions("normscale", rows)
+    assert [(each.claim, each.verdict) for each in found] == [
+        (f"{ALL_NS[0]} ours", "held"),
+        (f"{ALL_NS[1]} ours", "not held"),
+        (f"{ALL_NS[3]} ours", "undecided"),
+    ]
+    assert [each.claim for each in claims.additions("snr", [made_row(snr.LARGE[0], {**BEST, "cap": {}})])] == [
+        f"{snr.LARGE[0]} cap"
+    ]
+
+
 @pytest.mark.parametrize("table", claims.CLAIMS)
 def test_every_claim_is_undecided_and_says_why_where_nothing_was_run(table: str) -> None:
     found = claims.verdicts(table, [])

@@ -143,6 +143,14 @@ def test_claims_have_a_verdict_for_each_scale_and_their_comparisons_below() -> N
     assert "- snr/nin-cifar100-b4096: snr over vanilla: not run" in text
 
 
+def test_what_ours_adds_stands_below_the_claims_where_it_was_run() -> None:
+    four = {name: {"test": 0.4} for name in ("vanilla", "weight-decay", "adversarial", "snr")}
+    assert "Ours more accurate" not in table.claims_section("snr", [made_row(VGG, four)])
+    text = table.claims_section("snr", [made_row(VGG, {**four, "cap": {"test": 0.6}})])
+    assert f"- {VGG} cap: **held** (4 for, 0 against, 0 open, 0 untested)" in text
+    assert f"- {VGG}: cap over weight-decay: +0." in text
+
+
 def test_claims_of_nothing_run_are_undecided() -> None:
     text = table.claims_section("normscale", [])
     assert text.count("**undecided**") == 5 and "nothing run" in text

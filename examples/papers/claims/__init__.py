@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from ..results import Row
-from . import normscale, snr
+from . import normscale, ours, snr
 from .testing import Finding, Rows, Verdict
 
-__all__ = ["CLAIMS", "Finding", "Verdict", "verdicts"]
+__all__ = ["CLAIMS", "Finding", "Verdict", "additions", "verdicts"]
 
 CLAIMS: dict[str, tuple[Callable[[Rows, str], Verdict], ...]] = {
     "snr": (snr.claim_a, snr.claim_b, snr.claim_c, snr.claim_d, snr.claim_e),
@@ -33,8 +33,23 @@ def verdicts(table: str, rows: Iterable[Row], *, published: bool = False) -> lis
     Raises:
         ValueError: rows of more than one scale, which are not to be compared.
     """
+    by_name = of_one_scale(table, rows)
+    return [claim(by_name, "-published" if published else "") for claim in CLAIMS[table]]
+
+
+def additions(table: str, rows: Iterable[Row]) -> list[Verdict]:
+    """Whether ours is better than every method of the paper, for each row of one scale that has ours.
+
+    Raises:
+        ValueError: rows of more than one scale.
+    """
+    return ours.against_papers(table, of_one_scale(table, rows))
+
+
+def of_one_scale(table: str, rows: Iterable[Row]) -> Rows:
+    """The table's, by name."""
     by_name = {row.name: row for row in rows if row.name.startswith(f"{table}/")}
     scales = sorted({row.scale for row in by_name.values()})
     if len(scales) > 1:
         raise ValueError(f"rows must be of one scale, got {', '.join(scales)}")
-    return [claim(by_name, "-published" if published else "") for claim in CLAIMS[table]]
+    return by_name

@@ -18,6 +18,7 @@ TEN_POINTS = 0.095
 """Ten percentage points when rounded, as in the paper: 0.3625 against 0.2662."""
 FALLS = 0.10
 """A test loss that ends at most so much above its least "keeps falling"."""
+METHODS = ("none", "frobenius", "spectral")
 MLPS = ("normscale/mlp-5x2000", "normscale/mlp-7x4000")
 RESNETS = ("normscale/resnet34", "normscale/resnet50")
 
@@ -41,7 +42,7 @@ def final_log_ratio_beyond(one: Run, other: Run, factor: float) -> float | None:
 
 
 def claim_a(rows: Rows, suffix: str) -> Verdict:
-    none, frobenius, spectral = (f"{name}{suffix}" for name in ("none", "frobenius", "spectral"))
+    none, frobenius, spectral = (f"{name}{suffix}" for name in METHODS)
     text = "Both scalings keep spectral norms lower than none at every epoch, the spectral one by far the most"
     test = (
         "the least over epochs of the log ratio of mean spectral norms over layers; and by far: Frobenius over "

@@ -1,0 +1,31 @@
+"""What this library's own methods add to the papers' rows."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from . import normscale, snr
+from .testing import Rows, Verdict, accuracy, compare, difference, judge
+
+OURS = {"snr": ("snr-adamw", "cap"), "normscale": ("ours",)}
+PAPERS = {"snr": (*snr.OTHERS, "snr"), "normscale": normscale.METHODS}
+"""By table."""
+
+
+def against_papers(table: str, rows: Rows) -> list[Verdict]:
+    """For each row that was run and each of ours in it: whether its accuracy is above that of every method of the
+    paper."""
+    text = "ours has a better accuracy than every method of the paper"
+    test = "test accuracy after the last epoch, ours less each other method's"
+    better = partial(difference, value=accuracy)
+    return [
+        judge(
+            f"{row} {method}",
+            text,
+            test,
+            [compare(rows, row, f"{method} over {other}", better, method, other) for other in PAPERS[table]],
+        )
+        for row in rows
+        for method in OURS[table]
+        if rows[row].of(method)
+    ]
