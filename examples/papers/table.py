@@ -10,6 +10,7 @@ from typing import Any
 from . import published
 from .claims import Verdict, additions, verdicts
 from .published import Cell
+from .recipe import SCALES
 from .recipes import rows as recipes_of
 from .results import Row, Run
 
@@ -57,9 +58,9 @@ Mean ± standard deviation over seeds. Test accuracy, test loss and gradient nor
 gradient by its normalized input, of at most 2,000 test images) are those after the last epoch. Gap: the least training
 less test accuracy, the former of at most 10,000 training images, over epochs whose test accuracy is above the
 threshold. That is the paper's at full scale and length; else one for all methods of the row, the least over them of the
-mean best test accuracy, less 0.01, rounded down to 0.01. Mean σ₁, stable rank and rank: over
-layers, after the last epoch; deviation of σ₁: over layers, the mean of the last half of the epochs. Time: of a training
-step over that of the first method, steps taken in turn, the median of their ratios."""
+mean best test accuracy, less 0.01, rounded down to 0.01. Mean σ₁, stable rank and rank: over layers, after the last
+epoch; deviation of σ₁: over layers, the mean of the last half of the epochs. Time: of a training step over that of the
+first method, steps taken in turn, the median of their ratios."""
 
 
 def late_deviation(run: Run) -> float | None:
@@ -105,7 +106,7 @@ def row_table(row: Row) -> str:
             line += [over_seeds([each.here(run) for run in runs], each.digits)]
         time = row.times.get(method)
         lines.append([*line, NOTHING if time is None else f"{time:.2f}"])
-    return aligned(lines)
+    return markdown_table(lines)
 
 
 def stated_methods(row: str) -> list[str]:
@@ -135,7 +136,7 @@ def over_seeds(values: Sequence[float | None], digits: int) -> str:
     return text + (f" ({len(known)} of {len(values)})" if len(known) < len(values) else "")
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> str:
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
     head, *rest = lines
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *rest))
@@ -185,7 +186,8 @@ def table_section(
         figures: of a row, as :func:`row_section` takes them.
     """
     order = list(recipes_of(table))
-    run = sorted((row for row in rows if row.runs and row.name in order), key=lambda row: order.index(row.name))
+    run = [row for row in largest_first(rows) if row.runs and row.name in order]
+    run.sort(key=lambda row: order.index(row.name))
     sections = [row_section(row, figures(row)) for row in run]
     if run:
         sections.append(NOTES)
@@ -193,6 +195,12 @@ def table_section(
     if absent:
         sections.append("Not run:\n\n" + "\n".join(not_run(name, (reasons or {}).get(name)) for name in absent))
     return "\n\n".join(sections)
+
+
+def largest_first(rows: Iterable[Row]) -> list[Row]:
+    """By scale."""
+    scales = list(SCALES)
+    return sorted(rows, key=lambda row: scales.index(row.scale))
 
 
 def not_run(name: str, reason: str | None) -> str:
@@ -203,29 +211,44 @@ def not_run(name: str, reason: str | None) -> str:
 
 
 def claims_section(table: str, rows: Sequence[Row]) -> str:
-    """A verdict for each claim and each scale that anything of the table was run at, and what it rests on."""
-    scales = list(dict.fromkeys(row.scale for row in rows if row.runs and row.name.startswith(f"{table}/")))
-    head = ["claim", "", *(scale_head(scale) for scale in scales or [NOTHING])]
-    by_scale = [verdicts(table, [row for row in rows if row.scale == scale]) for scale in scales or [""]]
+    """A verdict for each claim and each scale that anything of the table was run at, and what it rests on; then what
+    ours adds."""
+    run = [row for row in largest_first(rows) if row.runs and row.name.startswith(f"{table}/")]
+    by_scale = {scale: [row for row in run if row.scale == scale] for scale in dict.fromkeys(row.scale for row in run)}
+    found = {scale: verdicts(table, there) for scale, there in by_scale.items()}
+    parts = [verdict_table(found or {NOTHING: verdicts(table, [])})]
+    parts += [details(f"Comparisons, {scale} scale", some) for scale, some in found.items()]
+    for scale, there in by_scale.items():
+        parts += [*of_published_code(table, scale, there), *of_ours(table, scale, there)]
+    return "\n\n".join(parts)
+
+
+def verdict_table(found: Mapping[str, Sequence[Verdict]]) -> str:
+    """A column for each scale."""
+    head = ["claim", "", *map(scale_head, found)]
     lines = [
         [one[0].claim, one[0].text, *(f"**{each.verdict}** ({tally(each)})" for each in one)]
-        for one in zip(*by_scale, strict=True)
+        for one in zip(*found.values(), strict=True)
     ]
-    parts = ["\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))]
-    for scale, found in zip(scales, by_scale, strict=False):
-        parts.append(details(f"Comparisons, {scale} scale", found))
-    for scale in scales:
-        there = [row for row in rows if row.scale == scale]
-        if any(run.method.endswith("-published") for row in there for run in row.runs):
-            found = verdicts(table, there, published=True)
-            words = "; ".join(f"{each.claim}: {each.verdict}" for each in found)
-            parts += [f"With the defects of the published code, {scale} scale: {words}.", details("Comparisons", found)]
-        own = additions(table, there)
-        if own:
-            better = "\n".join(f"- {each.claim}: **{each.verdict}** ({tally(each)})" for each in own)
-            what = "Ours more accurate than every method of the paper"
-            parts += [f"{what}, {scale} scale:\n\n{better}", details("Comparisons", own)]
-    return "\n\n".join(parts)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
+
+
+def of_published_code(table: str, scale: str, rows: Sequence[Row]) -> list[str]:
+    """The claims on runs with the defects of the published code, where there are any."""
+    if not any(run.method.endswith("-published") for row in rows for run in row.runs):
+        return []
+    found = verdicts(table, rows, published=True)
+    words = "; ".join(f"{each.claim}: {each.verdict}" for each in found)
+    return [f"With the defects of the published code, {scale} scale: {words}.", details("Comparisons", found)]
+
+
+def of_ours(table: str, scale: str, rows: Sequence[Row]) -> list[str]:
+    found = additions(table, rows)
+    if not found:
+        return []
+    better = "\n".join(f"- {each.claim}: **{each.verdict}** ({tally(each)})" for each in found)
+    what = "Ours more accurate than every method of the paper"
+    return [f"{what}, {scale} scale:\n\n{better}", details("Comparisons", found)]
 
 
 def scale_head(scale: str) -> str:

@@ -116,6 +116,8 @@ def test_rows_come_in_the_tables_order_and_those_not_run_with_their_reasons() ->
     text = table.table_section("snr", rows, reasons={"snr/densenet-stl10-b64": "no stl10_binary"})
     assert text.index("### `snr/vgg-cifar10-b64`, tiny scale") < text.index("### `snr/vgg-cifar10-b4096`, tiny scale")
     assert "normscale" not in text
+    both = table.table_section("snr", [rows[0], replace(rows[0], scale="full")])
+    assert both.index(f"`{VGG}`, full scale") < both.index(f"`{VGG}`, tiny scale")
     absent = text.partition("Not run:\n\n")[2].splitlines()
     assert len(absent) == 16 - 2 and "- `snr/densenet-stl10-b64`: no stl10_binary" in absent
 
