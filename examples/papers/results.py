@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import write_text
 from .measures import generalization_gap
 from .recipe import Recipe
 
@@ -206,7 +207,7 @@ def record(folder: Path, row: Row) -> Path:
     times = {method: float(f"{value:.3g}") for method, value in row.times.items()}
     path = path_of(folder, row.name, row.scale)
     plain = asdict(replace(row, runs=tuple(runs), times=times))
-    path.write_text(in_lines(plain) + "\n", encoding="utf-8")
+    write_text(path, in_lines(plain) + "\n")
     return path
 
 
