@@ -2,8 +2,8 @@
 
 A claim is a set of comparisons. Each is a quantity that the claim says is positive, with a value for each seed: most
 are differences of two methods from the same seed, which share data, batches and start. A comparison is decided by
-Student's t-test of its mean against 0, two-sided, at 5 % after Holm's correction over the comparisons of the claim. The
-claim is
+Student's t-test of its mean against 0, two-sided, at 5 % after Holm's correction over the comparisons of the claim;
+that of gaps and gradient norms by a permutation test. The claim is
 
 - **not held** where one comparison is significantly negative;
 - **held** where all are significantly positive, in all rows that the claim names;
