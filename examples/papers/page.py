@@ -1,21 +1,27 @@
 """docs/results.md, whose tables, claims and figures come from recorded results.
 
-A block of the page is ``<!-- table: snr -->`` or ``<!-- claims: snr -->``, and all that follows up to ``<!-- end -->``.
+A block of the page is ``<!-- table: snr -->``, ``<!-- claims: snr -->`` or ``<!-- search: FILE -->``, and all that
+follows up to ``<!-- end -->``.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .recipes import TABLES
 from .results import Row, read_all
 from .row_figures import draw_row
 from .table import claims_section, table_section
 
-BLOCK = re.compile(r"<!-- (?P<kind>table|claims): (?P<table>[\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- (?P<kind>table|claims|search): (?P<table>[\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 FIGURES = "results"
 """Folder of figures beside the page."""
+SEARCHES = "search"
+"""Folder of what examples/search.py has written, in that of the results."""
 
 
 def rendered(page: str, recorded: Path, docs: Path) -> str:
@@ -34,11 +40,41 @@ def rendered(page: str, recorded: Path, docs: Path) -> str:
         return [(what, path.relative_to(docs).as_posix()) for what, path in draw_row(row, docs / FIGURES)]
 
     def block(found: re.Match[str]) -> str:
-        table = found["table"]
-        if table not in TABLES:
+        kind, table = found["kind"], found["table"]
+        if kind != "search" and table not in TABLES:
             raise ValueError(f"a block's table must be one of {', '.join(TABLES)}, got {table!r}")
-        is_table = found["kind"] == "table"
-        text = table_section(table, rows, figures=figures) if is_table else claims_section(table, rows)
-        return f"<!-- {found['kind']}: {table} -->\n{text}\n<!-- end -->"
+        if kind == "search":
+            text = search_section(recorded / SEARCHES / f"{table}.json")
+        else:
+            text = table_section(table, rows, figures=figures) if kind == "table" else claims_section(table, rows)
+        return f"<!-- {kind}: {table} -->\n{text}\n<!-- end -->"
 
     return BLOCK.sub(block, page)
+
+
+def search_section(path: Path) -> str:
+    """What examples/search.py has written, best first.
+
+    Raises:
+        ValueError: a file of something else.
+    """
+    if not path.exists():
+        return "Not run."
+    try:
+        return _search_table(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} must hold what examples/search.py writes, and does not: {error!r}") from None
+
+
+def _search_table(found: Mapping[str, Any]) -> str:
+    rows = sorted(found["rows"], key=lambda row: -float(row["validation_accuracy"]))
+    lines = [f"| {row['method']} | {row['validation_accuracy']:.4f} | {row['time_over_none']:.2f} |" for row in rows]
+    precision = "bfloat16 autocast" if found["bf16"] else "float32"
+    about = (
+        f"`{found['recipe']}`, {found['scale']} scale, {found['epochs']} epochs, {len(rows[0]['seeds'])} seed(s); "
+        f"{found['held_out']:.0%} of the training images held out; {found['machine']}, {precision}, commit "
+        f"{found['commit']}. Best: `{found['best']}`; within {found['most_time']:g} of the time: "
+        f"{'`' + found['best_within_time'] + '`' if found['best_within_time'] else 'none'}."
+    )
+    head = "| method | validation accuracy | step / first method's |\n| --- | ---: | ---: |"
+    return "\n".join([head, *lines, "", about])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from papers.candidates import candidates
 from papers.data import load
+from papers.page import search_section
 from papers.recipe import SCALES
 from papers.recipes import find
 from papers.training import Training
@@ -68,4 +69,14 @@ def test_search_writes_the_best_and_the_best_within_the_time(
     assert all(len(row["seeds"]) == 2 for row in found["rows"])
     assert found["best"] == max(found["rows"][1:], key=lambda row: row["validation_accuracy"])["method"]
     assert found["best_within_time"] is None
+    section = search_section(record)
+    assert section.count("\n| snr-") == 2
+    assert f"Best: `{found['best']}`; within 1e-09 of the time: none." in section
     assert f"best: {found['best']}; within 1e-09 of the time: None" in capsys.readouterr().out
+
+
+def test_page_refuses_a_file_that_no_search_wrote(tmp_path: Path) -> None:
+    assert search_section(tmp_path / "none.json") == "Not run."
+    (tmp_path / "other.json").write_text('{"rows": [{"method": "a"}]}')
+    with pytest.raises(ValueError, match=r"other\.json must hold what examples/search\.py writes"):
+        search_section(tmp_path / "other.json")
