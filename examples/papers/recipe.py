@@ -25,7 +25,7 @@ class Scale:
     channels: float = 1.0
     """On the channels of convolutional networks and the width of an MLP."""
     batch: int = 1
-    """What batch sizes are divided by, down to 32 at the least."""
+    """What batch sizes are divided by, down to 32 at the least; none is larger than the set."""
 
 
 FULL = Scale("full")
@@ -115,7 +115,7 @@ class Recipe:
             self,
             model_options=options,
             epochs=scale.epochs or self.epochs,
-            batch=min(self.batch, max(32, self.batch // scale.batch)),
+            batch=min(self.batch, max(32, self.batch // scale.batch), scale.train or self.batch),
             train=scale.train,
             test=scale.test,
             threshold=None,
