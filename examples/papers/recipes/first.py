@@ -1,7 +1,8 @@
 """For a first try, outside the papers' tables: the embedded UCI digits, and LeNet-5 on MNIST and Fashion-MNIST.
 
 SGD with momentum 0.9 and batches of 64, or AdamW with lr 1e-3; 30 epochs on digits and 20 on the others. Images of
-8 x 8 pixels do not survive a crop, nor handwritten digits a flip: the former are given as they are, MNIST without flips.
+8 x 8 pixels do not survive a crop, nor handwritten digits a flip: UCI digits are given as they are, MNIST is cropped
+alone.
 """
 
 from __future__ import annotations
