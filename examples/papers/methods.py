@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import specopt
+from specopt.targets import MatrixInfo
 
 ADVERSARIAL_SHARE = 0.5
 """alpha: the weight of the clean loss beside that of the perturbed inputs."""
@@ -52,6 +53,11 @@ class Method:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
 
     @property
+    def frobenius(self) -> bool:
+        """Whether weights are scaled to a Frobenius norm."""
+        return self.norm_scale.get("norm") == "frobenius"
+
+    @property
     def rules(self) -> list[Any]:
         """What is attached to the base optimizer."""
         found: list[Any] = [specopt.SpectralPenalty(self.snr_lambda)] if self.snr_lambda else []
@@ -66,7 +72,7 @@ def optimizer_for(
     Args:
         inputs: a small batch, of which ``target="size"`` records the layers' sizes.
         momentum: of SGD.
-        one_target: every layer has the first one's target, as in Norm Scaling's published runs.
+        one_target: every layer has the first one's target norm, as in Norm Scaling's published runs.
     """
     options: dict[str, Any] = {"lr": lr, "weight_decay": method.weight_decay}
     rules = method.rules
@@ -85,17 +91,46 @@ def controlled_groups(method: Method, model: nn.Module, inputs: Tensor, one_targ
     overrides = {pattern: {"spectral": False} for pattern in spared(method, model)}
     if not method.norm_scale:
         return specopt.param_groups(model, overrides=overrides, weight_decay=method.weight_decay)
+    target: Any = frobenius_target(model, inputs) if (method.frobenius and method.target == "size") else method.target
     groups = specopt.param_groups(
-        model, overrides=overrides, weight_decay=method.weight_decay, target=method.target, inputs=inputs
+        model, overrides=overrides, weight_decay=method.weight_decay, target=target, inputs=inputs
     )
-    entries = [entry for group in groups for entry in group.get("target", []) if entry is not None]
+    if one_target:
+        share_first_target(groups, frobenius=method.frobenius)
     for group in groups:
         if isinstance(group.get("target"), list):
-            group["target"] = [
-                None if entry is None else scaled(entries[0] if one_target else entry, method.gain)
-                for entry in group["target"]
-            ]
+            group["target"] = [None if entry is None else scaled(entry, method.gain) for entry in group["target"]]
     return groups
+
+
+def frobenius_target(model: nn.Module, inputs: Tensor) -> Callable[[MatrixInfo], float]:
+    """Norm Scaling's ``F* = sqrt(min(d_k, d_{k-1})·d_k/d_{k-1})`` of layer sizes ``d = C·H·W``, as what specopt takes:
+    ``F* / sqrt(min(rows, columns))``, with rows and columns of the matrix (out, in·k·k).
+
+    Of a Linear that is ``sqrt(out/in)``. Of a convolution sizes are far above the matrix' sides: F* of 64 channels to
+    64 at 32 x 32 is 256, where a matrix of singular values ``sqrt(d_k/d_{k-1})`` has 8.
+    """
+    shapes = specopt.record_shapes(model, inputs)
+
+    def target(matrix: MatrixInfo) -> float:
+        found = shapes[matrix.name]
+        rows, columns = matrix.shape[:2]  # a group of a convolution has its share of both sizes
+        given, taken = rows * math.prod(found.output[1:]), columns * math.prod(found.input[1:])
+        return math.sqrt(min(given, taken) / min(rows, math.prod(matrix.shape[1:]))) * math.sqrt(given / taken)
+
+    return target
+
+
+def share_first_target(groups: list[dict[str, Any]], *, frobenius: bool) -> None:
+    """Gives every weight the target norm of the first one that has a target: sigma*, or F*."""
+    first = None
+    for group in groups:
+        targets: Any = group.get("target")
+        for i, (_, weight) in enumerate(group["params"] if isinstance(targets, list) else ()):
+            if targets[i] is not None:
+                root = math.sqrt(min(weight.flatten(1).shape)) if frobenius else 1.0
+                first = first or targets[i] * root
+                targets[i] = first / root
 
 
 def scaled(entry: float | list[float], gain: float) -> float | list[float]:

@@ -204,7 +204,8 @@ def values_of(found: Norms) -> dict[str, float]:
 
 
 def targets_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, float]:
-    """sigma* of each weight by name, where a rule has one."""
+    """sigma* of each weight by name, where a rule has one; of a rule for Frobenius norms ``F* / sqrt(min(rows,
+    columns))``, the root of the singular values' mean square where there are ``min(rows, columns)``."""
     names = {param: name for name, param in model.named_parameters()}
     return {
         names[param]: entry

@@ -63,6 +63,40 @@ def test_one_target_is_the_first_layers_everywhere() -> None:
     assert found == pytest.approx([math.sqrt(4 * 16 / (3 * 64))] * 2)
 
 
+def frobenius_norms_after_a_step(model: nn.Module, images: torch.Tensor, **how: bool) -> list[float]:
+    method = Method("frobenius", base="adamw", norm_scale={"norm": "frobenius", "mode": "set"})
+    optimizer = optimizer_for(method, model, images, lr=1e-3, momentum=0.0, **how)
+    model(images).square().mean().backward()
+    optimizer.step()
+    return [weight.norm().item() for weight in model.parameters() if weight.ndim > 1]
+
+
+@pytest.mark.filterwarnings("ignore:the first step moves")
+def test_frobenius_norms_are_the_stated_ones_of_layer_sizes() -> None:
+    images = torch.randn(2, 64, 32, 32)
+    convolutions = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 16, 3, stride=2, padding=1))
+    assert frobenius_norms_after_a_step(convolutions, images) == pytest.approx([256.0, math.sqrt(4096 * 4096 / 65536)])
+    linear = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 5))
+    assert frobenius_norms_after_a_step(linear, torch.randn(2, 12)) == pytest.approx([math.sqrt(20), math.sqrt(5 / 4)])
+
+
+def test_frobenius_targets_of_linear_layers_are_those_of_their_shapes_to_the_bit() -> None:
+    net, images = nn.Sequential(nn.Linear(3072, 200), nn.Linear(200, 200), nn.Linear(200, 100)), torch.randn(2, 3072)
+    spectral, frobenius = (
+        optimizer_for(Method("x", norm_scale={"norm": norm}, gain=0.7), net, images, lr=0.1, momentum=0.0)
+        for norm in ("spectral", "frobenius")
+    )
+    assert [group["target"] for group in spectral.param_groups] == [group["target"] for group in frobenius.param_groups]
+
+
+@pytest.mark.filterwarnings("ignore:the first step moves")
+def test_one_target_of_frobenius_norms_is_the_first_layers_norm() -> None:
+    images = torch.randn(2, 3, 8, 8)
+    norms = frobenius_norms_after_a_step(Net(), images, one_target=True)
+    first = math.sqrt(min(3 * 64, 4 * 16) * 4 * 16 / (3 * 64))
+    assert (norms[0], norms[2]) == pytest.approx((first, first))  # norms[1] is the shortcut's
+
+
 def test_patterns_that_a_model_has_not_are_no_error() -> None:
     optimizer_for(Method("snr", snr_lambda=0.1), nn.Sequential(nn.Linear(4, 4)), torch.ones(2, 4), lr=0.1, momentum=0.0)
 

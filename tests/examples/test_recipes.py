@@ -152,7 +152,7 @@ def test_every_row_builds_its_network_at_every_scale(row: str) -> None:
         assert made(find(recipe.name))[0] is not None
 
 
-@pytest.mark.filterwarnings("ignore:the first step moves")  # of published runs, whose targets are not where they start
+@pytest.mark.filterwarnings("ignore:the first step moves")  # where targets are not what weights start with
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_step_of_each_method_changes_every_weight_and_keeps_it_finite(name: str) -> None:
     recipe = find(name).scaled(TINY)

@@ -5,6 +5,10 @@ starts from the same orthogonal weights times the targets, ``sqrt(d_k/d_{k-1})``
 and leaves down-sampling convolutions, biases and norms alone. Training images are cropped and flipped at random. AdamW
 without weight decay is Adam.
 
+``frobenius`` has the stated targets, ``sqrt(min(d_k, d_{k-1})·d_k/d_{k-1})`` of layer sizes. An MLP's layers start with
+these norms. Those of a convolution lie far above its start: 256 for 64 channels to 64 at 32 x 32, which start with 8,
+so that the first step scales it up by as much.
+
 ``none-published``, ``frobenius-published`` and ``spectral-published`` are the same with the defects of the published
 code (:attr:`papers.recipe.Recipe.published`).
 
