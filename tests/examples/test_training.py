@@ -27,6 +27,7 @@ from papers.recipe import SCALES, Recipe
 from papers.running import Run
 from papers.timing import time_methods
 from papers.training import Settings, Training
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 VANILLA = Method("vanilla")
@@ -337,6 +338,31 @@ def test_times_are_ratios_to_the_first_recipe() -> None:
     found = time_methods([recipe_of(VANILLA), recipe_of(CAP)], load("digits"), "cpu", steps=5)
     assert found["digits/mlp/vanilla"] == 1.0
     assert found["digits/mlp/cap"] > 0
+
+
+@pytest.mark.parametrize(("every", "least"), [(50, 172), (1, 52)])
+def test_times_have_the_share_of_what_is_done_in_each_50th_step(
+    every: int, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = {"vanilla": 0, "full": 0}
+
+    def step(self: Training, images: Tensor, labels: Tensor) -> float:
+        name = self.recipe.method.name
+        taken[name] += 1
+        slower = 1.32 if name == "full" else 1.0
+        return slower + (15.5 if name == "full" and every > 1 and taken[name] % every == 0 else 0.0)
+
+    monkeypatch.setattr(Training, "time_step", step)
+    full = Method("full", norm_scale={"mode": "cap", "rank": "full", "every": every})
+    found = time_methods([recipe_of(VANILLA), recipe_of(full)], load("digits"), "cpu")
+    assert found["digits/mlp/full"] == pytest.approx(1.63 if every > 1 else 1.32)
+    assert taken == {"vanilla": least, "full": least}
+
+
+def test_times_are_of_runs_as_they_are_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    time_methods([recipe_of(VANILLA)], load("digits"), "cpu", steps=1)
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
 
 
 def test_bfloat16_and_channels_last_train(noise: None) -> None:
