@@ -74,8 +74,11 @@ def save(folder: Path, state: Mapping[str, Any]) -> None:
         torch.save(dict(state), beside)
 
 
-def load(folder: Path, device: torch.device, expected: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The state that :func:`save` wrote, or None where there is none.
+def load(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The state that :func:`save` wrote, on the CPU, or None where there is none.
+
+    ``load_state_dict`` moves to the device what belongs there. AdamW's count of steps stays where it was loaded to, and
+    reading it from a GPU in each step would make the step wait.
 
     Args:
         expected: plain values that the state must hold, such as the recipe's.
@@ -87,7 +90,7 @@ def load(folder: Path, device: torch.device, expected: Mapping[str, Any]) -> dic
     if not path.exists():
         return None
     try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged archive makes unpickling raise
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); remove it to start anew") from error
     differing = list(differences(expected, {name: state.get(name) for name in expected}))

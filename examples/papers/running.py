@@ -66,7 +66,7 @@ class Run:
         deterministic()
         training = Training(recipe, images, seed, settings)
         checkpoint.reserve(self.folder, checkpoint.size_of(training.model))
-        state = checkpoint.load(self.folder, torch.device(settings.device), self.identity)
+        state = checkpoint.load(self.folder, self.identity)
         if state is not None:
             training.load(state)
         return training

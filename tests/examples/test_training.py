@@ -120,9 +120,9 @@ def test_run_that_stops_after_each_epoch_ends_in_the_log_of_one_that_does_not(
     assert {**result, "step_ms": 0} == {**whole, "step_ms": 0}
 
 
-def one_epoch(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
+def one_epoch(recipe: Recipe, folder: Path, device: str = "auto") -> dict[str, Any] | None:
     """Another one of the run, by objects that know what the disk knows; then what :meth:`Run.finish` gives back."""
-    run = Run(recipe, 0, folder)
+    run = Run(recipe, 0, folder, device=device)
     if run.result is None and run.training.epochs_done < recipe.epochs:
         torch.manual_seed(time.time_ns() % 2**32)  # as a new process would have it
         run.training.run_epoch()
@@ -188,6 +188,22 @@ def test_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read"):
         Run(recipe_of(SNR), 0, tmp_path)
+
+
+@pytest.mark.parametrize("method", [CAP, Method("adamw", base="adamw")], ids=lambda method: method.name)
+def test_counts_of_steps_stay_on_the_cpu_when_a_run_goes_on(
+    method: Method, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **how: loaded.append(how["map_location"]) or load(*args, **how))
+    recipe = recipe_of(method)
+    one_epoch(recipe, tmp_path, device=str(device))
+    optimizer = Run(recipe, 0, tmp_path, device=str(device)).training.optimizer
+    steps = [state["step"] for state in optimizer.state.values() if "step" in state]
+    assert loaded == ["cpu"] and steps
+    assert {step.device.type for step in steps if isinstance(step, Tensor)} == {"cpu"}
+    moments = [state["exp_avg"].device.type for state in optimizer.state.values()]
+    assert set(moments) == {device.type}
 
 
 def test_checkpoint_stays_whole_where_its_successor_cannot_be_written(
