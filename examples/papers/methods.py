@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
@@ -149,13 +150,37 @@ def start_orthogonal(model: nn.Module, inputs: Tensor, seed: int) -> None:
     specopt.init.scaled_orthogonal_(model, target="size", inputs=inputs, seed=seed)
 
 
-def loss_of(method: Method, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """The mean cross entropy of a batch; of adversarial training, with ``g`` the gradient of the clean loss by ``x``,
-    ``alpha L(x) + (1 - alpha) L(x + epsilon g / ||g||_2)``, image by image, the step taken as a constant."""
+def fill_gradients(
+    method: Method,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Adds the gradients of a batch's loss to those of the parameters.
+
+    The loss is the mean cross entropy; that of adversarial training, with ``g`` the gradient of the clean loss by
+    ``x``, is ``alpha L(x) + (1 - alpha) L(x + epsilon g / ||g||_2)``, image by image, the step taken as a constant.
+    There the backward of ``alpha L(x)`` gives g as well, and ends before the second forward: the graphs of the two are
+    never held together.
+
+    Args:
+        autocast: makes the context of each forward.
+    """
     if not method.adversarial:
-        return F.cross_entropy(model(images), labels)
+        _backward(model, images, labels, 1.0, autocast)
+        return
     images = images.detach().requires_grad_()
-    clean = F.cross_entropy(model(images), labels)
-    (gradient,) = torch.autograd.grad(clean, images, retain_graph=True)
-    moved = images.detach() + method.adversarial * F.normalize(gradient.flatten(1), dim=1).view_as(images)
-    return ADVERSARIAL_SHARE * clean + (1 - ADVERSARIAL_SHARE) * F.cross_entropy(model(moved), labels)
+    _backward(model, images, labels, ADVERSARIAL_SHARE, autocast)
+    assert images.grad is not None
+    step = F.normalize((images.grad / ADVERSARIAL_SHARE).flatten(1), dim=1).view_as(images)
+    moved = images.detach() + method.adversarial * step
+    _backward(model, moved, labels, 1 - ADVERSARIAL_SHARE, autocast)
+
+
+def _backward(
+    model: nn.Module, images: Tensor, labels: Tensor, share: float, autocast: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    with autocast():
+        loss = F.cross_entropy(model(images), labels)
+    (share * loss).backward()  # type: ignore[no-untyped-call]

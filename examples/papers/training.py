@@ -17,7 +17,7 @@ from .data import Batches, Images, evaluation
 from .data.batches import Batch
 from .log import Log
 from .measures import Norms, evaluate, input_gradient_norms, norms, spectra
-from .methods import loss_of, optimizer_for, start_orthogonal
+from .methods import fill_gradients, optimizer_for, start_orthogonal
 from .models import build
 from .recipe import Recipe
 
@@ -25,6 +25,8 @@ EXAMPLES = 2
 """Images of the forward that records the layers' sizes."""
 EVALUATED = 500
 """Images at once where nothing is trained."""
+DIFFERENTIATED, LARGE, DIFFERENTIATED_LARGE = 250, 32 * 32, 64
+"""Images at once of which gradients are measured, whose graphs are held; fewer of more pixels than CIFAR's."""
 TRAIN_EVALUATED, GRADIENTS = 10_000, 1_000
 """Training images whose accuracy, and test images whose gradient, is measured after an epoch: all, or the first so many
 (of a set that comes in the order of its classes, drawn by the seed)."""
@@ -119,9 +121,7 @@ class Training:
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         self.optimizer.zero_grad()
-        with self._autocast():
-            loss = loss_of(self.recipe.method, self.forward, images, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        fill_gradients(self.recipe.method, self.forward, images, labels, self._autocast)
         self.optimizer.step()
         self.schedule.step()
 
@@ -136,7 +136,7 @@ class Training:
         with self._autocast():
             train = evaluate(self.model, self._evaluation(x, y))
             test = evaluate(self.model, self._tests())
-        gradients = input_gradient_norms(self.model, self._tests(GRADIENTS))
+        gradients = input_gradient_norms(self.model, self._differentiated())
         row = {
             "epoch": self.epochs_done,
             "lr": float(self.schedule.get_last_lr()[0]),
@@ -154,14 +154,18 @@ class Training:
             return {name: values_of(found) | {"rank": math.nan} for name, found in norms(self.model).items()}
         return {name: values_of(found) | {"rank": found.rank} for name, found in spectra(self.model).items()}
 
-    def _tests(self, most: int | None = None) -> Iterator[Batch]:
-        return self._evaluation(self.images.test_x[:most], self.images.test_y[:most], augment=self.recipe.published)
+    def _tests(self, most: int | None = None, size: int = EVALUATED) -> Iterator[Batch]:
+        return self._evaluation(self.images.test_x[:most], self.images.test_y[:most], size, self.recipe.published)
 
-    def _evaluation(self, x: Tensor, y: Tensor, augment: bool = False) -> Iterator[Batch]:
+    def _differentiated(self) -> Iterator[Batch]:
+        _, height, width = self.images.shape
+        return self._tests(GRADIENTS, DIFFERENTIATED if height * width <= LARGE else DIFFERENTIATED_LARGE)
+
+    def _evaluation(self, x: Tensor, y: Tensor, size: int = EVALUATED, augment: bool = False) -> Iterator[Batch]:
         return evaluation(
             x,
             y,
-            EVALUATED,
+            size,
             self.mean,
             self.std,
             augment,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from weakref import WeakSet
 
 import pytest
 import torch
 import torch.nn.functional as F
-from papers.methods import Method, loss_of, optimizer_for, start_orthogonal
+from papers.methods import Method, fill_gradients, optimizer_for, start_orthogonal
 from torch import nn
 
 import specopt
@@ -120,10 +121,14 @@ def test_snr_step_is_that_of_the_optimizer_class() -> None:
     torch.testing.assert_close(list(net.parameters()), list(other.parameters()), rtol=0, atol=0)
 
 
+ADVERSARIAL = Method("adversarial", adversarial=0.3)
+
+
 def test_adversarial_loss_is_half_clean_and_half_at_inputs_moved_along_their_gradients() -> None:
-    net, epsilon = Net().double(), 0.3
+    net, epsilon = Net().double(), ADVERSARIAL.adversarial
     images = IMAGES.double()
-    found = loss_of(Method("adversarial", adversarial=epsilon), net, images, LABELS)
+    fill_gradients(ADVERSARIAL, net, images, LABELS)
+    found = [weight.grad for weight in net.parameters()]
     clean = F.cross_entropy(net(images), LABELS)
     moved = []
     for image, label in zip(images, LABELS, strict=True):
@@ -131,10 +136,43 @@ def test_adversarial_loss_is_half_clean_and_half_at_inputs_moved_along_their_gra
         (g,) = torch.autograd.grad(F.cross_entropy(net(x), label[None]), x)
         moved.append(x.detach() + epsilon * g / g.norm())
     expected = 0.5 * clean + 0.5 * F.cross_entropy(net(torch.cat(moved)), LABELS)
-    torch.testing.assert_close(found, expected)
-    (grads, wanted) = (torch.autograd.grad(loss, list(net.parameters())) for loss in (found, expected))
-    torch.testing.assert_close(grads, wanted)
-    assert found > clean
+    torch.testing.assert_close(found, list(torch.autograd.grad(expected, list(net.parameters()))))
+    assert expected > clean
+    assert images.grad is None and not images.requires_grad
+
+
+class Saved:
+    """What autograd keeps of a tensor for a backward that has not been."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def test_adversarial_training_holds_one_graph_at_a_time() -> None:
+    net, kept, at_forwards = Net(), WeakSet[Saved](), list[int]()
+
+    def pack(tensor: torch.Tensor) -> Saved:
+        saved = Saved(tensor)
+        kept.add(saved)
+        return saved
+
+    net.register_forward_pre_hook(lambda *_: at_forwards.append(len(kept)))
+    net.register_forward_hook(lambda *_: at_forwards.append(len(kept)))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        fill_gradients(ADVERSARIAL, net, IMAGES, LABELS)
+    before_first, after_first, before_second, after_second = at_forwards
+    assert before_first == before_second == 0 < after_first
+    assert after_second <= after_first
+
+
+@pytest.mark.parametrize("method", [Method("vanilla"), ADVERSARIAL], ids=lambda method: method.name)
+def test_every_forward_is_under_autocast_and_no_backward_is(method: Method) -> None:
+    net, forwards, backwards = Net(), list[bool](), list[bool]()
+    net.register_forward_hook(lambda *_: forwards.append(torch.is_autocast_enabled("cpu")))
+    net.head.weight.register_hook(lambda _: backwards.append(torch.is_autocast_enabled("cpu")))
+    fill_gradients(method, net, IMAGES, LABELS, lambda: torch.autocast("cpu", torch.bfloat16))
+    assert forwards == [True] * len(backwards) and not any(backwards)
+    assert len(forwards) == (2 if method.adversarial else 1)
 
 
 def test_orthogonal_start_does_not_ask_for_the_method_and_is_of_the_seed() -> None:

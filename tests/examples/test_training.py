@@ -381,6 +381,19 @@ def test_times_are_of_runs_as_they_are_trained(monkeypatch: pytest.MonkeyPatch) 
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
 
 
+@pytest.mark.parametrize(("side", "most"), [(32, 250), (33, 64)])
+def test_gradients_are_measured_in_batches_that_memory_holds(side: int, most: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    split = Split(
+        torch.randint(256, (300, 3, side, side), dtype=torch.uint8, generator=generator),
+        torch.randint(10, (300,), generator=generator),
+    )
+    training = Training(replace(CONVOLUTIONS, label_noise=0.0), Images.of("cifar10", 10, split, split), 0)
+    batches, whole = list(training._differentiated()), next(training._tests())
+    assert max(len(x) for x, _ in batches) == most < 500
+    assert torch.equal(torch.cat([x for x, _ in batches]), whole[0])
+
+
 def test_bfloat16_and_channels_last_train(noise: None) -> None:
     settings = Settings("cpu", bf16=True, channels_last=True)
     training = Training(replace(CONVOLUTIONS, epochs=1), running.images_of("cifar10", None, False), 0, settings)
