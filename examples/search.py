@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -18,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from papers.candidates import HELD_OUT, candidates
-from papers.checkpoint import write_text
+from papers.checkpoint import reserve, write_text
 from papers.recipe import FULL, SCALES, Recipe
 from papers.recipes import find
 from papers.running import Run, commit, device_of, images_of, machine
 from papers.timing import time_methods
+
+ROOM = 2**20
+"""Bytes for what was found."""
 
 
 def arguments() -> argparse.Namespace:
@@ -42,19 +46,33 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.seeds < 1:
         parser.error(f"--seeds must be 1 or more, got {args.seeds}")
+    if not 0 < args.most_time < math.inf:
+        parser.error(f"--most-time must be a positive finite number, got {args.most_time}")
     try:
         recipe = find(args.recipe).scaled(SCALES[args.scale])
         recipe = recipe if args.epochs is None else replace(recipe, epochs=args.epochs)
-        args.candidates = [one for one in candidates(recipe) if matches(one, recipe, args.only)]
-    except ValueError as error:
+        args.candidates = chosen(recipe, args.only)
+        if args.record.is_dir():
+            raise ValueError(f"--record must be a file, and {args.record} is a folder")
+        reserve(args.record.parent, ROOM)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     args.error = parser.error
     return args
 
 
-def matches(candidate: Recipe, recipe: Recipe, patterns: list[str]) -> bool:
-    """The recipe's own method always does."""
-    return candidate.method == recipe.method or any(fnmatch(candidate.method.name, one) for one in patterns)
+def chosen(recipe: Recipe, patterns: list[str]) -> list[Recipe]:
+    """The recipe, and those of its candidates whose method's name matches.
+
+    Raises:
+        ValueError: a pattern that nothing matches.
+    """
+    plain, *others = candidates(recipe)
+    names = [one.method.name for one in others]
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise ValueError(f"--only must match one of {', '.join(names)}, got {pattern!r}")
+    return [plain, *(one for one in others if any(fnmatch(one.method.name, pattern) for pattern in patterns))]
 
 
 def trained(args: argparse.Namespace) -> dict[str, list[float]]:
@@ -104,7 +122,6 @@ def main() -> None:
         found = summary(args, trained(args))
     except (ValueError, OSError) as error:
         args.error(str(error))
-    args.record.parent.mkdir(parents=True, exist_ok=True)
     write_text(args.record, json.dumps(found, indent=1))
     print(f"\n{'method':20}  validation accuracy  step / {found['rows'][0]['method']}'s")
     for row in sorted(found["rows"], key=lambda row: -row["validation_accuracy"]):

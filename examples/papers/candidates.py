@@ -23,7 +23,8 @@ def candidates(recipe: Recipe) -> Iterator[Recipe]:
 
 
 def methods(base: str) -> Iterator[Method]:
-    """Penalties by lambda; caps by rank and gain; Frobenius scaling by gain; all with and without the last layer."""
+    """Penalties by lambda, of every layer but shortcuts; and, with the last layer free as well, caps by rank and gain,
+    Frobenius scaling by gain, and spectral scaling as stated."""
     for snr_lambda in (0.01, 0.1):
         yield Method(f"snr-{snr_lambda:g}", base=base, snr_lambda=snr_lambda)
     for gain in (1.0, 2.0, 4.0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,39 @@ def test_search_writes_the_best_and_the_best_within_the_time(
     assert section.count("\n| snr-") == 2
     assert f"Best: `{found['best']}`; within 1e-09 of the time: none." in section
     assert f"best: {found['best']}; within 1e-09 of the time: None" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--only", "snr-*", "cup-*"), "--only must match one of snr-0.01, .*, got 'cup-*'"),
+        (("--most-time", "0"), "--most-time must be a positive finite number, got 0.0"),
+        (("--most-time", "nan"), "--most-time must be a positive finite number, got nan"),
+        (("--record", "{folder}/file/search.json"), "cannot write 1 MiB there"),
+        (("--record", "{folder}"), "--record must be a file, and .* is a folder"),
+    ],
+)
+def test_wrong_argument_fails_before_any_training(
+    options: tuple[str, ...],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_text("")
+    asked = [option.format(folder=tmp_path) for option in options]
+    monkeypatch.setattr(sys, "argv", ["search.py", "--recipe", "digits/mlp/adamw", "--out", str(tmp_path), *asked])
+    search = importlib.import_module("search")
+    monkeypatch.setattr(search, "trained", lambda _: pytest.fail("it trains"))
+    with pytest.raises(SystemExit) as stopped:
+        search.main()
+    assert stopped.value.code == 2
+    assert re.search(told.replace("*'", r"\*'"), capsys.readouterr().err.replace("\n", " "))
+
+
+def test_penalties_leave_shortcuts_alone_and_all_other_candidates_the_last_layer_too() -> None:
+    for one in list(candidates(RECIPE))[1:]:
+        assert one.method.spared == (("*downsample*",) if one.method.snr_lambda else ("*downsample*", "head*"))
 
 
 def test_page_refuses_a_file_that_no_search_wrote(tmp_path: Path) -> None:
