@@ -36,8 +36,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     args = parser.parse_args()
-    if min(args.seeds) < 0:
-        parser.error(f"--seeds must be 0 or more, got {min(args.seeds)}")
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"--seeds must be different ones, got {' '.join(map(str, args.seeds))}")
     if args.list is None:
         try:
             args.chosen = chosen(args)
@@ -73,12 +73,17 @@ def main() -> None:
         return
     how = {name: getattr(args, name) for name in ("data_dir", "download", "device", "resume", "bf16", "channels_last")}
     lines = [list(COLUMNS)]
-    for seed in args.seeds:
+
+    def run_of(seed: int) -> Run:
         try:
-            run = Run(args.chosen, seed, args.out, compile=args.compile, **how)
+            return Run(args.chosen, seed, args.out, compile=args.compile, **how)
         except (ValueError, OSError) as error:
             args.error(str(error))
-        result = run.finish()
+
+    for seed in args.seeds[1:]:
+        run_of(seed)  # which fails where it would fail after hours of the seeds before
+    for seed in args.seeds:
+        result = run_of(seed).finish()
         assert result is not None  # without a deadline every run comes to its end
         lines.append(line(seed, result))
     show(lines)

@@ -32,10 +32,10 @@ class Board:
 
 
 def board_of(run: Path, epochs_done: int) -> Board | None:
-    """Files of a run that goes on after so many epochs; what was written of later ones is hidden."""
+    """Files of a run that goes on after so many epochs. What was written of the last of these and of later ones is
+    hidden: a kill may have come after its checkpoint, and before it stood here."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    writer = SummaryWriter(run / FOLDER, purge_step=epochs_done + 1 if epochs_done else None)
-    return Board(writer, epochs_done + 1 if epochs_done else 0)
+    return Board(SummaryWriter(run / FOLDER, purge_step=epochs_done or None), epochs_done)

@@ -14,7 +14,9 @@ from torch import nn
 
 NAME = "checkpoint.pt"
 BESIDE = 2**20
-"""Bytes for logs and figures."""
+"""Bytes for figures and TensorBoard's files."""
+LOGGED = 2**10
+"""Bytes of an epoch's values of a layer in log.json, layers.csv, result.json and checkpoints, with some to spare."""
 
 
 def reserve(folder: Path, size: int) -> None:
@@ -44,10 +46,12 @@ def _allocate(file: BinaryIO | Any, size: int) -> None:
     file.flush()
 
 
-def size_of(model: nn.Module) -> int:
-    """Bytes of two checkpoints, the last one and the next: weights, and as much again thrice for an optimizer."""
+def size_of(model: nn.Module, epochs: int) -> int:
+    """Bytes of a run: two checkpoints, the last one and the next (weights, and as much again thrice for an optimizer),
+    and logs of so many epochs."""
     weights: int = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    return 2 * 4 * weights + BESIDE
+    layers = sum(weight.ndim > 1 for weight in model.parameters())
+    return 2 * 4 * weights + LOGGED * layers * (epochs + 1) + BESIDE
 
 
 @contextmanager

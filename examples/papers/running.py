@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import subprocess
 import time
 from dataclasses import asdict
@@ -23,6 +25,8 @@ from .recipe import Recipe
 from .training import Settings, Training
 
 RESULT = "result.json"
+LARGEST_SEED = 2**31 - 1
+"""Times a million epochs it still fits a generator's 64 bits."""
 
 
 class Run:
@@ -35,7 +39,8 @@ class Run:
         resume: go on with a run that is there; without it, one that is there is an error.
 
     Raises:
-        ValueError: a run of other settings is there, data that cannot be had, or a recipe that fits no data.
+        ValueError: a run of other settings is there, data that cannot be had, a recipe that fits no data, or a seed or
+            a device that is none.
         OSError: the folder cannot be written, or has no room for the run.
     """
 
@@ -53,6 +58,9 @@ class Run:
         compile: bool = False,
         resume: bool = True,
     ) -> None:
+        if not 0 <= seed <= LARGEST_SEED:
+            raise ValueError(f"seed must be from 0 to {LARGEST_SEED}, got {seed}")
+        self.commit = commit()  # the tree may change while a run trains
         settings = Settings(device_of(device), bf16, channels_last, compile)
         self.folder = folder / recipe.name / f"seed-{seed}"
         self.identity = {"recipe": recipe.as_dict(), "seed": seed, "settings": asdict(settings)}
@@ -65,7 +73,7 @@ class Run:
     def _prepared(self, recipe: Recipe, seed: int, settings: Settings, images: Images) -> Training:
         deterministic()
         training = Training(recipe, images, seed, settings)
-        checkpoint.reserve(self.folder, checkpoint.size_of(training.model))
+        checkpoint.reserve(self.folder, checkpoint.size_of(training.model, recipe.epochs))
         state = checkpoint.load(self.folder, self.identity)
         if state is not None:
             training.load(state)
@@ -82,10 +90,10 @@ class Run:
             What result.json holds; None where the deadline came first, and another run of the same goes on.
         """
         if self.result is None and to_the_end(self.training, self.folder, show, deadline):
-            self.result = result_of(self.training, self.identity)
-            checkpoint.write_text(self.folder / RESULT, json.dumps(self.result, indent=1, allow_nan=False))
             if show:
-                draw_run(self.training.log, self.folder)
+                draw_run(self.training.log, self.folder)  # before the result, with which a run is finished
+            self.result = result_of(self.training, self.identity | {"commit": self.commit})
+            checkpoint.write_text(self.folder / RESULT, json.dumps(self.result, indent=1, allow_nan=False))
         return self.result
 
 
@@ -93,6 +101,8 @@ def to_the_end(training: Training, run: Path, show: bool, deadline: float | None
     """Whether it came there before the deadline. After each epoch the checkpoint, then the logs, are on the disk."""
     recipe, steps = training.recipe, training.train.steps
     board = board_of(run, training.epochs_done) if show else None
+    if board is not None:
+        board.add(training.log)
     with tqdm(
         total=recipe.epochs * steps,
         initial=training.epochs_done * steps,
@@ -114,9 +124,9 @@ def to_the_end(training: Training, run: Path, show: bool, deadline: float | None
     return True
 
 
-def result_of(training: Training, identity: dict[str, Any]) -> dict[str, Any]:
-    about = {"torch": torch.__version__, "machine": machine(training.settings.device), "commit": commit()}
-    found: dict[str, Any] = finite({**identity, **about, **training.log.as_dict()})
+def result_of(training: Training, about: dict[str, Any]) -> dict[str, Any]:
+    here = {"torch": torch.__version__, "machine": machine(training.settings.device)}
+    found: dict[str, Any] = finite({**about, **here, **training.log.as_dict()})
     return found | {"step_ms": training.log.median_step()}
 
 
@@ -146,16 +156,15 @@ def images_of(name: str, data_dir: Path | None, download: bool) -> Images:
 def device_of(name: str) -> str:
     """
     Raises:
-        ValueError: a name that torch does not know, or a GPU where it sees none.
+        ValueError: a name other than of the CPU and of a GPU that torch sees.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be auto or cpu, as torch sees no GPU here, got {name!r}")
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    known = ["cpu", *(["cuda"] if gpus else []), *gpus]
+    if name not in known:
+        none = "" if gpus else " (torch sees no GPU here)"
+        raise ValueError(f"device must be auto or one of {', '.join(known)}{none}, got {name!r}")
     return name
 
 
@@ -169,7 +178,16 @@ def deterministic() -> None:
 def machine(device: str) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU ({processor()}), {torch.get_num_threads()} threads"
+
+
+def processor() -> str:
+    """Its model's name; the kind of machine where the system does not tell."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.machine()
 
 
 @lru_cache(maxsize=1)

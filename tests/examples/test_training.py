@@ -273,8 +273,15 @@ def test_reserved_room_is_given_back(tmp_path: Path) -> None:
     [
         (("--recipe", "digits/mlp/snrr"), "digits/mlp/snr"),
         (("--recipe", "digits/mlp/snr", "--epochs", "0"), "epochs must be an integer of at least 1, got 0"),
-        (("--recipe", "digits/mlp/snr", "--seeds", "-1"), "--seeds must be 0 or more, got -1"),
-        (("--recipe", "digits/mlp/snr", "--device", "abacus"), "device must be auto, cpu or cuda, got 'abacus'"),
+        (("--recipe", "digits/mlp/snr", "--seeds", "-1"), "seed must be from 0 to 2147483647, got -1"),
+        (
+            ("--recipe", "digits/mlp/snr", "--seeds", "0", str(2**31)),
+            "seed must be from 0 to 2147483647, got 2147483648",
+        ),
+        (("--recipe", "digits/mlp/snr", "--seeds", "1", "2", "1"), "--seeds must be different ones, got 1 2 1"),
+        (("--recipe", "digits/mlp/snr", "--device", "abacus"), "device must be auto or one of cpu"),
+        (("--recipe", "digits/mlp/snr", "--device", "meta"), "device must be auto or one of cpu"),
+        (("--recipe", "digits/mlp/snr", "--device", "cuda:99"), "got 'cuda:99'"),
         (("--recipe", "normscale/mlp-5x2000/none"), "folder"),
         (("--recipe", "normscale/mlp-5x2000/none", "--data-dir", "nowhere"), "cifar-100-binary"),
     ],
@@ -289,6 +296,28 @@ def test_wrong_argument_fails_before_training(
     assert told in refusal(monkeypatch, capsys, *options, "--out", tmp_path)
 
 
+def test_seed_that_cannot_be_run_fails_before_the_first_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "digits/mlp/snr/seed-7"
+    folder.mkdir(parents=True)
+    (folder / checkpoint.NAME).write_text("of another")
+    told = refusal(monkeypatch, capsys, "--recipe", "digits/mlp/snr", "--seeds", "0", "7", "--out", tmp_path)
+    assert f"{folder} holds a run already" in told
+    assert not (tmp_path / "digits/mlp/snr/seed-0" / checkpoint.NAME).exists()
+
+
+def test_room_is_made_for_the_logs_of_all_epochs(tmp_path: Path) -> None:
+    recipe = recipe_of(CAP, epochs=8)
+    run = Run(recipe, 0, tmp_path)
+    for _ in range(recipe.epochs):
+        run.training.run_epoch()
+    run.finish(show=False)
+    written = sum(file.stat().st_size for file in run.folder.iterdir() if file.name != checkpoint.NAME)
+    model = run.training.model
+    assert checkpoint.size_of(model, recipe.epochs) - checkpoint.size_of(model, 0) > written
+
+
 # --- what a run leaves ------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +328,59 @@ def test_run_writes_figures_and_tensorboard_files(tmp_path: Path) -> None:
     for name in ("curves", "spectral_norms", "stable_ranks", "ranks"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "tensorboard").iterdir())
+
+
+def test_board_has_the_epoch_that_a_kill_came_after(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = recipe_of(CAP)
+    one_epoch(recipe, tmp_path)  # as killed after the checkpoint
+    Run(recipe, 0, tmp_path).finish()
+    events = EventAccumulator(str(tmp_path / recipe.name / "seed-0" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("test_accuracy")] == [1, 2, 3]
+
+
+def test_board_of_a_run_that_goes_on_has_each_epoch_once(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = recipe_of(CAP)
+    run = Run(recipe, 0, tmp_path)
+    run.training.run_epoch()
+    board = running.board_of(run.folder, 0)
+    board.add(run.training.log)
+    board.writer.close()
+    checkpoint.save(run.folder, run.training.state())
+    Run(recipe, 0, tmp_path).finish()
+    events = EventAccumulator(str(run.folder / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("test_accuracy")] == [0, 1, 2, 3]
+
+
+def test_run_is_not_finished_without_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    recipe = recipe_of(CAP, epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "draw_run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Run(recipe, 0, tmp_path).finish()
+    Run(recipe, 0, tmp_path).finish()
+    assert (tmp_path / recipe.name / "seed-0" / "curves.png").exists()
+
+
+def test_result_names_the_commit_that_the_run_began_with_and_the_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "commit", lambda: "before")
+    run = Run(recipe_of(VANILLA, epochs=1), 0, tmp_path, device="cpu")
+    monkeypatch.setattr(running, "commit", lambda: "after")
+    result = run.finish(show=False)
+    assert result is not None
+    assert result["commit"] == "before"
+    assert result["machine"] == f"CPU ({running.processor()}), {torch.get_num_threads()} threads"
+    assert running.processor()
 
 
 def test_result_tells_what_was_run_and_what_was_found(tmp_path: Path) -> None:
