@@ -5,6 +5,10 @@
 Trains the recipe and every candidate (papers/candidates.py) from the same starts on the same batches, times them side
 by side, and prints and writes which has the best mean validation accuracy among those whose step costs at most
 --most-time over the recipe's. Stopped runs are gone on with.
+
+The one that is chosen is a recipe too, on the whole training set and judged by the test images:
+
+    python examples/train.py --recipe normscale/mlp-5x2000/cap-8-gain-2 --data-dir data
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from .methods import Method
@@ -20,6 +20,26 @@ def candidates(recipe: Recipe) -> Iterator[Recipe]:
     for method in (recipe.method, *methods(recipe.method.base)):
         name = f"search/{recipe.row}/{method.name}"
         yield replace(recipe, name=name, method=method, validation=HELD_OUT, threshold=None)
+
+
+def runnable(recipes: Iterable[Recipe]) -> Iterator[Recipe]:
+    """The candidates of a row, each as a recipe of its own, on the whole training set and judged by the test images:
+    ``normscale/mlp-5x2000/cap-8-gain-2``.
+
+    They have the settings of the row's first recipe but for the method, and of its first one on each other base, whose
+    name then ends theirs: ``digits/mlp/cap-8-gain-2-adamw``.
+
+    Args:
+        recipes: of the row, in their order.
+    """
+    bases: list[str] = []
+    for recipe in recipes:
+        base = recipe.method.base
+        if base not in bases:
+            bases.append(base)
+            for method in methods(base):
+                name = method.name if len(bases) == 1 else f"{method.name}-{base}"
+                yield replace(recipe, name=f"{recipe.row}/{name}", method=replace(method, name=name))
 
 
 def methods(base: str) -> Iterator[Method]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from papers import models, published, recipes
+from papers.candidates import candidates
 from papers.methods import fill_gradients, optimizer_for, start_orthogonal
 from papers.recipe import SCALES, Recipe
 from papers.recipes import find, names, rows
@@ -37,6 +39,33 @@ def test_a_name_like_no_other_and_a_wrong_table_are_refused() -> None:
         find("zzz")
     with pytest.raises(ValueError, match="table must be one of snr, normscale, got 'digits'"):
         rows("digits")
+
+
+def test_a_candidate_of_the_search_is_a_recipe_of_its_row_that_no_table_lists() -> None:
+    found, plain = find("normscale/mlp-5x2000/cap-8-gain-2"), find("normscale/mlp-5x2000/none")
+    assert (found.row, found.validation, found.train) == (plain.row, 0.0, None)
+    assert {**found.as_dict(), "name": plain.name, "method": plain.as_dict()["method"]} == plain.as_dict()
+    (searched,) = (one for one in candidates(plain) if one.name == "search/normscale/mlp-5x2000/cap-8-gain-2")
+    assert found.method == searched.method
+    assert found.name not in names()
+    assert found not in rows("normscale")[found.row]
+
+
+def test_every_candidate_of_a_row_is_found_on_every_base_with_the_settings_of_that_base() -> None:
+    for first in (find("digits/mlp/vanilla"), find("snr/vgg-cifar10-b512/vanilla"), find("normscale/resnet34/none")):
+        for one in list(candidates(first))[1:]:
+            assert find(one.name.removeprefix("search/")).method == one.method
+    for first in (find("digits/mlp/adamw"), find("snr/vgg-cifar10-b512/snr-adamw")):
+        for one in list(candidates(first))[1:]:
+            found = find(f"{first.row}/{one.method.name}-adamw")
+            assert replace(found.method, name=one.method.name) == one.method
+            assert found.lr == first.lr
+
+
+def test_a_name_of_the_search_and_a_wrong_candidate_list_the_near_recipes() -> None:
+    for wrong in ("search/normscale/mlp-5x2000/cap-8-gain-2", "normscale/mlp-5x2000/cap-8-gain-3"):
+        with pytest.raises(ValueError, match=r"near: .*normscale/mlp-5x2000/cap-8-gain-2"):
+            find(wrong)
 
 
 def test_patterns_choose_names_in_the_order_of_the_tables() -> None:

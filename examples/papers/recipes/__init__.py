@@ -1,10 +1,15 @@
-"""Every recipe by its name, ``table/row/method``, such as ``snr/vgg-cifar10-b64/snr``."""
+"""Every recipe by its name, ``table/row/method``, such as ``snr/vgg-cifar10-b64/snr``.
+
+Beside those of the tables a row has the candidates of examples/search.py (:func:`papers.candidates.runnable`), such as
+``normscale/mlp-5x2000/cap-8-gain-2``: :func:`find` knows them, and neither :func:`names` nor :func:`rows` lists them.
+"""
 
 from __future__ import annotations
 
 import difflib
 from fnmatch import fnmatchcase
 
+from ..candidates import runnable
 from ..recipe import Recipe
 from . import first, normscale, snr
 
@@ -16,15 +21,26 @@ TABLES = ("snr", "normscale")
 _ALL: dict[str, Recipe] = {recipe.name: recipe for made in (snr, normscale, first) for recipe in made.recipes()}
 
 
+def _by_row() -> dict[str, tuple[Recipe, ...]]:
+    found: dict[str, tuple[Recipe, ...]] = {}
+    for recipe in _ALL.values():
+        found[recipe.row] = (*found.get(recipe.row, ()), recipe)
+    return found
+
+
+_CANDIDATES: dict[str, Recipe] = {one.name: one for row in _by_row().values() for one in runnable(row)}
+
+
 def find(name: str) -> Recipe:
-    """The recipe of that name.
+    """The recipe of that name, of a table or of a candidate.
 
     Raises:
         ValueError: there is none; the near ones are told.
     """
-    if name in _ALL:
-        return _ALL[name]
-    near = difflib.get_close_matches(str(name), _ALL, n=5, cutoff=0.5)
+    known = _CANDIDATES | _ALL
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(str(name).removeprefix("search/"), known, n=5, cutoff=0.5)
     told = f"; near: {', '.join(near)}" if near else ""
     raise ValueError(f"recipe must be the name of one, such as digits/mlp/snr, got {name!r}{told}")
 
@@ -42,8 +58,4 @@ def rows(table: str) -> dict[str, tuple[Recipe, ...]]:
     """
     if table not in TABLES:
         raise ValueError(f"table must be one of {', '.join(TABLES)}, got {table!r}")
-    found: dict[str, tuple[Recipe, ...]] = {}
-    for name in names(f"{table}/*"):
-        recipe = _ALL[name]
-        found[recipe.row] = (*found.get(recipe.row, ()), recipe)
-    return found
+    return {row: recipes for row, recipes in _by_row().items() if row.startswith(f"{table}/")}
