@@ -63,7 +63,7 @@ class Recipe:
     gamma: float = 0.1
     augment: bool = True
     start: str = "default"
-    """How weights are drawn: as torch does, or ``"orthogonal"`` times the target."""
+    """How weights are drawn: as the models do, normal with He's variance, or ``"orthogonal"`` times the target."""
     label_noise: float = 0.0
     """The fraction of training labels that are replaced by wrong ones."""
     threshold: float | None = None

@@ -9,6 +9,9 @@ without weight decay is Adam.
 these norms. Those of a convolution lie far above its start: 256 for 64 channels to 64 at 32 x 32, which start with 8,
 so that the first step scales it up by as much.
 
+ResNet-50 is the authors' variant, of bottleneck blocks with a 3 x 3 stem and no max-pool. ResNet-34 has basic blocks:
+theirs was of bottlenecks too, and the document does not tell how it differs from their ResNet-50.
+
 ``none-published``, ``frobenius-published`` and ``spectral-published`` are the same with the defects of the published
 code (:attr:`papers.recipe.Recipe.published`).
 
