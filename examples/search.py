@@ -69,10 +69,12 @@ def chosen(recipe: Recipe, patterns: list[str]) -> list[Recipe]:
     """The recipe, and those of its candidates whose method's name matches.
 
     Raises:
-        ValueError: a pattern that nothing matches.
+        ValueError: a pattern that nothing matches, or a recipe that is a candidate itself.
     """
     plain, *others = candidates(recipe)
     names = [one.method.name for one in others]
+    if plain.method.name in names:
+        raise ValueError(f"--recipe must be other than the candidates it is compared with, got {recipe.name!r}")
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in names):
             raise ValueError(f"--only must match one of {', '.join(names)}, got {pattern!r}")

@@ -2,7 +2,7 @@
 
 Every run has a folder OUT/RECIPE/seed-S with its checkpoint, log.csv, layers.csv, log.json, times.csv, TensorBoard
 files, figures and result.json. A run that was stopped, however, goes on with --resume and ends in the same log as one
-that was not. --list shows what recipes there are.
+that was not. --list shows the recipes of the tables; those that search.py chooses from have names as well.
 """
 
 from __future__ import annotations
