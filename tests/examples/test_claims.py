@@ -99,9 +99,20 @@ def test_permutations_find_order_and_its_reverse_and_nothing_in_one_small_row() 
     assert permutation_test([([1.0, 1.0, 1.0], [1.0, 2.0, 3.0])]) == (0.0, 1.0)
 
 
-def test_pooled_rows_count_those_that_have_values() -> None:
-    found = pooled("x", [Comparison("a", [1.0, 2.0]), Comparison("b", missing="not run"), Comparison("c", [3.0])])
-    assert (found.what, found.values) == ("x, 2 row(s)", [1.0, 2.0, 3.0])
+def test_pooled_rows_are_one_comparison_of_all_their_values() -> None:
+    found = pooled("x", [Comparison("a", [1.0, 2.0, 3.0]), Comparison("b", [4.0, 5.0, 6.0])])
+    assert (found.what, found.values, found.missing) == ("x", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], "")
+
+
+def test_a_row_that_lacks_values_is_passed_on_by_its_pool() -> None:
+    rows = [
+        Comparison("a", [1.0, 1.1, 0.9]),
+        Comparison("b", [1.0, 1.2]),
+        Comparison("c", missing="no value in 1 of 3"),
+    ]
+    found = pooled("x", rows)
+    assert not found.values and found.missing == "b: 2 of at least 3 seeds; c: no value in 1 of 3"
+    assert judge("x (a)", "", "", [found]).verdict == "undecided"
 
 
 # --- the claims -------------------------------------------------------------------------------------------------------
@@ -169,16 +180,38 @@ def test_correlation_needs_three_methods_of_three_seeds() -> None:
     assert found.verdict == "undecided" and "no row with three methods" in str(found.findings[0])
 
 
+DIRECTIONS: Mapping[str, Last] = {
+    "vanilla": {"sigma": 4.0, "rest": 8.0},
+    "weight-decay": {"sigma": 2.0, "rest": 4.0},
+    "snr": {"sigma": 1.5, "rest": 7.9},
+}
+
+
 def test_directions_of_weight_decay_and_snr() -> None:
-    held = {
-        "vanilla": {"sigma": 4.0, "rest": 8.0},
-        "weight-decay": {"sigma": 2.0, "rest": 4.0},
-        "snr": {"sigma": 1.5, "rest": 7.9},
-    }
-    assert verdict(rows_of(snr.SMALL[:1], held), "e").verdict == "held"
-    all_alike = {**held, "snr": {"sigma": 1.0, "rest": 1.0}}  # which shrinks the rest more than the first
+    assert verdict(rows_of(snr.SMALL[:1], DIRECTIONS), "e").verdict == "held"
+    all_alike = {**DIRECTIONS, "snr": {"sigma": 1.0, "rest": 1.0}}  # which shrinks the rest more than the first
     assert verdict(rows_of(snr.SMALL[:1], all_alike), "e").verdict == "not held"
     assert verdict(rows_of(snr.SMALL[:1], {"vanilla": {}}), "e").verdict == "undecided"
+
+
+def test_directions_need_three_seeds_in_one_row_not_one_in_each_of_three() -> None:
+    assert verdict(rows_of(snr.SMALL[:3], DIRECTIONS, seeds=1), "e").verdict == "undecided"
+    apart = made_row(snr.SMALL[0], DIRECTIONS, range(6))
+    runs = tuple(run for run in apart.runs if (run.seed < 3) == (run.method == "snr"))
+    assert verdict([replace(apart, runs=runs)], "e").verdict == "undecided"
+    found = verdict([*rows_of(snr.SMALL[:1], DIRECTIONS), *rows_of(snr.SMALL[1:3], DIRECTIONS, seeds=1)], "e")
+    assert found.verdict == "held"
+    assert all(finding.what.endswith("over vgg-cifar10-b64") for finding in found.findings)
+
+
+def test_directions_are_undecided_where_a_run_of_a_row_diverged() -> None:
+    rows = rows_of(snr.SMALL[:2], DIRECTIONS)
+    layers = {name: {**layer, "sigma": [*layer["sigma"][:-1], None]} for name, layer in rows[1].runs[0].layers.items()}
+    lost = replace(rows[1], runs=(replace(rows[1].runs[0], layers=layers), *rows[1].runs[1:]))
+    assert rows[1].runs[0].method == "vanilla"
+    found = verdict([rows[0], lost], "e")
+    assert found.verdict == "undecided"
+    assert f"{snr.SMALL[1]}: log sigma_1, vanilla over snr: no value in 1 of 4 seeds" in str(found.findings[2])
 
 
 ALL_NS = ("normscale/mlp-5x2000", "normscale/mlp-7x4000", "normscale/resnet34", "normscale/resnet50")

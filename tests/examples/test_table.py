@@ -101,7 +101,7 @@ def test_values_that_are_not_finite_are_counted_out() -> None:
 
 def test_facts_name_seeds_epochs_images_machine_versions_and_commit() -> None:
     text = table.facts(made(VGG, ("vanilla", 0, {}), ("vanilla", 3, {})))
-    for part in ("seeds 0, 3", f"{EPOCHS} epochs of batches of 4096", "256 training and 128 test images of cifar10"):
+    for part in ("seeds 0, 3", f"{EPOCHS} epochs of batches of 256", "256 training and 128 test images of cifar10"):
         assert part in text
     assert "vgg16 (scale 1)" in text and text.endswith("CPU, 1 threads; torch 2.9.0; commit abc1234.")
     noisy = table.facts(made(f"{VGG.replace('4096', '64')}-noise20", ("snr", 0, {})))

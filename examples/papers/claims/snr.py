@@ -95,8 +95,10 @@ def claim_e(rows: Rows, _: str) -> Verdict:
     test = (
         "means over layers, after the last epoch, of the logs of sigma_1 and of the rest, sqrt(||W||_F^2 - sigma_1^2): "
         "both lower under weight decay than vanilla; under SNR sigma_1 lower, by more than the rest, and the rest less "
-        "lowered than by weight decay; all rows together"
+        "lowered than by weight decay; all rows together that were run with these three methods and at least "
+        f"{SEEDS} seeds, one row at least"
     )
+    usable = [name for name in (*SMALL, *LARGE) if has_seeds(rows, name, ("vanilla", "weight-decay", "snr"))]
 
     def first(run: Run) -> float | None:
         return directions(run)[0]
@@ -115,13 +117,23 @@ def claim_e(rows: Rows, _: str) -> Verdict:
         ("log sigma_1/rest, vanilla over snr", over_rest, "vanilla", "snr"),
         ("log rest, snr over weight-decay", rest, "snr", "weight-decay"),
     )
+    if not usable:
+        lost = f"no row of these methods with at least {SEEDS} seeds"
+        return judge("snr (e)", text, test, [Comparison(what, missing=lost) for what, *_ in asked])
+    over = ", ".join(name.removeprefix("snr/") for name in usable)
     comparisons = [
         pooled(
-            what, [compare(rows, row, what, partial(difference, value=value), one, other) for row in (*SMALL, *LARGE)]
+            f"{what}, over {over}",
+            [compare(rows, row, what, partial(difference, value=value), one, other) for row in usable],
         )
         for what, value, one, other in asked
     ]
     return judge("snr (e)", text, test, comparisons)
+
+
+def has_seeds(rows: Rows, name: str, methods: Sequence[str]) -> bool:
+    """Enough that all methods of the row share, whatever came of them."""
+    return name in rows and len(set.intersection(*(set(rows[name].of(method)) for method in methods))) >= SEEDS
 
 
 def directions(run: Run) -> tuple[float | None, float | None]:

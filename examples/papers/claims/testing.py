@@ -109,11 +109,15 @@ def t_test(values: Values) -> float | None:
 def untested(values: Values) -> str:
     """Why, or nothing."""
     if len(values) < SEEDS:
-        return f"{len(values)} of at least {SEEDS} seeds"
+        return too_few(values)
     if not all(map(math.isfinite, values)):
         return "not finite"
     spread = max(values) - min(values)
     return "no spread over seeds" if spread <= 1e-9 * max(map(abs, values)) else ""
+
+
+def too_few(values: Values) -> str:
+    return f"{len(values)} of at least {SEEDS} seeds" if len(values) < SEEDS else ""
 
 
 def holm(p_values: Values) -> list[float]:
@@ -145,10 +149,12 @@ def compare(rows: Rows, row: str, what: str, value: Callable[..., float | None],
 
 def pooled(what: str, comparisons: Sequence[Comparison]) -> Comparison:
     """One comparison of the values of several rows, for a claim about all of them. The rows' own differences add to the
-    spread, which only makes the test of these rows' mean more careful."""
-    values = [value for each in comparisons for value in each.values]
-    rows = sum(bool(each.values) for each in comparisons)
-    return Comparison(f"{what}, {rows} row(s)", values, "" if values else "not run")
+    spread, which only makes the test of these rows' mean more careful. Where one lacks values there are none at all:
+    those lost might have spoken against the claim."""
+    lost = [f"{each.what}: {why}" for each in comparisons if (why := each.missing or too_few(each.values))]
+    if lost:
+        return Comparison(what, missing="; ".join(lost))
+    return Comparison(what, [value for each in comparisons for value in each.values])
 
 
 def difference(one: Run, other: Run, value: Callable[[Run], float | None]) -> float | None:
