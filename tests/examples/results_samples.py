@@ -22,7 +22,7 @@ Last = Mapping[str, float]
 def result(name: str, seed: int, scale: Scale = TINY, **last: float) -> dict[str, Any]:
     """Of a run that goes evenly from chance to ``test`` and ``train`` accuracy, ``test_loss``, ``gradient_norm``,
     ``sigma``, the mean over layers, ``uneven``, their deviation over it, and ``rest``, the norm beside the first
-    direction; ``rise`` is the log of the last test loss over its least."""
+    direction; ``rise`` is the log of the last test loss over the least before it."""
     asked = {"test": 0.5, "train": 0.6, "test_loss": 2.0, "gradient_norm": 1.0}
     asked |= {"sigma": 2.0, "uneven": 0.1, "rest": 4.0, "rise": 0.0, **last}
     recipe = find(name).scaled(scale)

@@ -256,6 +256,24 @@ def test_stability_of_mlps_and_not_of_resnets() -> None:
     assert verdict(stable(0.55, 0.03, 0.5)[:2], "b").verdict == "undecided"
 
 
+def test_a_test_loss_that_is_least_at_the_end_of_every_seed_keeps_falling() -> None:
+    assert verdict(stable(0.55, -0.3, 0.5), "b").verdict == "held"
+    assert verdict(stable(0.55, 0.03, -0.3), "b").verdict == "not held"
+
+
+def test_rise_is_of_the_mean_of_the_last_quarter_over_the_least_before_it() -> None:
+    run = made_row(ALL_NS[0], {"spectral": {}}, [0]).runs[0]
+
+    def risen(*losses: float | None) -> float | None:
+        return claims.normscale.rise(replace(run, epochs={**run.epochs, "test_loss": [9.0, *losses]}))
+
+    assert risen(4.0, 3.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0) == pytest.approx(np.log(7 / 2))
+    assert risen(4.0, 3.0, 2.0, 1.0) == pytest.approx(np.log(1 / 2))
+    assert risen(4.0, None, 2.0, 1.0) == pytest.approx(np.log(1 / 2))
+    assert risen(2.0, 3.0) == pytest.approx(np.log(3 / 2))
+    assert risen(3.0) is risen(None, 3.0) is None
+
+
 def test_a_test_loss_that_is_not_finite_at_the_end_is_no_value() -> None:
     rows = stable(0.55, 0.03, 0.5)
     run = rows[0].of("spectral")[0]
