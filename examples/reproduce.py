@@ -22,7 +22,6 @@ from papers.recipe import FULL, SCALES
 from papers.recipes import TABLES
 from papers.reproducing import TOOLS, Machine, Outcome, Plan, Tools, collected, planned, run_all
 from papers.row_figures import draw_row
-from papers.running import device_of
 from papers.table import claims_section, table_section
 
 RECORDED = Path(__file__).parent / "results"
@@ -64,16 +63,20 @@ def checked(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:
             made.error(f"--{name} must be {least} or more, got {value}")
     try:
         plan = planned(args.table, rows=args.rows, methods=args.methods, scale=SCALES[args.scale], epochs=args.epochs)
-        device_of(args.device)
+        machine = machine_of(args)
         if args.record is not None:
             writable(args.record, "--record")
             for recipes in plan.values():
                 methods = {recipe.method.name: results.own_of(recipe.as_dict()) for recipe in recipes}
-                results.recorded(args.record, results.row_of(recipes), methods)
+                results.recorded(args.record, results.row_of(recipes, how=machine.how), methods)
         writable(args.out, "--out")
     except ValueError as error:
         made.error(str(error))
     return args, plan
+
+
+def machine_of(args: argparse.Namespace) -> Machine:
+    return Machine(args.data_dir, args.download, args.device, args.bf16)
 
 
 def writable(folder: Path, option: str) -> None:
@@ -126,11 +129,11 @@ def main(argv: Sequence[str] | None = None, tools: Tools = TOOLS) -> None:
 
 def reproduce(args: argparse.Namespace, plan: Plan, tools: Tools) -> None:
     deadline = None if args.budget is None else time.monotonic() + 60 * args.budget
-    machine = Machine(args.data_dir, args.download, args.device, args.bf16)
+    machine = machine_of(args)
     folder = folder_of(args)
     try:
         outcome = run_all(plan, args.seeds, folder, machine, deadline=deadline, tools=tools)
-        rows = collected(plan, args.seeds, folder)
+        rows = collected(plan, args.seeds, folder, machine)
     except (ValueError, OSError) as error:
         raise SystemExit(f"reproduce.py: error: {error}") from None
     path = folder / f"{args.table}.md"

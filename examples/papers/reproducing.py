@@ -17,11 +17,10 @@ from .checkpoint import write_text
 from .data import Images
 from .recipe import FULL, Recipe, Scale
 from .recipes import rows as recipes_of
-from .results import Row, compact, row_of
+from .results import Row, compact, how_of, in_words, row_of
 from .running import RESULT, Run, device_of, images_of
 from .timing import time_methods
 
-TIMES = "times.json"
 TIMED_STEPS = 30
 TOO_LATE = "the budget ended before"
 
@@ -31,12 +30,24 @@ Plan = Mapping[str, tuple[Recipe, ...]]
 
 @dataclass(frozen=True)
 class Machine:
-    """Where data are, and how runs are computed."""
+    """Where data are, and how runs are computed.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
 
     data_dir: Path | None = None
     download: bool = False
     device: str = "auto"
     bf16: bool = False
+
+    def __post_init__(self) -> None:
+        device_of(self.device)
+
+    @property
+    def how(self) -> dict[str, str]:
+        """Device and precision, as a row's protocol has them."""
+        return how_of({"device": device_of(self.device), "bf16": self.bf16})
 
 
 def train(recipe: Recipe, seed: int, folder: Path, machine: Machine, deadline: float | None) -> dict[str, Any] | None:
@@ -153,7 +164,7 @@ def run_all(
     """
     outcome = Outcome()
     for row, recipes in plan.items():
-        if is_finished(recipes, seeds, folder):
+        if is_finished(recipes, seeds, folder, machine):
             continue
         if outcome.stopped:
             outcome.reasons[row] = TOO_LATE
@@ -166,7 +177,7 @@ def run_all(
             continue
         try:
             outcome.stopped = not run_row(recipes, seeds, folder, machine, deadline, tools, tell)
-            if not outcome.stopped and is_to_be_timed(recipes, folder):
+            if not outcome.stopped and is_to_be_timed(recipes, folder, machine):
                 outcome.stopped = is_past(deadline)
                 if not outcome.stopped:
                     time_row(recipes, images, folder, machine, tools, tell)
@@ -182,10 +193,10 @@ def is_past(deadline: float | None) -> bool:
     return deadline is not None and time.monotonic() >= deadline
 
 
-def is_finished(recipes: Sequence[Recipe], seeds: int, folder: Path) -> bool:
+def is_finished(recipes: Sequence[Recipe], seeds: int, folder: Path, machine: Machine) -> bool:
     """All is run, and timed where it is to be."""
-    runs = all(result_of(recipe, seed, folder) is not None for seed in range(seeds) for recipe in recipes)
-    return runs and not is_to_be_timed(recipes, folder)
+    runs = all(result_of(recipe, seed, folder, machine) is not None for seed in range(seeds) for recipe in recipes)
+    return runs and not is_to_be_timed(recipes, folder, machine)
 
 
 def run_row(
@@ -200,7 +211,7 @@ def run_row(
     """Whether all runs came to their end."""
     for seed in range(seeds):
         for recipe in recipes:
-            if result_of(recipe, seed, folder) is not None:
+            if result_of(recipe, seed, folder, machine) is not None:
                 continue
             if is_past(deadline):
                 return False
@@ -212,11 +223,11 @@ def run_row(
     return True
 
 
-def result_of(recipe: Recipe, seed: int, folder: Path) -> dict[str, Any] | None:
+def result_of(recipe: Recipe, seed: int, folder: Path, machine: Machine) -> dict[str, Any] | None:
     """Of a finished run.
 
     Raises:
-        ValueError: it is of another recipe.
+        ValueError: it is of another recipe, or computed on another type of device or in another precision.
     """
     path = folder / recipe.name / f"seed-{seed}" / RESULT
     if not path.exists():
@@ -226,6 +237,9 @@ def result_of(recipe: Recipe, seed: int, folder: Path) -> dict[str, Any] | None:
     differing = [name for name, value in wanted.items() if found["recipe"].get(name) != value]
     if differing:
         raise ValueError(f"{path} is of another recipe, with other {', '.join(differing)}: move it away, or take --out")
+    if (how := how_of(found["settings"])) != machine.how:
+        words = f"{in_words(how)} instead of {in_words(machine.how)}"
+        raise ValueError(f"{path} was computed otherwise, {words}: move it away, or take --out")
     return found
 
 
@@ -241,29 +255,33 @@ def time_row(
     tell(f"{recipes[0].row}: times of {len(recipes)} methods")
     found = tools.times(recipes, images, machine)
     times = {recipe.method.name: found[recipe.name] for recipe in recipes}
-    write_text(folder / recipes[0].row / TIMES, json.dumps(times))
+    write_text(times_path(folder, recipes[0].row, machine), json.dumps(times))
 
 
-def is_to_be_timed(recipes: Sequence[Recipe], folder: Path) -> bool:
+def is_to_be_timed(recipes: Sequence[Recipe], folder: Path, machine: Machine) -> bool:
     """Not without the row's first method, over which times are told, and not again."""
     row = recipes[0].row
     first = recipes_of(row.partition("/")[0])[row][0]
-    known = times_in(folder, row)
+    known = times_in(folder, row, machine)
     return recipes[0].name == first.name and not all(recipe.method.name in known for recipe in recipes)
 
 
-def times_in(folder: Path, row: str) -> dict[str, float]:
-    path = folder / row / TIMES
+def times_path(folder: Path, row: str, machine: Machine) -> Path:
+    return folder / row / f"times-{'-'.join(machine.how.values())}.json"
+
+
+def times_in(folder: Path, row: str, machine: Machine) -> dict[str, float]:
+    path = times_path(folder, row, machine)
     found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found
 
 
-def collected(plan: Plan, seeds: int, folder: Path) -> list[Row]:
+def collected(plan: Plan, seeds: int, folder: Path, machine: Machine) -> list[Row]:
     """What the folder holds of the plan's runs, those of earlier calls too; rows of which there is any."""
     rows = []
     for row, recipes in plan.items():
-        found = [result_of(recipe, seed, folder) for seed in range(seeds) for recipe in recipes]
+        found = [result_of(recipe, seed, folder, machine) for seed in range(seeds) for recipe in recipes]
         runs = [compact(result) for result in found if result is not None]
         if runs:
-            rows.append(row_of(recipes, runs, times_in(folder, row)))
+            rows.append(row_of(recipes, runs, times_in(folder, row, machine)))
     return rows

@@ -71,7 +71,7 @@ class Row:
     name: str
     scale: str
     protocol: Mapping[str, Any]
-    """What all recipes of the row share."""
+    """What all recipes of the row share, and ``device`` and ``precision``, which runs that are compared share too."""
     threshold: float | None
     """The paper's, of the generalization gap."""
     runs: tuple[Run, ...] = ()
@@ -129,10 +129,42 @@ def compact(result: Mapping[str, Any]) -> Run:
     )
 
 
-def row_of(recipes: Sequence[Recipe], runs: Sequence[Run] = (), times: Mapping[str, float] | None = None) -> Row:
-    """Of recipes of one row at one scale, whose published threshold may be gone with the scale."""
+def row_of(
+    recipes: Sequence[Recipe],
+    runs: Sequence[Run] = (),
+    times: Mapping[str, float] | None = None,
+    *,
+    how: Mapping[str, str] | None = None,
+) -> Row:
+    """Of recipes of one row at one scale, whose published threshold may be gone with the scale.
+
+    Args:
+        how: the device and precision of runs that are still to come.
+
+    Raises:
+        ValueError: runs of more than one device or precision.
+    """
     first = recipes[0]
-    return Row(first.row, first.scale, protocol_of(first), first.threshold, tuple(runs), dict(times or {}))
+    protocol = protocol_of(first) | dict(how or how_of_all(runs))
+    return Row(first.row, first.scale, protocol, first.threshold, tuple(runs), dict(times or {}))
+
+
+def how_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The device's type and the precision of forward passes, of a run's settings."""
+    device = str(settings["device"]).partition(":")[0]
+    return {"device": device, "precision": "bfloat16" if settings.get("bf16") else "float32"}
+
+
+def how_of_all(runs: Sequence[Run]) -> dict[str, str]:
+    """What they share; nothing of no runs."""
+    found = list({in_words(how): how for run in runs for how in [how_of(run.about["settings"])]}.values())
+    if len(found) > 1:
+        raise ValueError(f"runs must be of one device and precision, got {'; '.join(map(in_words, found))}")
+    return found[0] if found else {}
+
+
+def in_words(how: Mapping[str, str]) -> str:
+    return " ".join(how.values())
 
 
 def protocol_of(recipe: Recipe) -> dict[str, Any]:

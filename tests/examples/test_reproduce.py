@@ -43,6 +43,7 @@ class Fake:
         self.trained.append((recipe.name, seed))
         found = result(recipe.name, seed, SCALES["tiny"], test=0.5 + 0.01 * seed)
         found["recipe"] = recipe.as_dict()
+        found["settings"] = {"device": running.device_of(machine.device), "bf16": machine.bf16}
         path = folder / recipe.name / f"seed-{seed}" / "result.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(found))
@@ -208,7 +209,34 @@ def test_a_finished_run_of_another_recipe_is_not_taken_for_this_one(tmp_path: Pa
     run_all(plan, 1, tmp_path, Machine(), tools=fake.tools, tell=lambda _: None)
     other = planned("normscale", rows=["mlp-5*"], scale=SCALES["tiny"], epochs=9)
     with pytest.raises(ValueError, match=r"result.json is of another recipe, with other epochs"):
-        collected(other, 1, tmp_path)
+        collected(other, 1, tmp_path, Machine())
+
+
+@pytest.mark.parametrize("settings", [{"device": "cuda:0", "bf16": False}, {"device": "cpu", "bf16": True}])
+def test_a_finished_run_of_another_device_or_precision_is_not_taken_for_this_one(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    machine, plan = Machine(device="cpu"), planned("normscale", rows=["mlp-5*"], scale=SCALES["tiny"])
+    run_all(plan, 1, tmp_path, machine, tools=Fake().tools, tell=lambda _: None)
+    assert len(collected(plan, 1, tmp_path, machine)) == 1
+    path = tmp_path / MLP / "ours" / "seed-0" / "result.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "settings": settings}))
+    with pytest.raises(ValueError, match=r"ours/seed-0/result.json was computed otherwise, .* instead of cpu float32"):
+        collected(plan, 1, tmp_path, machine)
+
+
+def test_times_of_another_precision_are_not_taken_for_these(tmp_path: Path) -> None:
+    plan = planned("normscale", rows=["mlp-5*"], scale=SCALES["tiny"])
+    fakes = [Fake(), Fake()]
+    for fake, bf16 in zip(fakes, (False, True), strict=True):
+        run_all(plan, 1, tmp_path / str(bf16), Machine(bf16=bf16), tools=fake.tools, tell=lambda _: None)
+    (times,) = (tmp_path / "True" / MLP).glob("times-*.json")
+    times.rename(tmp_path / "False" / MLP / times.name)
+    (times,) = (tmp_path / "False" / MLP).glob("times-*-float32.json")
+    times.unlink()
+    again = Fake()
+    run_all(plan, 1, tmp_path / "False", Machine(), tools=again.tools, tell=lambda _: None)
+    assert len(again.timed) == 1 and again.trained == []
 
 
 # --- the report -------------------------------------------------------------------------------------------------------

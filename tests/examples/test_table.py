@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from papers import results, table
@@ -206,6 +207,24 @@ def test_runs_of_a_method_whose_settings_have_changed_are_not_mixed_in(tmp_path:
     with pytest.raises(ValueError, match="holds runs with other settings of ours: move it away"):
         results.record(tmp_path, replace(row, runs=(replace(row.runs[0], about=changed),)))
     assert len(results.read(results.record(tmp_path, row)).runs) == 3
+
+
+def test_runs_of_another_device_or_precision_are_not_mixed_in(tmp_path: Path) -> None:
+    def row(seed: int, **settings: Any) -> Row:
+        found = result(f"{MLP}/none", seed) | {"settings": settings}
+        return row_of([find(f"{MLP}/none").scaled(TINY)], [compact(found)])
+
+    results.record(tmp_path, row(0, device="cuda:0", bf16=True))
+    for other, told in (
+        (row(1, device="cpu", bf16=True), "device 'cuda' instead of 'cpu'"),
+        (row(1, device="cuda", bf16=False), "precision 'bfloat16' instead of 'float32'"),
+    ):
+        with pytest.raises(ValueError, match=f"holds runs with {told}: move it away"):
+            results.record(tmp_path, other)
+    path = results.record(tmp_path, row(1, device="cuda:1", bf16=True))
+    assert len(results.read(path).runs) == 2
+    with pytest.raises(ValueError, match="one device and precision, got cpu float32; cuda float32"):
+        row_of([find(f"{MLP}/none")], [*row(0, device="cpu").runs, *row(1, device="cuda").runs])
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"runs": [{}]}', '{"runs": []}'])
