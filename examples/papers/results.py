@@ -1,7 +1,7 @@
 """What was run of a row, small enough to be kept: measures by epoch, norms of layers, seeds, hardware and commit.
 
-A file of ``examples/results`` holds one row at one scale. Numbers are rounded to four digits, and layers are kept at 41
-epochs at most; means over layers at all.
+A file of ``examples/results`` holds one row at one scale and number of epochs. Numbers are rounded to four digits, and
+layers are kept at 41 epochs at most; means over layers at all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 
 from .checkpoint import write_text
 from .measures import generalization_gap
-from .recipe import Recipe
+from .recipe import SCALES, Recipe
+from .recipes import find, names
 
 DIGITS = 4
 LAYER_EPOCHS = 41
@@ -77,6 +78,19 @@ class Row:
     runs: tuple[Run, ...] = ()
     times: Mapping[str, float] = field(default_factory=dict)
     """A training step's time over the first method's, by method."""
+
+    @property
+    def size(self) -> str:
+        """What is compared and kept together: the scale, and the number of epochs where it is not the scale's own, as
+        in ``full-20-epochs``."""
+        own = find(names(f"{self.name}/*")[0]).scaled(SCALES[self.scale]).epochs
+        epochs = self.protocol["epochs"]
+        return self.scale if epochs == own else f"{self.scale}-{epochs}-epochs"
+
+    @property
+    def size_in_words(self) -> str:
+        """``full scale``, or ``full, 20 epochs``."""
+        return f"{self.scale} scale" if self.size == self.scale else f"{self.scale}, {self.protocol['epochs']} epochs"
 
     @property
     def methods(self) -> list[str]:
@@ -180,8 +194,8 @@ def own_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def path_of(folder: Path, row: str, scale: str) -> Path:
-    return folder / f"{row.replace('/', '-')}-{scale}.json"
+def path_of(folder: Path, row: Row) -> Path:
+    return folder / f"{row.name.replace('/', '-')}-{row.size}.json"
 
 
 def read(path: Path) -> Row:
@@ -201,7 +215,7 @@ def read_all(folder: Path) -> list[Row]:
 
 
 def recorded(folder: Path, row: Row, methods: Mapping[str, Mapping[str, Any]]) -> Row | None:
-    """What is recorded of the row at this scale, which runs of ``row`` may join.
+    """What is recorded of the row at this size, which runs of ``row`` may join.
 
     Args:
         methods: what the recipe of each has of its own (:func:`own_of`).
@@ -209,7 +223,7 @@ def recorded(folder: Path, row: Row, methods: Mapping[str, Mapping[str, Any]]) -
     Raises:
         ValueError: it is of another protocol, or of other settings of a method.
     """
-    path = path_of(folder, row.name, row.scale)
+    path = path_of(folder, row)
     if not path.exists():
         return None
     there = read(path)
@@ -237,7 +251,7 @@ def record(folder: Path, row: Row) -> Path:
         row = replace(row, runs=kept + row.runs, times={**there.times, **row.times})
     runs = sorted(row.runs, key=lambda run: run.seed)
     times = {method: float(f"{value:.3g}") for method, value in row.times.items()}
-    path = path_of(folder, row.name, row.scale)
+    path = path_of(folder, row)
     plain = asdict(replace(row, runs=tuple(runs), times=times))
     write_text(path, in_lines(plain) + "\n")
     return path

@@ -37,7 +37,7 @@ def draw_row(row: Row, folder: Path) -> list[tuple[str, Path]]:
         "curves": ("Accuracy and loss by epoch, mean and standard deviation over seeds", curves),
         "norms": ("Spectral norms of layers by epoch, means over seeds", spectral_norms),
     }
-    stem = f"{row.name.replace('/', '-')}-{row.scale}"
+    stem = f"{row.name.replace('/', '-')}-{row.size}"
     written = []
     for kind, (what, draw) in drawn.items():
         figure = draw(row)
@@ -45,7 +45,7 @@ def draw_row(row: Row, folder: Path) -> list[tuple[str, Path]]:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{stem}-{kind}.png"
             figure.savefig(path, dpi=DPI, metadata={"Software": None})
-            written.append((f"{what}: {row.name}, {row.scale} scale", path))
+            written.append((f"{what}: {row.name}, {row.size_in_words}", path))
     return written
 
 

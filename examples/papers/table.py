@@ -85,7 +85,7 @@ def row_section(row: Row, figures: Sequence[tuple[str, str]] = ()) -> str:
         figures: what each shows, and its address.
     """
     pictures = [f"![{what}]({address})" for what, address in figures]
-    return "\n\n".join([f"### `{row.name}`, {row.scale} scale", row_table(row), facts(row), *pictures])
+    return "\n\n".join([f"### `{row.name}`, {row.size_in_words}", row_table(row), facts(row), *pictures])
 
 
 def row_table(row: Row) -> str:
@@ -198,9 +198,9 @@ def table_section(
 
 
 def largest_first(rows: Iterable[Row]) -> list[Row]:
-    """By scale."""
+    """By scale; of one scale, its own number of epochs before others, and those from the longest on."""
     scales = list(SCALES)
-    return sorted(rows, key=lambda row: scales.index(row.scale))
+    return sorted(rows, key=lambda row: (scales.index(row.scale), row.size != row.scale, -int(row.protocol["epochs"])))
 
 
 def not_run(name: str, reason: str | None) -> str:
@@ -211,21 +211,22 @@ def not_run(name: str, reason: str | None) -> str:
 
 
 def claims_section(table: str, rows: Sequence[Row]) -> str:
-    """A verdict for each claim and each scale that anything of the table was run at, and what it rests on; then what
+    """A verdict for each claim and each size that anything of the table was run at, and what it rests on; then what
     ours adds."""
     run = [row for row in largest_first(rows) if row.runs and row.name.startswith(f"{table}/")]
-    by_scale = {scale: [row for row in run if row.scale == scale] for scale in dict.fromkeys(row.scale for row in run)}
-    found = {scale: verdicts(table, there) for scale, there in by_scale.items()}
-    parts = [verdict_table(found or {NOTHING: verdicts(table, [])})]
-    parts += [details(f"Comparisons, {scale} scale", some) for scale, some in found.items()]
-    for scale, there in by_scale.items():
-        parts += [*of_published_code(table, scale, there), *of_ours(table, scale, there)]
+    sizes = dict.fromkeys(row.size_in_words for row in run)
+    by_size = {size: [row for row in run if row.size_in_words == size] for size in sizes}
+    found = {size: verdicts(table, there) for size, there in by_size.items()}
+    parts = [verdict_table(found or {"nothing run": verdicts(table, [])})]
+    parts += [details(f"Comparisons, {size}", some) for size, some in found.items()]
+    for size, there in by_size.items():
+        parts += [*of_published_code(table, size, there), *of_ours(table, size, there)]
     return "\n\n".join(parts)
 
 
 def verdict_table(found: Mapping[str, Sequence[Verdict]]) -> str:
-    """A column for each scale."""
-    head = ["claim", "", *map(scale_head, found)]
+    """A column for each size."""
+    head = ["claim", "", *found]
     lines = [
         [one[0].claim, one[0].text, *(f"**{each.verdict}** ({tally(each)})" for each in one)]
         for one in zip(*found.values(), strict=True)
@@ -233,26 +234,22 @@ def verdict_table(found: Mapping[str, Sequence[Verdict]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
 
 
-def of_published_code(table: str, scale: str, rows: Sequence[Row]) -> list[str]:
+def of_published_code(table: str, size: str, rows: Sequence[Row]) -> list[str]:
     """The claims on runs with the defects of the published code, where there are any."""
     if not any(run.method.endswith("-published") for row in rows for run in row.runs):
         return []
     found = verdicts(table, rows, published=True)
     words = "; ".join(f"{each.claim}: {each.verdict}" for each in found)
-    return [f"With the defects of the published code, {scale} scale: {words}.", details("Comparisons", found)]
+    return [f"With the defects of the published code, {size}: {words}.", details("Comparisons", found)]
 
 
-def of_ours(table: str, scale: str, rows: Sequence[Row]) -> list[str]:
+def of_ours(table: str, size: str, rows: Sequence[Row]) -> list[str]:
     found = additions(table, rows)
     if not found:
         return []
     better = "\n".join(f"- {each.claim}: **{each.verdict}** ({tally(each)})" for each in found)
     what = "Ours more accurate than every method of the paper"
-    return [f"{what}, {scale} scale:\n\n{better}", details("Comparisons", found)]
-
-
-def scale_head(scale: str) -> str:
-    return "nothing run" if scale == NOTHING else f"{scale} scale"
+    return [f"{what}, {size}:\n\n{better}", details("Comparisons", found)]
 
 
 def tally(verdict: Verdict) -> str:

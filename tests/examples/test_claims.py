@@ -10,6 +10,7 @@ import pytest
 from papers import claims
 from papers.claims import Verdict, snr, testing
 from papers.claims.testing import Comparison, findings_of, holm, judge, permutation_test, pooled, untested
+from papers.recipe import SCALES, Scale
 from papers.results import Row
 
 from tests.examples.results_samples import TINY, Last, made_row
@@ -338,7 +339,11 @@ def test_every_claim_is_undecided_and_says_why_where_nothing_was_run(table: str)
         assert all("no" in str(finding).split(":")[-1] for finding in each.findings)
 
 
-def test_rows_of_two_scales_are_not_judged_together() -> None:
-    rows = [made_row(snr.LARGE[0], BEST), made_row(snr.LARGE[1], BEST, scale=replace(TINY, name="cpu"))]
-    with pytest.raises(ValueError, match="rows must be of one scale, got cpu, tiny"):
+@pytest.mark.parametrize(
+    ("scale", "size"), [(replace(TINY, name="cpu"), "cpu, 4 epochs"), (SCALES["tiny"], "tiny scale")]
+)
+def test_rows_of_two_scales_or_numbers_of_epochs_are_not_judged_together(scale: Scale, size: str) -> None:
+    rows = [made_row(snr.LARGE[0], BEST), made_row(snr.LARGE[0], BEST, scale=scale)]
+    told = "; ".join(sorted(["tiny, 4 epochs", size]))
+    with pytest.raises(ValueError, match=f"rows must be of one scale and number of epochs, got {told}"):
         claims.verdicts("snr", rows)

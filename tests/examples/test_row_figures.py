@@ -37,9 +37,9 @@ def lines_of(figure: Figure, axes: int) -> dict[str, np.ndarray[tuple[int], np.d
 def test_files_are_written_one_of_each_kind_and_told(tmp_path: Path) -> None:
     written = draw_row(made_row(VGG, SIX, range(3)), tmp_path / "new")
     names = [path.name for _, path in written]
-    assert names == [f"snr-vgg-cifar10-b4096-tiny-{kind}.png" for kind in ("gap", "curves", "norms")]
+    assert names == [f"snr-vgg-cifar10-b4096-tiny-4-epochs-{kind}.png" for kind in ("gap", "curves", "norms")]
     assert all(path.read_bytes().startswith(b"\x89PNG") for _, path in written)
-    assert all(f"{VGG}, tiny scale" in what for what, _ in written)
+    assert all(f"{VGG}, tiny, 4 epochs" in what for what, _ in written)
 
 
 @pytest.mark.parametrize("layers", [8, 54])

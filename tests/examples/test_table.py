@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from papers import results, table
-from papers.recipe import SCALES
+from papers.recipe import FULL, SCALES
 from papers.recipes import find
 from papers.results import Row, compact, row_of, thinned
 
@@ -115,10 +115,10 @@ def test_facts_name_seeds_epochs_images_machine_versions_and_commit() -> None:
 def test_rows_come_in_the_tables_order_and_those_not_run_with_their_reasons() -> None:
     rows = [made_row(VGG, {"snr": {}}), made_row(VGG.replace("4096", "64"), {"snr": {}}), made_row(MLP, {"none": {}})]
     text = table.table_section("snr", rows, reasons={"snr/densenet-stl10-b64": "no stl10_binary"})
-    assert text.index("### `snr/vgg-cifar10-b64`, tiny scale") < text.index("### `snr/vgg-cifar10-b4096`, tiny scale")
+    assert text.index("### `snr/vgg-cifar10-b64`, tiny, 4") < text.index("### `snr/vgg-cifar10-b4096`, tiny, 4")
     assert "normscale" not in text
     both = table.table_section("snr", [rows[0], replace(rows[0], scale="full")])
-    assert both.index(f"`{VGG}`, full scale") < both.index(f"`{VGG}`, tiny scale")
+    assert both.index(f"`{VGG}`, full, 4 epochs") < both.index(f"`{VGG}`, tiny, 4 epochs")
     absent = text.partition("Not run:\n\n")[2].splitlines()
     assert len(absent) == 16 - 2 and "- `snr/densenet-stl10-b64`: no stl10_binary" in absent
 
@@ -163,7 +163,7 @@ def test_verdicts_on_published_defects_are_shown_where_they_were_run() -> None:
     stated = {"none": {}, "spectral": {}}
     assert "published code" not in table.claims_section("normscale", [made_row(MLP, stated)])
     text = table.claims_section("normscale", [made_row(MLP, {**stated, "none-published": {}})])
-    assert "With the defects of the published code, tiny scale: normscale (a): undecided;" in text
+    assert "With the defects of the published code, tiny, 4 epochs: normscale (a): undecided;" in text
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_verdicts_on_published_defects_are_shown_where_they_were_run() -> None:
 def test_a_record_reads_back_as_it_was_written(tmp_path: Path) -> None:
     row = made_row(MLP, {"none": {}, "spectral": {}})
     path = results.record(tmp_path, row)
-    assert path.name == "normscale-mlp-5x2000-tiny.json"
+    assert path.name == "normscale-mlp-5x2000-tiny-4-epochs.json"
     (found,) = results.read_all(tmp_path)
     assert table.row_section(found) == table.row_section(row)
     assert sorted(found.runs, key=str) == sorted(row.runs, key=str)
@@ -195,9 +195,19 @@ def test_recording_the_same_again_leaves_the_file_as_it_is(tmp_path: Path) -> No
 
 def test_runs_of_another_protocol_are_not_mixed_in(tmp_path: Path) -> None:
     results.record(tmp_path, made_row(VGG, {"vanilla": {}}))
-    longer = made_row(VGG, {"snr": {}}, scale=replace(TINY, epochs=9))
-    with pytest.raises(ValueError, match=r"vgg-cifar10-b4096-tiny.json holds runs with epochs 4 instead of 9"):
-        results.record(tmp_path, longer)
+    larger = made_row(VGG, {"snr": {}}, scale=replace(TINY, train=512))
+    with pytest.raises(ValueError, match=r"tiny-4-epochs.json holds runs with .*train 256 instead of 512"):
+        results.record(tmp_path, larger)
+
+
+def test_a_shorter_run_at_full_scale_is_not_called_full_scale_nor_in_its_way(tmp_path: Path) -> None:
+    shorter, whole = (made_row(VGG, {"snr": {}}, range(3), replace(FULL, epochs=epochs)) for epochs in (20, 200))
+    kept = [results.record(tmp_path, row).name for row in (shorter, whole)]
+    assert kept == ["snr-vgg-cifar10-b4096-full-20-epochs.json", "snr-vgg-cifar10-b4096-full.json"]
+    rows = results.read_all(tmp_path)
+    text = table.table_section("snr", rows)
+    assert text.index(f"### `{VGG}`, full scale") < text.index(f"### `{VGG}`, full, 20 epochs")
+    assert table.claims_section("snr", rows).startswith("| claim |  | full scale | full, 20 epochs |")
 
 
 def test_runs_of_a_method_whose_settings_have_changed_are_not_mixed_in(tmp_path: Path) -> None:

@@ -27,29 +27,29 @@ def verdicts(table: str, rows: Iterable[Row], *, published: bool = False) -> lis
     """Of a table's claims.
 
     Args:
-        rows: of one scale; those of other tables are not looked at.
+        rows: of one scale and number of epochs; those of other tables are not looked at.
         published: of the methods with the defects of the published code, in place of the stated ones.
 
     Raises:
-        ValueError: rows of more than one scale, which are not to be compared.
+        ValueError: rows of more than one size, which are not to be compared.
     """
-    by_name = of_one_scale(table, rows)
+    by_name = of_one_size(table, rows)
     return [claim(by_name, "-published" if published else "") for claim in CLAIMS[table]]
 
 
 def additions(table: str, rows: Iterable[Row]) -> list[Verdict]:
-    """Whether ours is better than every method of the paper, for each row of one scale that has ours.
+    """Whether ours is better than every method of the paper, for each row of one size that has ours.
 
     Raises:
-        ValueError: rows of more than one scale.
+        ValueError: rows of more than one.
     """
-    return ours.against_papers(table, of_one_scale(table, rows))
+    return ours.against_papers(table, of_one_size(table, rows))
 
 
-def of_one_scale(table: str, rows: Iterable[Row]) -> Rows:
+def of_one_size(table: str, rows: Iterable[Row]) -> Rows:
     """The table's, by name."""
-    by_name = {row.name: row for row in rows if row.name.startswith(f"{table}/")}
-    scales = sorted({row.scale for row in by_name.values()})
-    if len(scales) > 1:
-        raise ValueError(f"rows must be of one scale, got {', '.join(scales)}")
-    return by_name
+    own = [row for row in rows if row.name.startswith(f"{table}/")]
+    sizes = sorted({row.size_in_words for row in own})
+    if len(sizes) > 1:
+        raise ValueError(f"rows must be of one scale and number of epochs, got {'; '.join(sizes)}")
+    return {row.name: row for row in own}
