@@ -18,9 +18,10 @@ from pathlib import Path
 
 from papers import published, results
 from papers.page import rendered
+from papers.planning import Plan, planned
 from papers.recipe import FULL, SCALES
 from papers.recipes import TABLES
-from papers.reproducing import TOOLS, Machine, Outcome, Plan, Tools, collected, planned, run_all
+from papers.reproducing import TOOLS, Machine, Outcome, Tools, check, collected, run_all
 from papers.row_figures import draw_row
 from papers.table import claims_section, table_section
 
@@ -70,6 +71,7 @@ def checked(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:
                 methods = {recipe.method.name: results.own_of(recipe.as_dict()) for recipe in recipes}
                 results.recorded(args.record, results.row_of(recipes, how=machine.how), methods)
         writable(args.out, "--out")
+        check(plan, args.seeds, folder_of(args), machine)
     except ValueError as error:
         made.error(str(error))
     return args, plan
@@ -130,20 +132,37 @@ def main(argv: Sequence[str] | None = None, tools: Tools = TOOLS) -> None:
 def reproduce(args: argparse.Namespace, plan: Plan, tools: Tools) -> None:
     deadline = None if args.budget is None else time.monotonic() + 60 * args.budget
     machine = machine_of(args)
-    folder = folder_of(args)
     try:
-        outcome = run_all(plan, args.seeds, folder, machine, deadline=deadline, tools=tools)
-        rows = collected(plan, args.seeds, folder, machine)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"reproduce.py: error: {error}") from None
-    path = folder / f"{args.table}.md"
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(report(args, rows, outcome), encoding="utf-8")
-    print(f"Written: {path}")
-    for row in rows if args.record is not None else ():
-        print(f"Recorded: {results.record(args.record, row)}")
+        outcome = run_all(plan, args.seeds, folder_of(args), machine, deadline=deadline, tools=tools)
+    except BaseException:  # an interrupt too leaves what is finished
+        keep(args, plan, machine, Outcome())
+        raise
+    keep(args, plan, machine, outcome)
     if outcome.stopped:
         print("The budget is spent; the same command goes on.")
+
+
+def keep(args: argparse.Namespace, plan: Plan, machine: Machine, outcome: Outcome) -> None:
+    """Records all rows of which there is any, and writes the report; what cannot be kept is told at the end."""
+    rows, lost = collected(plan, args.seeds, folder_of(args), machine), []
+    for row in rows if args.record is not None else ():
+        try:
+            print(f"Recorded: {results.record(args.record, row)}")
+        except (ValueError, OSError) as error:
+            lost.append(str(error))
+    try:
+        print(f"Written: {write_report(args, rows, outcome)}")
+    except OSError as error:
+        lost.append(str(error))
+    if lost:
+        raise SystemExit("\n".join(f"reproduce.py: error: {error}" for error in lost))
+
+
+def write_report(args: argparse.Namespace, rows: Sequence[results.Row], outcome: Outcome) -> Path:
+    path = folder_of(args) / f"{args.table}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(report(args, rows, outcome), encoding="utf-8")
+    return path
 
 
 if __name__ == "__main__":

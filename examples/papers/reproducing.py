@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import checkpoint
 from .checkpoint import write_text
 from .data import Images
-from .recipe import FULL, Recipe, Scale
+from .planning import Plan
+from .recipe import FULL, Recipe
 from .recipes import rows as recipes_of
 from .results import Row, compact, how_of, in_words, row_of
 from .running import RESULT, Run, device_of, images_of
-from .timing import time_methods
+from .timing import OutOfTime, in_time, time_methods
+from .training import Settings
 
 TIMED_STEPS = 30
 TOO_LATE = "the budget ended before"
-
-Plan = Mapping[str, tuple[Recipe, ...]]
-"""Recipes by row, in the order to run them."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,13 @@ class Machine:
         """Device and precision, as a row's protocol has them."""
         return how_of({"device": device_of(self.device), "bf16": self.bf16})
 
+    def identity(self, recipe: Recipe, seed: int) -> dict[str, Any]:
+        """What the checkpoint of a run on this machine holds."""
+        settings = Settings(device_of(self.device), self.bf16)
+        return {"recipe": recipe.as_dict(), "seed": seed, "settings": asdict(settings)}
 
-def train(recipe: Recipe, seed: int, folder: Path, machine: Machine, deadline: float | None) -> dict[str, Any] | None:
+
+def train(recipe: Recipe, seed: int, folder: Path, machine: Machine, deadline: float) -> dict[str, Any] | None:
     """The result of a run, gone on with or made; None where the deadline came first. At full scale with the bar,
     TensorBoard files and figures of a single run, which take longer than a small run itself."""
     run = Run(
@@ -69,68 +73,38 @@ def images_for(recipe: Recipe, machine: Machine) -> Images:
     return images_of(recipe.data, machine.data_dir, machine.download)
 
 
-def times_of(recipes: Sequence[Recipe], images: Images, machine: Machine) -> dict[str, float]:
+def times_of(recipes: Sequence[Recipe], images: Images, machine: Machine, deadline: float) -> dict[str, float]:
     device = device_of(machine.device)
-    return time_methods(recipes, images, device, steps=TIMED_STEPS, bf16=machine.bf16)
+    return time_methods(recipes, images, device, steps=TIMED_STEPS, bf16=machine.bf16, deadline=deadline)
 
 
 @dataclass(frozen=True)
 class Tools:
     """What does the work."""
 
-    train: Callable[[Recipe, int, Path, Machine, float | None], dict[str, Any] | None] = train
+    train: Callable[[Recipe, int, Path, Machine, float], dict[str, Any] | None] = train
     images: Callable[[Recipe, Machine], Any] = images_for
-    times: Callable[[Sequence[Recipe], Any, Machine], dict[str, float]] = times_of
+    times: Callable[[Sequence[Recipe], Any, Machine, float], dict[str, float]] = times_of
 
 
 TOOLS = Tools()
 
 
-def planned(
-    table: str,
-    *,
-    rows: Sequence[str] = ("*",),
-    methods: Sequence[str] = (),
-    scale: Scale,
-    epochs: int | None = None,
-) -> Plan:
-    """The recipes of a table that are asked for, scaled.
-
-    Args:
-        rows: patterns, with or without the table's name before them.
-        methods: patterns; without any, all but those with the defects of published code.
-        epochs: in place of the scale's; the paper's threshold of the gap does not carry over to other than its own.
+def check(plan: Plan, seeds: int, folder: Path, machine: Machine) -> None:
+    """That what the folder holds of the plan's runs can be gone on with, before any time is spent.
 
     Raises:
-        ValueError: a pattern that nothing matches, with the near names.
+        ValueError: results or checkpoints that are damaged or of other settings, all of them.
     """
-    found = recipes_of(table)
-    chosen_rows = chosen("rows", [f"{table}/{pattern.removeprefix(f'{table}/')}" for pattern in rows], list(found))
-    known = list(dict.fromkeys(recipe.method.name for recipes in found.values() for recipe in recipes))
-    stated = [method for method in known if not method.endswith("-published")]
-    chosen_methods = chosen("methods", methods, known) if methods else stated
-    return {
-        row: tuple(
-            lasting(recipe.scaled(scale), epochs) for recipe in found[row] if recipe.method.name in chosen_methods
-        )
-        for row in chosen_rows
-    }
-
-
-def lasting(recipe: Recipe, epochs: int | None) -> Recipe:
-    """For so many epochs, where they are asked for."""
-    if epochs in (None, recipe.epochs):
-        return recipe
-    return replace(recipe, epochs=epochs, threshold=None)
-
-
-def chosen(what: str, patterns: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The names that match a pattern, in their order."""
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names
-            raise ValueError(f"{what} must match one of the table's, got {pattern!r}; near: {', '.join(near)}")
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    lost = []
+    for recipe, seed in product(chain.from_iterable(plan.values()), range(seeds)):
+        try:
+            if result_of(recipe, seed, folder, machine) is None:
+                checkpoint.load(folder_of(recipe, seed, folder), machine.identity(recipe, seed))
+        except (ValueError, OSError) as error:
+            lost.append(str(error))
+    if lost:
+        raise ValueError("\n".join(lost))
 
 
 @dataclass
@@ -152,45 +126,28 @@ def run_all(
     tell: Callable[[str], None] = print,
 ) -> Outcome:
     """Every missing run: row by row, seed by seed over all methods of a row, so that a stop leaves rows that compare.
-    Then times of the rows that are finished. A row whose data cannot be had, or that the device has no memory for, is
-    passed over.
+    Then times of the row. What keeps a row from being finished is told and keeps no other row.
 
     Args:
         deadline: of ``time.monotonic()``.
-
-    Raises:
-        ValueError: a folder that holds runs of other settings.
-        OSError: a folder that cannot be written, or a full disk.
     """
     outcome = Outcome()
+    ends = math.inf if deadline is None else deadline
     for row, recipes in plan.items():
-        if is_finished(recipes, seeds, folder, machine):
-            continue
-        if outcome.stopped:
-            outcome.reasons[row] = TOO_LATE
-            continue
+        why = TOO_LATE
         try:
-            images = tools.images(recipes[0], machine)
+            if is_finished(recipes, seeds, folder, machine):
+                continue
+            if not outcome.stopped:
+                why = finish_row(recipes, seeds, folder, machine, ends, tools, tell)
+        except OutOfTime:
+            outcome.stopped = True
         except (ValueError, OSError) as error:
-            outcome.reasons[row] = str(error)
-            tell(f"{row}: not run: {error}")
-            continue
-        try:
-            outcome.stopped = not run_row(recipes, seeds, folder, machine, deadline, tools, tell)
-            if not outcome.stopped and is_to_be_timed(recipes, folder, machine):
-                outcome.stopped = is_past(deadline)
-                if not outcome.stopped:
-                    time_row(recipes, images, folder, machine, tools, tell)
-        except torch.OutOfMemoryError as error:
-            outcome.reasons[row] = f"the device has too little memory ({str(error).splitlines()[0]})"
-            tell(f"{row}: {outcome.reasons[row]}")
-        if outcome.stopped:
-            outcome.reasons[row] = TOO_LATE
+            why = str(error)
+        if why:
+            outcome.reasons[row] = why
+            tell(f"{row}: {why}")
     return outcome
-
-
-def is_past(deadline: float | None) -> bool:
-    return deadline is not None and time.monotonic() >= deadline
 
 
 def is_finished(recipes: Sequence[Recipe], seeds: int, folder: Path, machine: Machine) -> bool:
@@ -199,40 +156,81 @@ def is_finished(recipes: Sequence[Recipe], seeds: int, folder: Path, machine: Ma
     return runs and not is_to_be_timed(recipes, folder, machine)
 
 
+def finish_row(
+    recipes: Sequence[Recipe],
+    seeds: int,
+    folder: Path,
+    machine: Machine,
+    deadline: float,
+    tools: Tools,
+    tell: Callable[[str], None],
+) -> str:
+    """Why not all of the row was run and timed, or nothing.
+
+    Raises:
+        OutOfTime: the deadline came first.
+        ValueError: data that cannot be had.
+        OSError: a folder that cannot be written, or a full disk.
+    """
+    images = tools.images(recipes[0], machine)
+    lost = run_row(recipes, seeds, folder, machine, deadline, tools, tell)
+    left = [recipe for recipe in recipes if recipe.method.name not in lost]
+    if left and is_to_be_timed(left, folder, machine):
+        try:
+            time_row(left, images, folder, machine, deadline, tools, tell)
+        except torch.OutOfMemoryError as error:
+            lost["times"] = too_little_memory(error)
+    return "; ".join(f"{what}: {why}" for what, why in lost.items())
+
+
 def run_row(
     recipes: Sequence[Recipe],
     seeds: int,
     folder: Path,
     machine: Machine,
-    deadline: float | None,
+    deadline: float,
     tools: Tools,
     tell: Callable[[str], None],
-) -> bool:
-    """Whether all runs came to their end."""
-    for seed in range(seeds):
-        for recipe in recipes:
-            if result_of(recipe, seed, folder, machine) is not None:
-                continue
-            if is_past(deadline):
-                return False
+) -> dict[str, str]:
+    """Methods that the device has no memory for, and what it said; they are not tried again from other seeds.
+
+    Raises:
+        OutOfTime: the deadline came first.
+    """
+    lost: dict[str, str] = {}
+    for seed, recipe in product(range(seeds), recipes):
+        if recipe.method.name in lost or result_of(recipe, seed, folder, machine) is not None:
+            continue
+        in_time(deadline)
+        try:
             found = tools.train(recipe, seed, folder, machine, deadline)
-            if found is None:
-                return False
-            last = found["epochs"][-1]
-            tell(f"{recipe.name} seed {seed}: test {last['test_accuracy']:.4f}, train {last['train_accuracy']:.4f}")
-    return True
+        except torch.OutOfMemoryError as error:
+            lost[recipe.method.name] = too_little_memory(error)
+            continue
+        if found is None:
+            raise OutOfTime
+        last = found["epochs"][-1]
+        tell(f"{recipe.name} seed {seed}: test {last['test_accuracy']:.4f}, train {last['train_accuracy']:.4f}")
+    return lost
+
+
+def too_little_memory(error: torch.OutOfMemoryError) -> str:
+    return f"the device has too little memory ({str(error).splitlines()[0]})"
 
 
 def result_of(recipe: Recipe, seed: int, folder: Path, machine: Machine) -> dict[str, Any] | None:
     """Of a finished run.
 
     Raises:
-        ValueError: it is of another recipe, or computed on another type of device or in another precision.
+        ValueError: it is damaged, of another recipe, or computed on another type of device or in another precision.
     """
-    path = folder / recipe.name / f"seed-{seed}" / RESULT
+    path = folder_of(recipe, seed, folder) / RESULT
     if not path.exists():
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): remove it to finish that run anew") from None
     wanted = json.loads(json.dumps(recipe.as_dict()))
     differing = [name for name, value in wanted.items() if found["recipe"].get(name) != value]
     if differing:
@@ -243,17 +241,27 @@ def result_of(recipe: Recipe, seed: int, folder: Path, machine: Machine) -> dict
     return found
 
 
+def folder_of(recipe: Recipe, seed: int, folder: Path) -> Path:
+    return folder / recipe.name / f"seed-{seed}"
+
+
 def time_row(
     recipes: Sequence[Recipe],
     images: Any,
     folder: Path,
     machine: Machine,
+    deadline: float,
     tools: Tools,
     tell: Callable[[str], None],
 ) -> None:
-    """Of all methods, side by side."""
+    """Of all methods, side by side.
+
+    Raises:
+        OutOfTime: the deadline came first.
+    """
+    in_time(deadline)
     tell(f"{recipes[0].row}: times of {len(recipes)} methods")
-    found = tools.times(recipes, images, machine)
+    found = tools.times(recipes, images, machine, deadline)
     times = {recipe.method.name: found[recipe.name] for recipe in recipes}
     write_text(times_path(folder, recipes[0].row, machine), json.dumps(times))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -20,8 +21,27 @@ LEAST_BLOCKS = 3
 """Of which a median is worth its name."""
 
 
+class OutOfTime(Exception):
+    """A deadline came before the end."""
+
+
+def in_time(deadline: float) -> None:
+    """
+    Raises:
+        OutOfTime: the deadline, of ``time.monotonic()``, is past.
+    """
+    if time.monotonic() >= deadline:
+        raise OutOfTime
+
+
 def time_methods(
-    recipes: Sequence[Recipe], images: Images, device: str, *, steps: int = 30, bf16: bool = False
+    recipes: Sequence[Recipe],
+    images: Images,
+    device: str,
+    *,
+    steps: int = 30,
+    bf16: bool = False,
+    deadline: float = math.inf,
 ) -> dict[str, float]:
     """A training step's time over that of the first recipe in the same block, by name: medians over blocks.
 
@@ -30,8 +50,10 @@ def time_methods(
 
     Args:
         steps: of each recipe, at least; at least three blocks are taken.
+        deadline: of ``time.monotonic()``, looked at before each step.
 
     Raises:
+        OutOfTime: the deadline came first.
         ValueError: no recipe, or fewer than one step.
     """
     if not recipes or steps < 1:
@@ -39,9 +61,11 @@ def time_methods(
     deterministic()  # as the runs themselves are
     runs = [Training(recipe, images, 0, Settings(device, bf16)) for recipe in recipes]
     batches = [_without_end(run) for run in runs]
-    _block(runs, batches, COLD)
+    _block(runs, batches, COLD, deadline)
     block = max(period(recipe) for recipe in recipes)
-    times = torch.stack([_block(runs, batches, block) for _ in range(max(LEAST_BLOCKS, math.ceil(steps / block)))])
+    times = torch.stack(
+        [_block(runs, batches, block, deadline) for _ in range(max(LEAST_BLOCKS, math.ceil(steps / block)))]
+    )
     ratios = times / times[:, :1]
     return {recipe.name: statistics.median(column.tolist()) for recipe, column in zip(recipes, ratios.T, strict=True)}
 
@@ -51,10 +75,16 @@ def period(recipe: Recipe) -> int:
     return int(recipe.method.norm_scale.get("every", 1))
 
 
-def _block(runs: Sequence[Training], batches: Sequence[Iterator[tuple[Tensor, Tensor]]], steps: int) -> Tensor:
+def _block(
+    runs: Sequence[Training], batches: Sequence[Iterator[tuple[Tensor, Tensor]]], steps: int, deadline: float
+) -> Tensor:
     """Seconds of so many steps, by run."""
-    sums = [sum(run.time_step(*next(some)) for _ in range(steps)) for run, some in zip(runs, batches, strict=True)]
-    return torch.tensor(sums, dtype=torch.float64)
+    sums = torch.zeros(len(runs), dtype=torch.float64)
+    for i, (run, some) in enumerate(zip(runs, batches, strict=True)):
+        for _ in range(steps):
+            in_time(deadline)
+            sums[i] += run.time_step(*next(some))
+    return sums
 
 
 def _without_end(run: Training) -> Iterator[tuple[Tensor, Tensor]]:

@@ -6,17 +6,20 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import reproduce
 import torch
-from papers import page, reproducing, results, running, timing
-from papers.data import Images
+from papers import checkpoint, page, reproducing, results, running, timing
+from papers.data import Images, load
 from papers.data.reading import Split
+from papers.planning import planned
 from papers.recipe import SCALES, Recipe
-from papers.reproducing import Machine, Tools, collected, planned, run_all
+from papers.recipes import find
+from papers.reproducing import Machine, Tools, check, collected, run_all
 from papers.row_figures import draw_row
 
 from tests.examples.results_samples import made_row, result
@@ -28,8 +31,14 @@ METHODS = ("none", "frobenius", "spectral", "ours")
 class Fake:
     """Training that takes no time and writes what a finished run leaves; it stops before the ``limit``-th run."""
 
-    def __init__(self, limit: int | None = None, lost: Sequence[str] = (), full: Sequence[str] = ()) -> None:
-        self.limit, self.lost, self.full = limit, lost, full
+    def __init__(
+        self,
+        limit: int | None = None,
+        lost: Sequence[str] = (),
+        full: Sequence[str] = (),
+        broken: Sequence[str] = (),
+    ) -> None:
+        self.limit, self.lost, self.full, self.broken = limit, lost, full, broken
         self.trained: list[tuple[str, int]] = []
         self.timed: list[list[str]] = []
 
@@ -38,7 +47,9 @@ class Fake:
     ) -> dict[str, Any] | None:
         if self.limit is not None and len(self.trained) >= self.limit:
             return None
-        if recipe.row in self.full:
+        if recipe.name in self.broken:
+            raise OSError(28, "No space left on device", str(folder))
+        if recipe.row in self.full or recipe.name in self.full:
             raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it")
         self.trained.append((recipe.name, seed))
         found = result(recipe.name, seed, SCALES["tiny"], test=0.5 + 0.01 * seed)
@@ -53,7 +64,7 @@ class Fake:
         if recipe.data in self.lost:
             raise ValueError(f"{recipe.data} is not there")
 
-    def times(self, recipes: Sequence[Recipe], images: object, machine: Machine) -> dict[str, float]:
+    def times(self, recipes: Sequence[Recipe], images: object, machine: Machine, deadline: float) -> dict[str, float]:
         self.timed.append([recipe.name for recipe in recipes])
         return {recipe.name: 1 + 0.1 * i for i, recipe in enumerate(recipes)}
 
@@ -162,6 +173,23 @@ def test_times_wait_for_the_next_call_where_the_budget_ends_with_the_last_run(tm
     assert not second.stopped and len(fake.trained) == 4 and len(fake.timed) == 1
 
 
+def test_the_budget_ends_timing(tmp_path: Path) -> None:
+    plan = planned("normscale", rows=["mlp-5*"], scale=SCALES["tiny"])
+    fake = Fake()
+    told: list[float] = []
+
+    def times(recipes: Sequence[Recipe], images: object, machine: Machine, deadline: float) -> dict[str, float]:
+        told.append(deadline)
+        raise timing.OutOfTime
+
+    tools = Tools(fake.train, fake.images, times)
+    ends = time.monotonic() + 100
+    outcome = run_all(plan, 1, tmp_path, Machine(), deadline=ends, tools=tools, tell=lambda _: None)
+    assert told == [ends] and outcome.stopped and outcome.reasons == {MLP: reproducing.TOO_LATE}
+    with pytest.raises(timing.OutOfTime):
+        timing.time_methods([find("digits/mlp/vanilla")], load("digits"), "cpu", deadline=time.monotonic())
+
+
 def test_training_is_told_the_deadline(tmp_path: Path) -> None:
     told: list[float | None] = []
 
@@ -185,8 +213,75 @@ def test_a_row_without_its_data_is_not_run_with_the_reason_and_the_others_are(tm
 def test_a_row_too_large_for_the_device_is_passed_over_with_the_reason(tmp_path: Path) -> None:
     fake = Fake(full=["normscale/mlp-7x4000"])
     text = reproduced(fake, tmp_path, "--seeds", "1")
-    assert "- `normscale/mlp-7x4000`: the device has too little memory (CUDA out of memory.)" in text
+    assert "- `normscale/mlp-7x4000`: none: the device has too little memory (CUDA out of memory.); frobenius: " in text
     assert len(fake.trained) == 12
+
+
+def test_a_method_too_large_for_the_device_leaves_the_later_ones_of_its_row(tmp_path: Path) -> None:
+    fake = Fake(full=[f"{MLP}/frobenius"])
+    text = reproduced(fake, tmp_path, "--rows", "mlp-5*", "--seeds", "2")
+    left = [name for name in METHODS if name != "frobenius"]
+    assert fake.trained == [(f"{MLP}/{name}", seed) for seed in (0, 1) for name in left]
+    assert fake.timed == [[f"{MLP}/{name}" for name in left]]
+    assert f"- `{MLP}`: frobenius: the device has too little memory (CUDA out of memory.)" in text
+
+
+def test_an_error_in_a_row_is_its_reason_and_the_others_are_run_reported_and_recorded(tmp_path: Path) -> None:
+    fake, kept = Fake(broken=[f"{MLP}/spectral"]), tmp_path / "kept"
+    text = reproduced(fake, tmp_path, "--rows", "mlp-*", "--seeds", "1", "--record", kept)
+    assert f"- `{MLP}`: [Errno 28] No space left on device" in text
+    assert [name for name, _ in fake.trained] == [
+        *(f"{MLP}/{name}" for name in METHODS[:2]),
+        *(f"normscale/mlp-7x4000/{name}" for name in METHODS),
+    ]
+    assert {row.name: row.methods for row in results.read_all(kept)} == {
+        MLP: ["none", "frobenius"],
+        "normscale/mlp-7x4000": list(METHODS),
+    }
+
+
+def test_an_interrupt_leaves_the_report_and_record_of_what_is_finished(tmp_path: Path) -> None:
+    fake = Fake()
+
+    def train(*words: Any) -> dict[str, Any] | None:
+        if len(fake.trained) == 2:
+            raise KeyboardInterrupt
+        return fake.train(*words)
+
+    words = ["normscale", "--scale", "tiny", "--out", str(tmp_path), "--record", str(tmp_path / "kept")]
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.main(words, Tools(train, fake.images, fake.times))
+    assert results.read_all(tmp_path / "kept")[0].methods == ["none", "frobenius"]
+    assert "| none | 1 |" in (tmp_path / "tiny" / "normscale.md").read_text()
+
+
+def test_a_damaged_or_foreign_result_or_checkpoint_is_told_before_anything_is_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "tiny"
+    for name, file, content in (
+        ("mlp-5x2000/ours", "result.json", b"{"),
+        ("mlp-7x4000/none", "checkpoint.pt", b"no archive"),
+    ):
+        path = runs / "normscale" / name / "seed-1" / file
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    foreign = runs / "normscale/resnet50/none/seed-0"
+    foreign.mkdir(parents=True)
+    recipe = planned("normscale", rows=["resnet50"], scale=SCALES["cpu"])["normscale/resnet50"][0]
+    checkpoint.save(foreign, Machine().identity(recipe, 0))
+    fake = Fake()
+    with pytest.raises(SystemExit) as ended:
+        reproduced(fake, tmp_path, "--seeds", "2")
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and fake.trained == []
+    assert "ours/seed-1/result.json cannot be read" in told and "none/seed-1/checkpoint.pt cannot be read" in told
+    assert "resnet50/none/seed-0/checkpoint.pt is of another run: recipe.batch is" in told
+    checkpoint.save(
+        foreign,
+        Machine().identity(planned("normscale", rows=["resnet50"], scale=SCALES["tiny"])["normscale/resnet50"][0], 0),
+    )
+    check(planned("normscale", rows=["resnet50"], scale=SCALES["tiny"]), 2, runs, Machine())
 
 
 def test_methods_without_the_first_one_are_not_timed(tmp_path: Path) -> None:
@@ -323,7 +418,7 @@ def test_what_makes_no_sense_is_told_before_anything_is_run(
 def test_a_record_of_another_protocol_is_told_before_anything_is_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results.record(tmp_path, made_row(MLP, {"none": {}}))
+    results.record(tmp_path, made_row(MLP, {"none": {}}, scale=replace(SCALES["tiny"], train=512)))
     fake = Fake()
     with pytest.raises(SystemExit):
         reproduced(fake, tmp_path / "out", "--rows", "mlp-5*", "--record", tmp_path)
