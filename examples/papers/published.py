@@ -15,6 +15,13 @@ SOURCES = {
 """By table."""
 
 
+METHODS = {
+    "snr": ("vanilla", "weight-decay", "adversarial", "snr"),
+    "normscale": ("none", "frobenius", "spectral"),
+}
+"""By table, those that the paper compares; all others are this library's."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """What a paper has of one method in one row."""
@@ -32,17 +39,15 @@ class Cell:
 
 
 def _snr(threshold: float, accuracies: str, gaps: str) -> tuple[float, dict[str, Cell]]:
-    methods = ("vanilla", "weight-decay", "adversarial", "snr")
     pairs = zip(map(float, accuracies.split()), map(float, gaps.split()), strict=True)
-    return threshold, {name: Cell(*pair) for name, pair in zip(methods, pairs, strict=True)}
+    return threshold, {name: Cell(*pair) for name, pair in zip(METHODS["snr"], pairs, strict=True)}
 
 
 def _norm_scaling(accuracies: str, losses: str) -> dict[str, Cell]:
-    methods = ("none", "frobenius", "spectral")
     pairs = zip(map(float, accuracies.split()), map(float, losses.split()), strict=True)
     return {
         name: Cell(accuracy=round(percent / 100, 4), loss=loss)
-        for name, (percent, loss) in zip(methods, pairs, strict=True)
+        for name, (percent, loss) in zip(METHODS["normscale"], pairs, strict=True)
     }
 
 

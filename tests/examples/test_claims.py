@@ -175,6 +175,18 @@ def test_gradient_norm_and_gap_go_together_or_against_each_other(sign: int, word
     assert verdict(rows_of(snr.LARGE[:2], methods), "d").verdict == word
 
 
+def test_correlation_is_that_of_the_papers_methods_in_the_papers_rows() -> None:
+    points: dict[str, Last] = {
+        name: {"test": 0.5, "train": 0.6 + 0.1 * i, "gradient_norm": 1.0 + i} for i, name in enumerate(FOUR)
+    }
+    ours: dict[str, Last] = {"cap": {"test": 0.5, "train": 0.99, "gradient_norm": 0.01}}
+    alone = verdict(rows_of(snr.LARGE[:2], points), "d")
+    assert verdict(rows_of(snr.LARGE[:2], {**points, **ours}), "d").findings == alone.findings
+    others = rows_of(("snr/vgg-cifar10-b512", "snr/vgg-cifar10-b64-noise20"), points)
+    assert verdict([*rows_of(snr.LARGE[:2], points), *others], "d").findings == alone.findings
+    assert verdict(others, "d").verdict == "undecided"
+
+
 def test_correlation_needs_three_methods_of_three_seeds() -> None:
     two = {name: BEST[name] for name in FOUR[:2]}
     found = verdict(rows_of(snr.LARGE, two), "d")

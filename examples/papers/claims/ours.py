@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from . import normscale, snr
+from .. import published
 from .testing import Rows, Verdict, accuracy, compare, difference, judge
 
 OURS = {"snr": ("snr-adamw", "cap"), "normscale": ("ours",)}
-PAPERS = {"snr": (*snr.OTHERS, "snr"), "normscale": normscale.METHODS}
 """By table."""
 
 
@@ -23,7 +22,7 @@ def against_papers(table: str, rows: Rows) -> list[Verdict]:
             f"{row} {method}",
             text,
             test,
-            [compare(rows, row, f"{method} over {other}", better, method, other) for other in PAPERS[table]],
+            [compare(rows, row, f"{method} over {other}", better, method, other) for other in published.METHODS[table]],
         )
         for row in rows
         for method in OURS[table]

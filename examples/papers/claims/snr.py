@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from functools import partial
 
+from .. import published
 from ..results import Row, Run
 from .testing import (
     SEEDS,
@@ -24,7 +25,7 @@ from .testing import (
     pooled,
 )
 
-OTHERS = ("vanilla", "weight-decay", "adversarial")
+OTHERS = tuple(name for name in published.METHODS["snr"] if name != "snr")
 LARGE = tuple(f"snr/{row}-b4096" for row in ("vgg-cifar10", "nin-cifar100", "densenet-cifar100", "densenet-stl10"))
 SMALL = tuple(row.replace("b4096", "b64") for row in LARGE)
 ACCURACY = "test accuracy after the last epoch, SNR's less each other method's"
@@ -61,13 +62,15 @@ def claim_c(rows: Rows, _: str) -> Verdict:
 
 
 def claim_d(rows: Rows, _: str) -> Verdict:
-    """A point is a method of a row, with means over its seeds; methods are exchanged within their rows. Runs of one
-    method are too alike to be points of their own."""
-    usable = [points for row in rows.values() if (points := gaps_and_norms(row)) is not None]
+    """A point is a method of the paper in one of its rows, with means over its seeds; methods are exchanged within
+    their rows. Runs of one method are too alike to be points of their own."""
+    own = [rows[name] for name in (*SMALL, *LARGE) if name in rows]
+    usable = [points for row in own if (points := gaps_and_norms(row)) is not None]
     text = "A smaller gap goes with a smaller gradient norm at test inputs"
     test = (
         "Spearman's correlation of training less test accuracy with the gradient norm, both after the last epoch and "
-        "means over seeds, over the methods of a row; mean over rows; methods permuted within rows"
+        "means over seeds, over the paper's methods in each of its rows; mean over rows; methods permuted within "
+        "rows"
     )
     what = f"correlation, {len(usable)} row(s)"
     if not usable:
@@ -78,9 +81,9 @@ def claim_d(rows: Rows, _: str) -> Verdict:
 
 
 def gaps_and_norms(row: Row) -> tuple[list[float], list[float]] | None:
-    """Of every method with enough seeds; None where they are fewer than three."""
+    """Of every method of the paper with enough seeds; None where they are fewer than three."""
     gaps, norms = [], []
-    for method in row.methods:
+    for method in published.METHODS["snr"]:
         runs = row.of(method).values()
         pairs = [(final_gap(run), run.last("gradient_norm")) for run in runs]
         known = [(gap, norm) for gap, norm in pairs if gap is not None and norm is not None]
