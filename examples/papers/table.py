@@ -13,6 +13,7 @@ from .published import Cell
 from .recipe import SCALES
 from .recipes import rows as recipes_of
 from .results import Row, Run
+from .training import GRADIENTS, TRAIN_EVALUATED
 
 NOTHING = "–"
 NOT_RUN = "not run"
@@ -53,14 +54,16 @@ def measures(row: Row) -> list[Measure]:
     ]
 
 
-NOTES = """\
+NOTES = f"""\
 Mean ± standard deviation over seeds. Test accuracy, test loss and gradient norm (the mean l2 norm of a test loss'
-gradient by its normalized input, of at most 2,000 test images) are those after the last epoch. Gap: the least training
-less test accuracy, the former of at most 10,000 training images, over epochs whose test accuracy is above the
-threshold. That is the paper's at full scale and length; else one for all methods of the row, the least over them of the
-mean best test accuracy, less 0.01, rounded down to 0.01. Mean σ₁, stable rank and rank: over layers, after the last
-epoch; deviation of σ₁: over layers, the mean of the last half of the epochs. Time: of a training step over that of the
-first method, steps taken in turn, the median of their ratios."""
+gradient by its normalized input, of at most {GRADIENTS:,} test images) are those after the last epoch. Gap: the least
+training less test accuracy, the former of at most {TRAIN_EVALUATED:,} training images, over epochs whose test accuracy
+is above the threshold. That is the paper's at full scale and length; else one for all methods of the row, the least
+over the paper's methods of the mean best test accuracy, less 0.01, rounded down to 0.01, of runs that learned: their
+losses stayed finite, and their test accuracy came above twice that of chance. Mean σ₁, stable rank and rank: over
+layers, after the last epoch; deviation of σ₁: over layers, the mean of the last half of the epochs. Time: of training
+steps over that of the first method's, methods taken in turn, the median over turns; a turn is as many steps as the
+longest interval at which one of the methods does something, one at least."""
 
 
 def late_deviation(run: Run) -> float | None:

@@ -277,11 +277,9 @@ def test_a_damaged_or_foreign_result_or_checkpoint_is_told_before_anything_is_ru
     assert ended.value.code == 2 and fake.trained == []
     assert "ours/seed-1/result.json cannot be read" in told and "none/seed-1/checkpoint.pt cannot be read" in told
     assert "resnet50/none/seed-0/checkpoint.pt is of another run: recipe.batch is" in told
-    checkpoint.save(
-        foreign,
-        Machine().identity(planned("normscale", rows=["resnet50"], scale=SCALES["tiny"])["normscale/resnet50"][0], 0),
-    )
-    check(planned("normscale", rows=["resnet50"], scale=SCALES["tiny"]), 2, runs, Machine())
+    plan = planned("normscale", rows=["resnet50"], scale=SCALES["tiny"])
+    checkpoint.save(foreign, Machine().identity(plan["normscale/resnet50"][0], 0))
+    check(plan, 2, runs, Machine())
 
 
 def test_methods_without_the_first_one_are_not_timed(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from papers import results, table
+from papers import results, table, training
 from papers.recipe import FULL, SCALES
 from papers.recipes import find
 from papers.results import Row, compact, row_of, thinned
@@ -74,6 +74,27 @@ def test_runs_of_published_defects_do_not_set_the_threshold() -> None:
     row = made(MLP, ("none", 0, {"test": 0.5}), ("none-published", 0, {"test": 0.2}))
     assert row.gap_threshold() == 0.49
     assert made(MLP, ("none-published", 0, {"test": 0.2})).gap_threshold() is None
+
+
+def test_runs_that_did_not_learn_do_not_set_the_threshold() -> None:
+    learned = (("vanilla", 0, {"test": 0.5}), ("vanilla", 1, {"test": 0.52}), ("adversarial", 0, {"test": 0.6}))
+    assert made(VGG, *learned, ("snr", 0, {"test": 0.2})).gap_threshold() == 0.5  # twice chance, not above it
+    lost = made(VGG, *learned, ("snr", 0, {"test": 0.25}))
+    assert lost.gap_threshold() == 0.24
+    for column in ("train_loss", "test_loss"):
+        epochs = {**lost.runs[-1].epochs, column: [4.6, 9.0, None, 4.6, 4.6]}
+        assert replace(lost, runs=(*lost.runs[:-1], replace(lost.runs[-1], epochs=epochs))).gap_threshold() == 0.5
+    assert made(VGG, ("vanilla", 0, {"test": 0.15})).gap_threshold() is None
+
+
+def test_methods_of_our_own_do_not_set_the_threshold() -> None:
+    assert made(MLP, ("none", 0, {"test": 0.5}), ("ours", 0, {"test": 0.2})).gap_threshold() == 0.49
+    assert made(MLP, ("ours", 0, {"test": 0.2})).gap_threshold() is None
+
+
+def test_notes_tell_how_many_images_are_measured() -> None:
+    assert f"of at most {training.GRADIENTS:,} test images" in table.NOTES
+    assert f"of at most {training.TRAIN_EVALUATED:,} training images" in table.NOTES
 
 
 def test_norm_scaling_has_the_papers_losses_and_norms() -> None:

@@ -9,9 +9,10 @@ from .batches import Batches, evaluation
 from .images import Images
 from .publishers import SOURCES
 
-__all__ = ["NAMES", "Batches", "Images", "evaluation", "load"]
+__all__ = ["CLASSES", "NAMES", "Batches", "Images", "evaluation", "load"]
 
 NAMES = ("digits", *SOURCES)
+CLASSES = {"digits": 10, **{name: source.classes for name, source in SOURCES.items()}}
 
 
 def load(name: str, folder: Path | str | None = None, *, download: bool = False) -> Images:
