@@ -94,13 +94,18 @@ def check(plan: Plan, seeds: int, folder: Path, machine: Machine) -> None:
     """That what the folder holds of the plan's runs can be gone on with, before any time is spent.
 
     Raises:
-        ValueError: results or checkpoints that are damaged or of other settings, all of them.
+        ValueError: results, checkpoints or times that are damaged or of other settings, all of them.
     """
     lost = []
     for recipe, seed in product(chain.from_iterable(plan.values()), range(seeds)):
         try:
             if result_of(recipe, seed, folder, machine) is None:
                 checkpoint.load(folder_of(recipe, seed, folder), machine.identity(recipe, seed))
+        except (ValueError, OSError) as error:
+            lost.append(str(error))
+    for row in plan:
+        try:
+            times_in(folder, row, machine)
         except (ValueError, OSError) as error:
             lost.append(str(error))
     if lost:
@@ -229,13 +234,14 @@ def result_of(recipe: Recipe, seed: int, folder: Path, machine: Machine) -> dict
         return None
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}): remove it to finish that run anew") from None
+        there, how = dict(found["recipe"]), how_of(found["settings"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read ({error!r}): remove it to finish that run anew") from None
     wanted = json.loads(json.dumps(recipe.as_dict()))
-    differing = [name for name, value in wanted.items() if found["recipe"].get(name) != value]
+    differing = [name for name, value in wanted.items() if there.get(name) != value]
     if differing:
         raise ValueError(f"{path} is of another recipe, with other {', '.join(differing)}: move it away, or take --out")
-    if (how := how_of(found["settings"])) != machine.how:
+    if how != machine.how:
         words = f"{in_words(how)} instead of {in_words(machine.how)}"
         raise ValueError(f"{path} was computed otherwise, {words}: move it away, or take --out")
     return found
@@ -280,7 +286,10 @@ def times_path(folder: Path, row: str, machine: Machine) -> Path:
 
 def times_in(folder: Path, row: str, machine: Machine) -> dict[str, float]:
     path = times_path(folder, row, machine)
-    found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error!r}): remove it to take times anew") from None
     return found
 
 

@@ -90,9 +90,9 @@ class Row:
     def size(self) -> str:
         """What is compared and kept together: the scale, and the number of epochs where it is not the scale's own, as
         in ``full-20-epochs``."""
-        own = find(names(f"{self.name}/*")[0]).scaled(SCALES[self.scale]).epochs
+        own = [find(name).scaled(SCALES[self.scale]).epochs for name in names(f"{self.name}/*")]
         epochs = self.protocol["epochs"]
-        return self.scale if epochs == own else f"{self.scale}-{epochs}-epochs"
+        return self.scale if epochs in own else f"{self.scale}-{epochs}-epochs"
 
     @property
     def size_in_words(self) -> str:

@@ -261,6 +261,7 @@ def test_a_damaged_or_foreign_result_or_checkpoint_is_told_before_anything_is_ru
     runs = tmp_path / "tiny"
     for name, file, content in (
         ("mlp-5x2000/ours", "result.json", b"{"),
+        ("mlp-5x2000/none", "result.json", b"{}"),
         ("mlp-7x4000/none", "checkpoint.pt", b"no archive"),
     ):
         path = runs / "normscale" / name / "seed-1" / file
@@ -275,11 +276,16 @@ def test_a_damaged_or_foreign_result_or_checkpoint_is_told_before_anything_is_ru
         reproduced(fake, tmp_path, "--seeds", "2")
     told = capsys.readouterr().err
     assert ended.value.code == 2 and fake.trained == []
+    assert "mlp-5x2000/none/seed-1/result.json cannot be read (KeyError('recipe'))" in told
     assert "ours/seed-1/result.json cannot be read" in told and "none/seed-1/checkpoint.pt cannot be read" in told
     assert "resnet50/none/seed-0/checkpoint.pt is of another run: recipe.batch is" in told
     plan = planned("normscale", rows=["resnet50"], scale=SCALES["tiny"])
     checkpoint.save(foreign, Machine().identity(plan["normscale/resnet50"][0], 0))
     check(plan, 2, runs, Machine())
+    times = reproducing.times_path(runs, "normscale/resnet50", Machine())
+    times.write_text("[")
+    with pytest.raises(ValueError, match=r"times-\w+-float32.json cannot be read .* remove it to take times anew"):
+        check(plan, 2, runs, Machine())
 
 
 def test_methods_without_the_first_one_are_not_timed(tmp_path: Path) -> None:
@@ -397,7 +403,7 @@ def test_a_block_of_an_unknown_table_is_refused(tmp_path: Path) -> None:
         (("snr", "--budget", "-1"), "--budget must be 0 or more, got -1"),
         (("snr", "--budget", "nan"), "--budget must be 0 or more, got nan"),
         (("snr", "--epochs", "0"), "--epochs must be 1 or more, got 0"),
-        (("snr", "--device", "gpu"), "device must be auto, cpu or cuda, got 'gpu'"),
+        (("snr", "--device", "gpu"), "device must be auto or one of cpu"),
         (("snr", "--out", "/proc/none"), "--out /proc/none: cannot write there"),
         (("snr", "--record", "/proc/none"), "--record /proc/none: cannot write there"),
     ],

@@ -144,6 +144,11 @@ def test_rows_come_in_the_tables_order_and_those_not_run_with_their_reasons() ->
     assert len(absent) == 16 - 2 and "- `snr/densenet-stl10-b64`: no stl10_binary" in absent
 
 
+def test_a_recorded_row_that_no_recipe_is_of_is_left_out() -> None:
+    text = table.table_section("snr", [replace(made_row(VGG, {"snr": {}}), name="snr/vgg-cifar10-b9")])
+    assert text.startswith("Not run:") and "b9" not in text
+
+
 def test_a_table_of_nothing_lists_all_rows_as_not_run() -> None:
     text = table.table_section("normscale", [])
     assert text.startswith("Not run:") and text.count("- `normscale/") == 4
