@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from . import checkpoint
-from .checkpoint import write_text
 from .data import Images
 from .planning import Plan
 from .recipe import FULL, Recipe
@@ -269,7 +268,7 @@ def time_row(
     tell(f"{recipes[0].row}: times of {len(recipes)} methods")
     found = tools.times(recipes, images, machine, deadline)
     times = {recipe.method.name: found[recipe.name] for recipe in recipes}
-    write_text(times_path(folder, recipes[0].row, machine), json.dumps(times))
+    checkpoint.write_text(times_path(folder, recipes[0].row, machine), json.dumps(times))
 
 
 def is_to_be_timed(recipes: Sequence[Recipe], folder: Path, machine: Machine) -> bool:
