@@ -63,7 +63,7 @@ def train(kind: str, dtype: torch.dtype, steps: int) -> tuple[list[Tensor], Any]
 
 
 @pytest.mark.parametrize("kind", RULES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)])
 def test_step_on_triton_equals_step_on_the_reference(
     kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +97,7 @@ def test_wrapped_step_on_triton_equals_step_on_the_reference(kind: str, monkeypa
         assert (reference - triton).norm() <= 1e-4 * reference.norm()
 
 
+@pytest.mark.full
 def test_same_bits_in_two_runs_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECOPT_BACKEND", "triton")
     first, second = (train("set", torch.float32, steps=2)[0] for _ in range(2))

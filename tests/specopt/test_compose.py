@@ -171,7 +171,7 @@ def test_state_goes_on_bit_by_bit_and_travels(rank: Any) -> None:
 
 
 @pytest.mark.usefixtures("triton_backend")
-@pytest.mark.parametrize("kind", ["exact", "tracked"])
+@pytest.mark.parametrize("kind", ["exact", pytest.param("tracked", marks=pytest.mark.full)])
 def test_composed_rules_by_the_kernels_are_the_references(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind == "exact":
         rule = specopt.Compose(penalty(), specopt.SpectralDecay(0.5), cap(target=1.0, rank=2))

@@ -108,7 +108,7 @@ def test_launches_of_a_warm_step(kind: str, count: int, launches: Launches) -> N
     assert {name for name in counter.names if not name.startswith("profiler")} == on_host
 
 
-@pytest.mark.parametrize("kind", COLD)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.full if kind == "snr" else ()) for kind in COLD])
 def test_launches_of_a_cold_step(kind: str, launches: Launches) -> None:
     optimizer, params = make(kind, [(20, 18)], block=4)
     counts = []
@@ -120,7 +120,7 @@ def test_launches_of_a_cold_step(kind: str, launches: Launches) -> None:
     assert counts == COLD[kind]
 
 
-@pytest.mark.parametrize("kind", ["rank 2", pytest.param("composed", marks=pytest.mark.full)])
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.full) for kind in ("rank 2", "composed")])
 def test_operations_on_lists_are_as_many_for_any_number_of_layers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What goes by no launches over a bucket: corrections of several triplets, and composed rules."""
     calls: list[object] = []

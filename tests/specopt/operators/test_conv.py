@@ -12,7 +12,7 @@ from tests.specopt.operators.cases import every, operator_of, unrolled
 DOUBLE = torch.float64
 
 
-@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize("dimensions", [1, 2, pytest.param(3, marks=pytest.mark.full)])
 def test_map_and_adjoint_are_the_module_s_matrix_and_its_transpose(dimensions: int) -> None:
     for module, size in every(dimensions):
         matrix = unrolled(module, size)
