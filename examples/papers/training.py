@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ class Training:
             memory_format=settings.memory_format,
         )
         self.model, self.optimizer = self._start()
-        self.forward: nn.Module = torch.compile(self.model) if settings.compile else self.model  # type: ignore[assignment]
+        self.forward = cast(nn.Module, torch.compile(self.model)) if settings.compile else self.model
         self.schedule = LambdaLR(self.optimizer, self._factor)
         self.log, self.epochs_done = Log(targets=targets_of(self.optimizer, self.model)), 0
 
@@ -90,6 +90,7 @@ class Training:
         recipe = self.recipe
         torch.manual_seed(self.seed)
         model = build(recipe.model, self.images.shape, self.images.classes, **recipe.model_options)
+        # torch's stubs have no memory_format
         model.to(self.settings.device, memory_format=self.settings.memory_format)  # type: ignore[call-overload]
         example, _ = next(self._evaluation(self.images.test_x[:EXAMPLES], self.images.test_y[:EXAMPLES]))
         if recipe.start == "orthogonal":
