@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from examples.papers.machine import described
+
 Report = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,7 +38,14 @@ def about(benchmark: str, device: torch.device) -> Report:
     """What was run, when, on what and with which versions."""
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    return {"benchmark": benchmark, "command": command(), "date": date, **versions, **device_of(device)}
+    return {
+        "benchmark": benchmark,
+        "command": command(),
+        "date": date,
+        **versions,
+        "device": described(str(device)),
+        "gpu": device.type == "cuda",
+    }
 
 
 def command() -> str:
@@ -54,20 +63,6 @@ def version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def device_of(device: torch.device) -> dict[str, Any]:
-    if device.type == "cuda":
-        return {"device": torch.cuda.get_device_name(device), "gpu": True}
-    return {"device": f"CPU ({processor()}), {torch.get_num_threads()} threads", "gpu": False}
-
-
-def processor() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.machine()
 
 
 # --- tables --------------------------------------------------------------------------------------------------------

@@ -17,11 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from papers import published, results
+from papers.kept import Kept
+from papers.machine import Machine
 from papers.page import rendered
 from papers.planning import Plan, planned
 from papers.recipe import FULL, SCALES
 from papers.recipes import TABLES
-from papers.reproducing import TOOLS, Machine, Outcome, Tools, check, collected, run_all
+from papers.reproducing import TOOLS, Outcome, Reproduction, Tools
 from papers.row_figures import draw_row
 from papers.table import claims_section, table_section
 
@@ -64,21 +66,21 @@ def checked(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:
             made.error(f"--{name} must be {least} or more, got {value}")
     try:
         plan = planned(args.table, rows=args.rows, methods=args.methods, scale=SCALES[args.scale], epochs=args.epochs)
-        machine = machine_of(args)
+        kept = kept_of(args)
         if args.record is not None:
             writable(args.record, "--record")
             for recipes in plan.values():
                 methods = {recipe.method.name: results.own_of(recipe.as_dict()) for recipe in recipes}
-                results.recorded(args.record, results.row_of(recipes, how=machine.how), methods)
+                results.recorded(args.record, results.row_of(recipes, how=kept.how), methods)
         writable(args.out, "--out")
-        check(plan, args.seeds, folder_of(args), machine)
+        kept.check(plan, args.seeds)
     except ValueError as error:
         made.error(str(error))
     return args, plan
 
 
-def machine_of(args: argparse.Namespace) -> Machine:
-    return Machine(args.data_dir, args.download, args.device, args.bf16)
+def kept_of(args: argparse.Namespace) -> Kept:
+    return Kept(folder_of(args), Machine(args.data_dir, args.download, args.device, args.bf16))
 
 
 def writable(folder: Path, option: str) -> None:
@@ -130,21 +132,21 @@ def main(argv: Sequence[str] | None = None, tools: Tools = TOOLS) -> None:
 
 
 def reproduce(args: argparse.Namespace, plan: Plan, tools: Tools) -> None:
-    deadline = None if args.budget is None else time.monotonic() + 60 * args.budget
-    machine = machine_of(args)
+    deadline = math.inf if args.budget is None else time.monotonic() + 60 * args.budget
+    kept = kept_of(args)
     try:
-        outcome = run_all(plan, args.seeds, folder_of(args), machine, deadline=deadline, tools=tools)
+        outcome = Reproduction(kept, args.seeds, deadline, tools).run(plan)
     except BaseException:  # an interrupt too leaves what is finished
-        keep(args, plan, machine, Outcome())
+        keep(args, plan, kept, Outcome())
         raise
-    keep(args, plan, machine, outcome)
+    keep(args, plan, kept, outcome)
     if outcome.stopped:
         print("The budget is spent; the same command goes on.")
 
 
-def keep(args: argparse.Namespace, plan: Plan, machine: Machine, outcome: Outcome) -> None:
+def keep(args: argparse.Namespace, plan: Plan, kept: Kept, outcome: Outcome) -> None:
     """Records all rows of which there is any, and writes the report; what cannot be kept is told at the end."""
-    rows, lost = collected(plan, args.seeds, folder_of(args), machine), []
+    rows, lost = kept.rows(plan, args.seeds), []
     for row in rows if args.record is not None else ():
         try:
             print(f"Recorded: {results.record(args.record, row)}")

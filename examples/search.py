@@ -17,16 +17,16 @@ import argparse
 import json
 import math
 import statistics
-from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from papers.candidates import HELD_OUT, candidates
 from papers.checkpoint import reserve, write_text
+from papers.machine import Machine, commit, described
 from papers.recipe import FULL, SCALES, Recipe
 from papers.recipes import find
-from papers.running import Run, commit, device_of, images_of, machine
+from papers.running import Run, images_of
 from papers.timing import time_methods
 
 ROOM = 2**20
@@ -53,9 +53,8 @@ def arguments() -> argparse.Namespace:
     if not 0 < args.most_time < math.inf:
         parser.error(f"--most-time must be a positive finite number, got {args.most_time}")
     try:
-        recipe = find(args.recipe).scaled(SCALES[args.scale])
-        recipe = recipe if args.epochs is None else replace(recipe, epochs=args.epochs)
-        args.candidates = chosen(recipe, args.only)
+        args.machine = Machine(args.data_dir, args.download, args.device, args.bf16)
+        args.candidates = compared(find(args.recipe).scaled(SCALES[args.scale]).lasting(args.epochs), args.only)
         if args.record.is_dir():
             raise ValueError(f"--record must be a file, and {args.record} is a folder")
         reserve(args.record.parent, ROOM)
@@ -65,7 +64,7 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def chosen(recipe: Recipe, patterns: list[str]) -> list[Recipe]:
+def compared(recipe: Recipe, patterns: list[str]) -> list[Recipe]:
     """The recipe, and those of its candidates whose method's name matches.
 
     Raises:
@@ -87,10 +86,7 @@ def trained(args: argparse.Namespace) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {one.method.name: [] for one in args.candidates}
     for seed in range(args.seeds):
         for one in args.candidates:
-            run = Run(
-                one, seed, args.out, data_dir=args.data_dir, download=args.download, device=args.device, bf16=args.bf16
-            )
-            result = run.finish(show=False)
+            result = Run(one, seed, args.out, args.machine).finish(show=False)
             assert result is not None  # without a deadline every run comes to its end
             found[one.method.name].append(result["epochs"][-1]["test_accuracy"])
             print(f"seed {seed}  {one.method.name:20}  {found[one.method.name][-1]:.4f}", flush=True)
@@ -98,9 +94,8 @@ def trained(args: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def summary(args: argparse.Namespace, accuracies: dict[str, list[float]]) -> dict[str, Any]:
-    device = device_of(args.device)
-    images = images_of(args.candidates[0].data, args.data_dir, False)
-    times = time_methods(args.candidates, images, device, bf16=args.bf16)
+    device = args.machine.settings.device
+    times = time_methods(args.candidates, images_of(args.candidates[0], args.machine), device, bf16=args.bf16)
     rows = [
         {
             "method": one.method.name,
@@ -112,7 +107,7 @@ def summary(args: argparse.Namespace, accuracies: dict[str, list[float]]) -> dic
     ]
     allowed = [row for row in rows[1:] if row["time_over_none"] <= args.most_time]
     best, cheap = (max(some, key=lambda row: row["validation_accuracy"], default=None) for some in (rows[1:], allowed))
-    about = {"machine": machine(device), "commit": commit(), "bf16": args.bf16, "held_out": HELD_OUT}
+    about = {"machine": described(device), "commit": commit(), "bf16": args.bf16, "held_out": HELD_OUT}
     about |= {
         "recipe": args.recipe,
         "scale": args.scale,

@@ -8,11 +8,11 @@ that was not. --list shows the recipes of the tables; those that search.py choos
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from papers.recipe import FULL, SCALES, Recipe
+from papers.machine import Machine
+from papers.recipe import FULL, SCALES
 from papers.recipes import find, names
 from papers.running import Run
 
@@ -40,16 +40,14 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--seeds must be different ones, got {' '.join(map(str, args.seeds))}")
     if args.list is None:
         try:
-            args.chosen = chosen(args)
+            args.chosen = find(args.recipe).scaled(SCALES[args.scale]).lasting(args.epochs)
+            args.machine = Machine(
+                args.data_dir, args.download, args.device, args.bf16, args.channels_last, args.compile
+            )
         except ValueError as error:
             parser.error(str(error))
     args.error = parser.error
     return args
-
-
-def chosen(args: argparse.Namespace) -> Recipe:
-    recipe = find(args.recipe).scaled(SCALES[args.scale])
-    return recipe if args.epochs is None else replace(recipe, epochs=args.epochs)
 
 
 def line(seed: int, result: dict[str, Any]) -> list[str]:
@@ -71,12 +69,11 @@ def main() -> None:
     if args.list is not None:
         print("\n".join(names(args.list)))
         return
-    how = {name: getattr(args, name) for name in ("data_dir", "download", "device", "resume", "bf16", "channels_last")}
     lines = [list(COLUMNS)]
 
     def run_of(seed: int) -> Run:
         try:
-            return Run(args.chosen, seed, args.out, compile=args.compile, **how)
+            return Run(args.chosen, seed, args.out, args.machine, resume=args.resume)
         except (ValueError, OSError) as error:
             args.error(str(error))
 

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import nn
 
-NAME = "checkpoint.pt"
+from .machine import Settings
+from .recipe import Recipe
+
+NAME, RESULT = "checkpoint.pt", "result.json"
+"""Of a run that goes on, and of one that is finished."""
 BESIDE = 2**20
 """Bytes for figures and TensorBoard's files."""
 LOGGED = 2**10
 """Bytes of an epoch's values of a layer in log.json, layers.csv, result.json and checkpoints, with some to spare."""
+
+
+def folder_of(recipe: Recipe, seed: int, folder: Path) -> Path:
+    """Of one run, in that of all."""
+    return folder / recipe.name / f"seed-{seed}"
+
+
+def identity_of(recipe: Recipe, seed: int, settings: Settings) -> dict[str, Any]:
+    """What a run's checkpoint and result must agree with, as plain values."""
+    return {"recipe": recipe.as_dict(), "seed": seed, "settings": asdict(settings)}
 
 
 def reserve(folder: Path, size: int) -> None:
@@ -101,6 +117,22 @@ def load(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any] | None:
     if differing:
         raise ValueError(f"{path} is of another run: {'; '.join(differing)}")
     return state
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """What result.json of a finished run holds.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    try:
+        found: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error!r}): remove it to finish that run anew") from None
+    return found
 
 
 def differences(wanted: Any, found: Any, name: str = "") -> Iterator[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from .recipe import Recipe, Scale
@@ -39,17 +38,10 @@ def planned(
     chosen_methods = chosen("methods", methods, known) if methods else stated
     return {
         row: tuple(
-            lasting(recipe.scaled(scale), epochs) for recipe in found[row] if recipe.method.name in chosen_methods
+            recipe.scaled(scale).lasting(epochs) for recipe in found[row] if recipe.method.name in chosen_methods
         )
         for row in chosen_rows
     }
-
-
-def lasting(recipe: Recipe, epochs: int | None) -> Recipe:
-    """For so many epochs, where they are asked for."""
-    if epochs in (None, recipe.epochs):
-        return recipe
-    return replace(recipe, epochs=epochs, threshold=None)
 
 
 def chosen(what: str, patterns: Sequence[str], names: Sequence[str]) -> list[str]:

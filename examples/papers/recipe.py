@@ -122,6 +122,12 @@ class Recipe:
             scale=scale.name,
         )
 
+    def lasting(self, epochs: int | None) -> Recipe:
+        """The same for so many epochs, where a number is given; the paper's threshold is that of its own number."""
+        if epochs in (None, self.epochs):
+            return self
+        return replace(self, epochs=epochs, threshold=None)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for results and checkpoints."""
         return asdict(self)

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import re
-import subprocess
 import time
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,10 +16,10 @@ from .board import board_of
 from .data import Images, load
 from .figures import draw_run
 from .log import finite
+from .machine import Machine, Settings, commit, described, deterministic
 from .recipe import Recipe
-from .training import Settings, Training
+from .training import Training
 
-RESULT = "result.json"
 LARGEST_SEED = 2**31 - 1
 """Times a million epochs it still fits a generator's 64 bits."""
 
@@ -34,41 +29,27 @@ class Run:
 
     Args:
         folder: of all runs.
-        data_dir: where the data set is, or is downloaded to.
-        device: ``"auto"`` for a GPU where there is one.
         resume: go on with a run that is there; without it, one that is there is an error.
 
     Raises:
-        ValueError: a run of other settings is there, data that cannot be had, a recipe that fits no data, or a seed or
-            a device that is none.
+        ValueError: a run of other settings is there, data that cannot be had, a recipe that fits no data, or a seed
+            that is none.
         OSError: the folder cannot be written, or has no room for the run.
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        seed: int,
-        folder: Path,
-        *,
-        data_dir: Path | None = None,
-        download: bool = False,
-        device: str = "auto",
-        bf16: bool = False,
-        channels_last: bool = False,
-        compile: bool = False,
-        resume: bool = True,
+        self, recipe: Recipe, seed: int, folder: Path, machine: Machine = Machine(), *, resume: bool = True
     ) -> None:
         if not 0 <= seed <= LARGEST_SEED:
             raise ValueError(f"seed must be from 0 to {LARGEST_SEED}, got {seed}")
         self.commit = commit()  # the tree may change while a run trains
-        settings = Settings(device_of(device), bf16, channels_last, compile)
-        self.folder = folder / recipe.name / f"seed-{seed}"
-        self.identity = {"recipe": recipe.as_dict(), "seed": seed, "settings": asdict(settings)}
+        self.folder = checkpoint.folder_of(recipe, seed, folder)
+        self.identity = checkpoint.identity_of(recipe, seed, machine.settings)
         if not resume and (self.folder / checkpoint.NAME).exists():
             raise ValueError(f"{self.folder} holds a run already: --resume goes on with it")
-        self.result = result_in(self.folder, self.identity)
+        self.result = finished(self.folder, self.identity)
         if self.result is None:
-            self.training = self._prepared(recipe, seed, settings, images_of(recipe.data, data_dir, download))
+            self.training = self._prepared(recipe, seed, machine.settings, images_of(recipe, machine))
 
     def _prepared(self, recipe: Recipe, seed: int, settings: Settings, images: Images) -> Training:
         deterministic()
@@ -93,7 +74,7 @@ class Run:
             if show:
                 draw_run(self.training.log, self.folder)  # before the result, with which a run is finished
             self.result = result_of(self.training, self.identity | {"commit": self.commit})
-            checkpoint.write_text(self.folder / RESULT, json.dumps(self.result, indent=1, allow_nan=False))
+            checkpoint.write_text(self.folder / checkpoint.RESULT, json.dumps(self.result, indent=1, allow_nan=False))
         return self.result
 
 
@@ -125,81 +106,31 @@ def to_the_end(training: Training, run: Path, show: bool, deadline: float | None
 
 
 def result_of(training: Training, about: dict[str, Any]) -> dict[str, Any]:
-    here = {"torch": torch.__version__, "machine": machine(training.settings.device)}
+    here = {"torch": torch.__version__, "machine": described(training.settings.device)}
     found: dict[str, Any] = finite({**about, **here, **training.log.as_dict()})
     return found | {"step_ms": training.log.median_step()}
 
 
-def result_in(run: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+def finished(run: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """The result of a finished run.
 
     Raises:
-        ValueError: it is of another recipe or other settings, naming what differs.
+        ValueError: it is damaged, or of another recipe or other settings, naming what differs.
     """
-    path = run / RESULT
-    if not path.exists():
-        return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    wanted = json.loads(json.dumps(identity))
-    differing = list(checkpoint.differences(wanted, {name: found.get(name) for name in wanted}))
-    if differing:
-        raise ValueError(f"{path} is of another run: {'; '.join(differing)}")
+    found = checkpoint.read_result(run)
+    if found is not None:
+        wanted = json.loads(json.dumps(identity))
+        differing = list(checkpoint.differences(wanted, {name: found.get(name) for name in wanted}))
+        if differing:
+            raise ValueError(f"{run / checkpoint.RESULT} is of another run: {'; '.join(differing)}")
     return found
 
 
-@lru_cache(maxsize=1)
-def images_of(name: str, data_dir: Path | None, download: bool) -> Images:
+def images_of(recipe: Recipe, machine: Machine) -> Images:
     """Read once for all runs of a table's row."""
-    return load(name, data_dir, download=download)
-
-
-def device_of(name: str) -> str:
-    """
-    Raises:
-        ValueError: a name other than of the CPU and of a GPU that torch sees.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    known = ["cpu", *(["cuda"] if gpus else []), *gpus]
-    if name not in known:
-        none = "" if gpus else " (torch sees no GPU here)"
-        raise ValueError(f"device must be auto or one of {', '.join(known)}{none}, got {name!r}")
-    return name
-
-
-def deterministic() -> None:
-    """Makes two runs the same to the bit, where the device has such kernels."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS reads at its first product
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def machine(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({processor()}), {torch.get_num_threads()} threads"
-
-
-def processor() -> str:
-    """Its model's name; the kind of machine where the system does not tell."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.machine()
+    return _images(recipe.data, machine.data_dir, machine.download)
 
 
 @lru_cache(maxsize=1)
-def commit() -> str | None:
-    """Of the tree that these files are in, with a + where it was changed since; None outside of one."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def _images(name: str, data_dir: Path | None, download: bool) -> Images:
+    return load(name, data_dir, download=download)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .data import Images
+from .machine import Settings, deterministic
 from .recipe import Recipe
-from .running import deterministic
-from .training import Settings, Training
+from .training import Training
 
 COLD = 22
 """Steps before any is timed: what a tracker does more of at the start, compilation, and allocation."""

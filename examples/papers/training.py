@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
@@ -13,9 +12,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+from .checkpoint import identity_of
 from .data import Batches, Images, evaluation
 from .data.batches import Batch
 from .log import Log
+from .machine import Settings
 from .measures import Norms, evaluate, input_gradient_norms, norms, spectra
 from .methods import fill_gradients, optimizer_for, start_orthogonal
 from .models import build
@@ -35,21 +36,6 @@ EPOCHS_OF_A_SEED = 1_000_003
 RANKED = 4
 """Whole spectra, of which ranks are counted, are made before training and so often during it."""
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a run is computed. What a run finds depends on it by rounding alone."""
-
-    device: str = "cpu"
-    bf16: bool = False
-    """Forward passes under autocast to bfloat16; weights stay float32."""
-    channels_last: bool = False
-    compile: bool = False
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
 class Training:
@@ -183,13 +169,9 @@ class Training:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with, as plain values."""
-        return {"recipe": self.recipe.as_dict(), "seed": self.seed, "settings": asdict(self.settings)}
-
     def state(self) -> dict[str, Any]:
         return {
-            **self.identity(),
+            **identity_of(self.recipe, self.seed, self.settings),
             "epochs_done": self.epochs_done,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),

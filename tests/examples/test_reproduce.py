@@ -16,16 +16,22 @@ import torch
 from papers import checkpoint, page, reproducing, results, running, timing
 from papers.data import Images, load
 from papers.data.reading import Split
+from papers.kept import Kept
+from papers.machine import Machine
 from papers.planning import planned
 from papers.recipe import SCALES, Recipe
 from papers.recipes import find
-from papers.reproducing import Machine, Tools, check, collected, run_all
+from papers.reproducing import Reproduction, Tools
 from papers.row_figures import draw_row
 
 from tests.examples.results_samples import made_row, result
 
 MLP = "normscale/mlp-5x2000"
 METHODS = ("none", "frobenius", "spectral", "ours")
+
+
+def quiet(line: str) -> None:
+    """In the place of print."""
 
 
 class Fake:
@@ -54,7 +60,7 @@ class Fake:
         self.trained.append((recipe.name, seed))
         found = result(recipe.name, seed, SCALES["tiny"], test=0.5 + 0.01 * seed)
         found["recipe"] = recipe.as_dict()
-        found["settings"] = {"device": running.device_of(machine.device), "bf16": machine.bf16}
+        found["settings"] = {"device": machine.settings.device, "bf16": machine.bf16}
         path = folder / recipe.name / f"seed-{seed}" / "result.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(found))
@@ -167,9 +173,9 @@ def test_times_wait_for_the_next_call_where_the_budget_ends_with_the_last_run(tm
         return found
 
     tools = Tools(train, fake.images, fake.times)
-    first = run_all(plan, 1, tmp_path, Machine(), deadline=ends, tools=tools, tell=lambda _: None)
+    first = Reproduction(Kept(tmp_path, Machine()), 1, ends, tools, quiet).run(plan)
     assert first.stopped and len(fake.trained) == 4 and fake.timed == []
-    second = run_all(plan, 1, tmp_path, Machine(), tools=tools, tell=lambda _: None)
+    second = Reproduction(Kept(tmp_path, Machine()), 1, tools=tools, tell=quiet).run(plan)
     assert not second.stopped and len(fake.trained) == 4 and len(fake.timed) == 1
 
 
@@ -184,7 +190,7 @@ def test_the_budget_ends_timing(tmp_path: Path) -> None:
 
     tools = Tools(fake.train, fake.images, times)
     ends = time.monotonic() + 100
-    outcome = run_all(plan, 1, tmp_path, Machine(), deadline=ends, tools=tools, tell=lambda _: None)
+    outcome = Reproduction(Kept(tmp_path, Machine()), 1, ends, tools, quiet).run(plan)
     assert told == [ends] and outcome.stopped and outcome.reasons == {MLP: reproducing.TOO_LATE}
     with pytest.raises(timing.OutOfTime):
         timing.time_methods([find("digits/mlp/vanilla")], load("digits"), "cpu", deadline=time.monotonic())
@@ -270,7 +276,7 @@ def test_a_damaged_or_foreign_result_or_checkpoint_is_told_before_anything_is_ru
     foreign = runs / "normscale/resnet50/none/seed-0"
     foreign.mkdir(parents=True)
     recipe = planned("normscale", rows=["resnet50"], scale=SCALES["cpu"])["normscale/resnet50"][0]
-    checkpoint.save(foreign, Machine().identity(recipe, 0))
+    checkpoint.save(foreign, checkpoint.identity_of(recipe, 0, Machine().settings))
     fake = Fake()
     with pytest.raises(SystemExit) as ended:
         reproduced(fake, tmp_path, "--seeds", "2")
@@ -280,12 +286,13 @@ def test_a_damaged_or_foreign_result_or_checkpoint_is_told_before_anything_is_ru
     assert "ours/seed-1/result.json cannot be read" in told and "none/seed-1/checkpoint.pt cannot be read" in told
     assert "resnet50/none/seed-0/checkpoint.pt is of another run: recipe.batch is" in told
     plan = planned("normscale", rows=["resnet50"], scale=SCALES["tiny"])
-    checkpoint.save(foreign, Machine().identity(plan["normscale/resnet50"][0], 0))
-    check(plan, 2, runs, Machine())
-    times = reproducing.times_path(runs, "normscale/resnet50", Machine())
+    checkpoint.save(foreign, checkpoint.identity_of(plan["normscale/resnet50"][0], 0, Machine().settings))
+    kept = Kept(runs, Machine())
+    kept.check(plan, 2)
+    times = kept.times_path("normscale/resnet50")
     times.write_text("[")
     with pytest.raises(ValueError, match=r"times-\w+-float32.json cannot be read .* remove it to take times anew"):
-        check(plan, 2, runs, Machine())
+        kept.check(plan, 2)
 
 
 def test_methods_without_the_first_one_are_not_timed(tmp_path: Path) -> None:
@@ -305,36 +312,37 @@ def test_scales_epochs_and_precisions_have_folders_of_their_own(tmp_path: Path) 
 
 def test_a_finished_run_of_another_recipe_is_not_taken_for_this_one(tmp_path: Path) -> None:
     fake, plan = Fake(), planned("normscale", rows=["mlp-5*"], scale=SCALES["tiny"])
-    run_all(plan, 1, tmp_path, Machine(), tools=fake.tools, tell=lambda _: None)
+    kept = Kept(tmp_path, Machine())
+    Reproduction(kept, 1, tools=fake.tools, tell=quiet).run(plan)
     other = planned("normscale", rows=["mlp-5*"], scale=SCALES["tiny"], epochs=9)
     with pytest.raises(ValueError, match=r"result.json is of another recipe, with other epochs"):
-        collected(other, 1, tmp_path, Machine())
+        kept.rows(other, 1)
 
 
 @pytest.mark.parametrize("settings", [{"device": "cuda:0", "bf16": False}, {"device": "cpu", "bf16": True}])
 def test_a_finished_run_of_another_device_or_precision_is_not_taken_for_this_one(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    machine, plan = Machine(device="cpu"), planned("normscale", rows=["mlp-5*"], scale=SCALES["tiny"])
-    run_all(plan, 1, tmp_path, machine, tools=Fake().tools, tell=lambda _: None)
-    assert len(collected(plan, 1, tmp_path, machine)) == 1
+    kept, plan = Kept(tmp_path, Machine(device="cpu")), planned("normscale", rows=["mlp-5*"], scale=SCALES["tiny"])
+    Reproduction(kept, 1, tools=Fake().tools, tell=quiet).run(plan)
+    assert len(kept.rows(plan, 1)) == 1
     path = tmp_path / MLP / "ours" / "seed-0" / "result.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "settings": settings}))
     with pytest.raises(ValueError, match=r"ours/seed-0/result.json was computed otherwise, .* instead of cpu float32"):
-        collected(plan, 1, tmp_path, machine)
+        kept.rows(plan, 1)
 
 
 def test_times_of_another_precision_are_not_taken_for_these(tmp_path: Path) -> None:
     plan = planned("normscale", rows=["mlp-5*"], scale=SCALES["tiny"])
     fakes = [Fake(), Fake()]
     for fake, bf16 in zip(fakes, (False, True), strict=True):
-        run_all(plan, 1, tmp_path / str(bf16), Machine(bf16=bf16), tools=fake.tools, tell=lambda _: None)
+        Reproduction(Kept(tmp_path / str(bf16), Machine(bf16=bf16)), 1, tools=fake.tools, tell=quiet).run(plan)
     (times,) = (tmp_path / "True" / MLP).glob("times-*.json")
     times.rename(tmp_path / "False" / MLP / times.name)
     (times,) = (tmp_path / "False" / MLP).glob("times-*-float32.json")
     times.unlink()
     again = Fake()
-    run_all(plan, 1, tmp_path / "False", Machine(), tools=again.tools, tell=lambda _: None)
+    Reproduction(Kept(tmp_path / "False", Machine()), 1, tools=again.tools, tell=quiet).run(plan)
     assert len(again.timed) == 1 and again.trained == []
 
 
@@ -440,14 +448,13 @@ def test_a_row_is_trained_timed_and_reported_on_real_code(tmp_path: Path, monkey
         return Split(x, torch.randint(100, (count,), generator=random))
 
     images = Images.of("cifar100", 100, split(300), split(200))
-    for module in (reproducing, running):
-        monkeypatch.setattr(module, "images_of", lambda *_: images)
+    monkeypatch.setattr(running, "images_of", lambda *_: images)
     monkeypatch.setattr(reproducing, "TIMED_STEPS", 2)
     monkeypatch.setattr(timing, "COLD", 1)
     words = ["normscale", "--rows", "mlp-5*", "--methods", "none", "spectral", "--seeds", "1"]
     words += ["--scale", "tiny", "--epochs", "1", "--device", "cpu"]
     out, kept = tmp_path / "out", tmp_path / "kept"
-    reproduce.main([*words, "--out", str(out), "--record", str(kept)])
+    reproduce.main([*words, "--out", str(out), "--record", str(kept)], Tools(images=lambda *_: images))
     text = (out / "tiny-1-epochs" / "normscale.md").read_text()
     lines = [line.split("|") for line in text.splitlines() if line.startswith(("| none |", "| spectral |"))]
     assert [line[2].strip() for line in lines] == ["1", "1"] and lines[0][-2].strip() == "1.00"

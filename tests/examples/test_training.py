@@ -18,15 +18,16 @@ from typing import Any
 
 import pytest
 import torch
-from papers import checkpoint, running
+from papers import checkpoint, machine, running
 from papers.data import Images, load
 from papers.data.reading import Split
 from papers.log import Log, finite
+from papers.machine import Machine, Settings
 from papers.methods import Method
 from papers.recipe import SCALES, Recipe
 from papers.running import Run
 from papers.timing import time_methods
-from papers.training import Settings, Training
+from papers.training import Training
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,7 +123,7 @@ def test_run_that_stops_after_each_epoch_ends_in_the_log_of_one_that_does_not(
 
 def one_epoch(recipe: Recipe, folder: Path, device: str = "auto") -> dict[str, Any] | None:
     """Another one of the run, by objects that know what the disk knows; then what :meth:`Run.finish` gives back."""
-    run = Run(recipe, 0, folder, device=device)
+    run = Run(recipe, 0, folder, Machine(device=device))
     if run.result is None and run.training.epochs_done < recipe.epochs:
         torch.manual_seed(time.time_ns() % 2**32)  # as a new process would have it
         run.training.run_epoch()
@@ -194,7 +195,7 @@ def test_counts_of_steps_stay_on_the_cpu_when_a_run_goes_on(
     monkeypatch.setattr(torch, "load", lambda *args, **how: loaded.append(how["map_location"]) or load(*args, **how))
     recipe = recipe_of(method)
     one_epoch(recipe, tmp_path, device=str(device))
-    optimizer = Run(recipe, 0, tmp_path, device=str(device)).training.optimizer
+    optimizer = Run(recipe, 0, tmp_path, Machine(device=str(device))).training.optimizer
     steps = [state["step"] for state in optimizer.state.values() if "step" in state]
     assert loaded == ["cpu"] and steps
     assert {step.device.type for step in steps if isinstance(step, Tensor)} == {"cpu"}
@@ -370,13 +371,13 @@ def test_result_names_the_commit_that_the_run_began_with_and_the_processor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(running, "commit", lambda: "before")
-    run = Run(recipe_of(VANILLA, epochs=1), 0, tmp_path, device="cpu")
+    run = Run(recipe_of(VANILLA, epochs=1), 0, tmp_path, Machine(device="cpu"))
     monkeypatch.setattr(running, "commit", lambda: "after")
     result = run.finish(show=False)
     assert result is not None
     assert result["commit"] == "before"
-    assert result["machine"] == f"CPU ({running.processor()}), {torch.get_num_threads()} threads"
-    assert running.processor()
+    assert result["machine"] == f"CPU ({machine.processor()}), {torch.get_num_threads()} threads"
+    assert machine.processor()
 
 
 def test_result_tells_what_was_run_and_what_was_found(tmp_path: Path) -> None:
@@ -474,7 +475,7 @@ def test_gradients_are_measured_in_batches_that_memory_holds(side: int, most: in
 
 def test_bfloat16_and_channels_last_train(noise: None) -> None:
     settings = Settings("cpu", bf16=True, channels_last=True)
-    training = Training(replace(CONVOLUTIONS, epochs=1), running.images_of("cifar10", None, False), 0, settings)
+    training = Training(replace(CONVOLUTIONS, epochs=1), running.images_of(CONVOLUTIONS, Machine()), 0, settings)
     training.run_epoch()
     assert all(p.dtype == torch.float32 for p in training.model.parameters())
     assert math.isfinite(training.log.epochs[-1]["test_loss"])
@@ -483,7 +484,7 @@ def test_bfloat16_and_channels_last_train(noise: None) -> None:
 def test_published_defects_share_one_target_and_crop_test_images(noise: None) -> None:
     method = Method("spectral", base="adamw", norm_scale={"mode": "set"})
     recipe = replace(CONVOLUTIONS, method=method, published=True, start="orthogonal", label_noise=0.0)
-    images = running.images_of("cifar10", None, False)
+    images = running.images_of(CONVOLUTIONS, Machine())
     training, honest = Training(recipe, images, 0), Training(replace(recipe, published=False), images, 0)
     assert len(set(training.log.targets.values())) == 1 < len(set(honest.log.targets.values()))
     assert training.mean != honest.mean == images.mean

@@ -1,0 +1,119 @@
+"""What a folder holds of a table's runs: results, and times of a row's methods side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, product
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint
+from .machine import Machine
+from .planning import Plan
+from .recipe import Recipe
+from .recipes import rows as recipes_of
+from .results import Row, compact, how_of, in_words, row_of
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Of runs on one machine."""
+
+    folder: Path
+    machine: Machine
+
+    @property
+    def how(self) -> dict[str, str]:
+        """Device and precision, as a row's protocol has them."""
+        settings = self.machine.settings
+        return how_of({"device": settings.device, "bf16": settings.bf16})
+
+    def result(self, recipe: Recipe, seed: int) -> dict[str, Any] | None:
+        """Of a finished run.
+
+        Raises:
+            ValueError: it is damaged, of another recipe, or computed on another type of device or in another precision.
+        """
+        run = checkpoint.folder_of(recipe, seed, self.folder)
+        found = checkpoint.read_result(run)
+        if found is None:
+            return None
+        path = run / checkpoint.RESULT
+        try:
+            there, how = dict(found["recipe"]), how_of(found["settings"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} cannot be read ({error!r}): remove it to finish that run anew") from None
+        wanted = json.loads(json.dumps(recipe.as_dict()))
+        differing = [name for name, value in wanted.items() if there.get(name) != value]
+        if differing:
+            differing_words = ", ".join(differing)
+            raise ValueError(f"{path} is of another recipe, with other {differing_words}: move it away, or take --out")
+        if how != self.how:
+            words = f"{in_words(how)} instead of {in_words(self.how)}"
+            raise ValueError(f"{path} was computed otherwise, {words}: move it away, or take --out")
+        return found
+
+    def times_path(self, row: str) -> Path:
+        return self.folder / row / f"times-{'-'.join(self.how.values())}.json"
+
+    def times(self, row: str) -> dict[str, float]:
+        """A training step's time over that of the row's first method, by method; of those that were timed.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = self.times_path(row)
+        try:
+            found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read ({error!r}): remove it to take times anew") from None
+        return found
+
+    def keep_times(self, row: str, times: dict[str, float]) -> None:
+        checkpoint.write_text(self.times_path(row), json.dumps(times))
+
+    def is_to_be_timed(self, recipes: Sequence[Recipe]) -> bool:
+        """Not without the row's first method, over which times are told, and not again."""
+        row = recipes[0].row
+        first = recipes_of(row.partition("/")[0])[row][0]
+        known = self.times(row)
+        return recipes[0].name == first.name and not all(recipe.method.name in known for recipe in recipes)
+
+    def is_finished(self, recipes: Sequence[Recipe], seeds: int) -> bool:
+        """Whether all is run, and timed where it is to be."""
+        runs = all(self.result(recipe, seed) is not None for seed in range(seeds) for recipe in recipes)
+        return runs and not self.is_to_be_timed(recipes)
+
+    def check(self, plan: Plan, seeds: int) -> None:
+        """That what is there of the plan's runs can be gone on with, before any time is spent.
+
+        Raises:
+            ValueError: results, checkpoints or times that are damaged or of other settings, all of them.
+        """
+        lost = []
+        for recipe, seed in product(chain.from_iterable(plan.values()), range(seeds)):
+            try:
+                if self.result(recipe, seed) is None:
+                    identity = checkpoint.identity_of(recipe, seed, self.machine.settings)
+                    checkpoint.load(checkpoint.folder_of(recipe, seed, self.folder), identity)
+            except (ValueError, OSError) as error:
+                lost.append(str(error))
+        for row in plan:
+            try:
+                self.times(row)
+            except (ValueError, OSError) as error:
+                lost.append(str(error))
+        if lost:
+            raise ValueError("\n".join(lost))
+
+    def rows(self, plan: Plan, seeds: int) -> list[Row]:
+        """What there is of the plan's runs, those of earlier calls too; rows of which there is any."""
+        rows = []
+        for row, recipes in plan.items():
+            found = [self.result(recipe, seed) for seed in range(seeds) for recipe in recipes]
+            runs = [compact(result) for result in found if result is not None]
+            if runs:
+                rows.append(row_of(recipes, runs, self.times(row)))
+        return rows
