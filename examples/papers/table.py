@@ -9,11 +9,11 @@ from typing import Any
 
 from . import published
 from .claims import Verdict, additions, verdicts
+from .member import GRADIENTS, TRAIN_EVALUATED
 from .published import Cell
 from .recipe import SCALES
 from .recipes import rows as recipes_of
 from .results import Row, Run
-from .training import GRADIENTS, TRAIN_EVALUATED
 
 NOTHING = "–"
 NOT_RUN = "not run"
