@@ -122,6 +122,8 @@ def chosen(recipe: Recipe, images: Images, seed: int) -> Images:
         images = images.validation(round(recipe.validation * len(images.train_x)), VALIDATION_SEED)
     train, test = len(images.train_x), len(images.test_x)
     train, test = min(recipe.train or train, train), min(recipe.test or test, test)
+    if recipe.balanced:
+        train -= train % images.classes
     return images.subset(train, test, seed, balanced=recipe.balanced)
 
 

@@ -122,13 +122,14 @@ class Recipe:
             options["width"] = max(16, round(options["width"] * scale.channels))
         else:
             options["scale"] = scale.channels
+        train, test = fewer(self.train, scale.train), fewer(self.test, scale.test)
         return replace(
             self,
             model_options=options,
             epochs=scale.epochs or self.epochs,
-            batch=min(self.batch, max(32, self.batch // scale.batch), scale.train or self.batch),
-            train=scale.train,
-            test=scale.test,
+            batch=min(self.batch, max(32, self.batch // scale.batch), train or self.batch),
+            train=train,
+            test=test,
             threshold=None,
             scale=scale.name,
         )
@@ -142,6 +143,11 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for results and checkpoints."""
         return asdict(self)
+
+
+def fewer(one: int | None, other: int | None) -> int | None:
+    """None for all there are."""
+    return min((count for count in (one, other) if count is not None), default=None)
 
 
 def completed(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -199,6 +199,12 @@ def test_every_recipe_can_be_scaled(scale: object) -> None:
         assert isinstance(found, Recipe) and found.name == name
 
 
+def test_a_scale_never_takes_more_images_than_the_recipe() -> None:
+    recipe = find("gradreg/c4-500/none")
+    assert [recipe.scaled(SCALES[name]).train for name in ("full", "half", "cpu", "tiny")] == [500, 500, 500, 256]
+    assert [recipe.scaled(SCALES[name]).test for name in ("half", "cpu")] == [None, 1000]
+
+
 # --- what recipes make ------------------------------------------------------------------------------------------------
 
 SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion-mnist": (1, 28, 28), "stl10": (3, 96, 96)}

@@ -107,6 +107,11 @@ def test_networks_of_a_stack_differ_in_weights_images_and_batches(images: Images
     assert not torch.equal(batch.images[:16], batch.images[16:])
 
 
+def test_a_balanced_run_has_as_many_images_as_the_classes_divide(images: Images) -> None:
+    (member,) = Training(replace(RECIPE, train=47), images, [0]).members
+    assert member.images.train_y.bincount().tolist() == [4] * 10
+
+
 def test_spectregs_projection_is_one_for_the_batch_of_each_network_and_of_its_seed_alone(images: Images) -> None:
     recipe = recipe_of(METHODS[3])
     drawn = []
