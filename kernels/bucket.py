@@ -17,6 +17,7 @@ from torch import Tensor
 from . import records as r
 from . import tables
 from .passes import device as passes
+from .solves import algebra
 from .solves import device as solves
 from .subspace import noise_buffer
 
@@ -60,7 +61,7 @@ class Bucket:
         width = max(self.KP, self.KX)
         self.scalars = self._zeros(len(tracked), r.SCALARS.value)
         self.sigmas = self._zeros(len(tracked), width)
-        self.squares = self._zeros(len(tracked), solves.SLOTS.value, width, width)
+        self.squares = self._zeros(len(tracked), algebra.SLOTS.value, width, width)
         self.tickets = torch.zeros(len(tracked), dtype=torch.int32, device=self.device)
         longest = max((max(shape) for shape in self.shapes), default=1)
         self.noise = noise_buffer(longest, torch.float32, self.device)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specopt.kernels import records as r
 from specopt.kernels import start_block, subspace, tables
+from specopt.kernels.solves import algebra, decisions
 from specopt.kernels.solves import device as solves
 from specopt.rules import NormScale
 from specopt.session import Gate
@@ -60,7 +61,7 @@ class Records:
         self.noise = start_block(longest + 37 * 63, 64, torch.float32, device)
         self.scalars = torch.full((len(matrices), r.SCALARS.value), math.nan, device=device)
         self.sigmas = torch.full((len(matrices), width), math.nan, device=device)
-        self.squares = torch.full((len(matrices), solves.SLOTS.value, width, width), math.nan, device=device)
+        self.squares = torch.full((len(matrices), algebra.SLOTS.value, width, width), math.nan, device=device)
         self.scratch = [self._scratch(m) for m in matrices]
         self.table = torch.tensor([self._row(i) for i in range(len(matrices))], dtype=torch.int64, device=device)
         self.numbers = torch.tensor([self._numbers(m) for m in matrices], device=device)
@@ -565,9 +566,9 @@ def test_nothing_happens_where_a_scaler_has_found_an_infinity(tracker):
 
 
 def test_the_schedule_is_the_trackers():
-    assert solves.COLD_MAX.value == common.COLD_MAX
-    assert solves.LOST.value == common.LOST
-    assert solves.JUMP.value == common.JUMP
+    assert decisions.COLD_MAX.value == common.COLD_MAX
+    assert decisions.LOST.value == common.LOST
+    assert decisions.JUMP.value == common.JUMP
     names = [name for name in vars(r) if name.startswith("STAT_")]
     assert {name: getattr(r, name).value for name in names} == {f"STAT_{stat.name}": stat.value for stat in Stat}
 
