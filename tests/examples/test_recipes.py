@@ -16,7 +16,12 @@ from papers.recipes import find, names, rows
 
 
 def test_every_cell_of_both_papers_has_a_recipe() -> None:
-    cells = [f"{row}/{method}" for row, methods in published.CELLS.items() for method in methods]
+    cells = [
+        f"{row}/{method}"
+        for row, methods in published.CELLS.items()
+        for method in methods
+        if row.partition("/")[0] in recipes.TABLES
+    ]
     assert len(cells) == 8 * 4 + 4 * 3
     assert set(cells) <= set(names())
 
@@ -123,22 +128,6 @@ def test_published_defects_are_a_switch_that_is_off_in_the_stated_method() -> No
 def test_every_data_set_has_a_recipe() -> None:
     used = {find(name).data for name in names()}
     assert used == {"digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "stl10"}
-
-
-def test_published_figures_are_fractions_and_the_best_are_where_the_papers_print_them_bold() -> None:
-    cells = published.CELLS
-    for methods in cells.values():
-        assert all(0 < cell.accuracy < 1 and (cell.gap is None or 0 < cell.gap < 0.4) for cell in methods.values())
-    best = {row: max(methods, key=lambda name: methods[name].accuracy) for row, methods in cells.items()}
-    assert [best[row] for row in best if row.endswith("b4096")] == ["snr"] * 4
-    assert [best[row] for row in best if row.endswith("b64")] == ["snr", "weight-decay", "weight-decay", "snr"]
-    assert [best[row] for row in best if row.startswith("norm")] == ["frobenius", "spectral", "frobenius", "frobenius"]
-
-
-def test_paper_has_nothing_of_our_methods_and_rows() -> None:
-    assert published.cell("snr/vgg-cifar10-b64", "cap") is None
-    assert published.cell("snr/vgg-cifar10-b512", "snr") is None
-    assert published.cell("normscale/resnet34", "spectral-published") == published.Cell(0.7179, loss=1.78)
 
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
