@@ -17,6 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from papers import published, results
+from papers.claims.section import claims_section
+from papers.grid_figures import draw_grid
+from papers.grids import Grid
 from papers.kept import Kept
 from papers.machine import Machine
 from papers.page import rendered
@@ -25,7 +28,7 @@ from papers.recipe import FULL, SCALES
 from papers.recipes import TABLES
 from papers.reproducing import TOOLS, Outcome, Reproduction, Tools
 from papers.row_figures import draw_row
-from papers.table import claims_section, table_section
+from papers.table import table_section
 
 RECORDED = Path(__file__).parent / "results"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
@@ -106,14 +109,19 @@ def report(args: argparse.Namespace, rows: Sequence[results.Row], outcome: Outco
     """The table's page in the folder of its runs, with figures beside it."""
     folder = folder_of(args)
 
-    def figures(row: results.Row) -> list[tuple[str, str]]:
-        drawn = draw_row(row, folder / "figures")
+    def addressed(drawn: Sequence[tuple[str, Path]]) -> list[tuple[str, str]]:
         return [(what, path.relative_to(folder).as_posix()) for what, path in drawn]
+
+    def figures(row: results.Row) -> list[tuple[str, str]]:
+        return addressed(draw_row(row, folder / "figures"))
+
+    def grid_figures(grid: Grid, there: Sequence[results.Row]) -> list[tuple[str, str]]:
+        return addressed(draw_grid(grid, there, folder / "figures"))
 
     unfinished = [f"- `{row}`: {why}" for row, why in outcome.reasons.items() if row in {one.name for one in rows}]
     parts = [
         f"# {published.SOURCES[args.table]}",
-        table_section(args.table, rows, reasons=outcome.reasons, figures=figures),
+        table_section(args.table, rows, reasons=outcome.reasons, figures=figures, grid_figures=grid_figures),
         *(["Not finished:\n\n" + "\n".join(unfinished)] if unfinished else []),
         "## Claims",
         claims_section(args.table, rows),

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Run:
     seed: int
     epochs: Mapping[str, Values]
     """``COLUMNS``, and ``sigma_mean`` and ``sigma_deviation`` over the layers: a value before training and one after
-    each epoch."""
+    each measured epoch, whose number stands in ``epoch``. Measured are all, or every n-th and the last."""
     layers: Mapping[str, Mapping[str, Any]]
     """By weight: ``LAYER_VALUES`` at ``layer_epochs``, and ``target``."""
     layer_epochs: list[int]
@@ -53,8 +53,14 @@ class Run:
         return self.epochs[name][-1]
 
     def trained(self, name: str) -> Values:
-        """After each epoch, without the value before training."""
+        """After each measured epoch, without the value before training."""
         return self.epochs[name][1:]
+
+    def late(self, name: str, part: float) -> Values:
+        """After those measured epochs that lie in the last ``part`` of the run."""
+        numbers = [float(number or 0) for number in self.trained("epoch")]
+        begin = (1 - part) * numbers[-1]
+        return [value for number, value in zip(numbers, self.trained(name), strict=True) if number > begin]
 
     def best(self, name: str) -> float:
         return max((value for value in self.trained(name) if value is not None), default=0.0)
@@ -65,8 +71,8 @@ class Run:
         return None not in losses and self.best("test_accuracy") > 2 * chance
 
     def gap(self, threshold: float) -> float | None:
-        """The generalization gap: the least of training accuracy less test accuracy over epochs whose test accuracy
-        exceeds ``threshold``; None where none does."""
+        """The generalization gap: the least of training accuracy less test accuracy over measured epochs whose test
+        accuracy exceeds ``threshold``; None where none does."""
         pairs = zip(self.trained("train_accuracy"), self.trained("test_accuracy"), strict=True)
         known = [(train, test) for train, test in pairs if train is not None and test is not None]
         return generalization_gap([train for train, _ in known], [test for _, test in known], threshold)
@@ -100,6 +106,11 @@ class Row:
         return f"{self.scale} scale" if self.size == self.scale else f"{self.scale}, {self.protocol['epochs']} epochs"
 
     @property
+    def table(self) -> str:
+        """Of the paper."""
+        return self.name.partition("/")[0]
+
+    @property
     def methods(self) -> list[str]:
         return list(dict.fromkeys(run.method for run in self.runs))
 
@@ -110,6 +121,11 @@ class Row:
     def of(self, method: str) -> dict[int, Run]:
         """By seed."""
         return {run.seed: run for run in self.runs if run.method == method}
+
+    def accuracies(self, method: str) -> dict[int, float]:
+        """Of the test images after the last epoch, by seed, where finite."""
+        found = {seed: run.last("test_accuracy") for seed, run in self.of(method).items()}
+        return {seed: value for seed, value in found.items() if value is not None}
 
     def gap_threshold(self) -> float | None:
         """The paper's, at its own scale. Else the least over the paper's methods of the mean of their best test
@@ -123,10 +139,16 @@ class Row:
         chance = 1 / CLASSES[self.protocol["data"]]
         best = [
             statistics.fmean(learned)
-            for method in published.METHODS[self.name.partition("/")[0]]
+            for method in published.methods(self.name)
             if (learned := [run.best("test_accuracy") for run in self.of(method).values() if run.learned(chance)])
         ]
         return math.floor(100 * (min(best) - 0.01) + 1e-9) / 100 if best else None
+
+
+def largest_first(rows: Iterable[Row]) -> list[Row]:
+    """By scale; of one scale, its own number of epochs before others, and those from the longest on."""
+    scales = list(SCALES)
+    return sorted(rows, key=lambda row: (scales.index(row.scale), row.size != row.scale, -int(row.protocol["epochs"])))
 
 
 def compact(result: Mapping[str, Any]) -> Run:

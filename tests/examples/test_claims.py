@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from papers import claims
+from papers import claims, table
 from papers.claims import Verdict, snr, testing
 from papers.claims.testing import Comparison, findings_of, holm, judge, permutation_test, pooled, untested
 from papers.recipe import SCALES, Scale
-from papers.results import Row
+from papers.results import Row, Run
+from scipy import stats
 
 from tests.examples.results_samples import TINY, Last, made_row
 
@@ -114,6 +115,58 @@ def test_a_row_that_lacks_values_is_passed_on_by_its_pool() -> None:
     found = pooled("x", rows)
     assert not found.values and found.missing == "b: 2 of at least 3 seeds; c: no value in 1 of 3"
     assert judge("x (a)", "", "", [found]).verdict == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("values", "sign"),
+    [
+        ([0.0004, -0.0003, 0.0001, 0.0002], 1),
+        ([-0.0004, -0.0005, -0.0003, -0.0004], 1),
+        ([0.0061, 0.0058, 0.0064, 0.0060], -1),
+        ([-0.0061, -0.0058, -0.0064, -0.0060], -1),
+        ([0.0030, 0.0020, 0.0028, 0.0019], 0),
+        ([0.0090, -0.0080, 0.0110, -0.0100], 0),
+    ],
+)
+def test_a_difference_is_small_where_its_95_percent_interval_lies_within_the_margin(
+    values: list[float], sign: int
+) -> None:
+    (found,) = findings_of([Comparison("a", values, margin=0.0025)])
+    mean = np.mean(values)
+    low, high = stats.t.interval(0.95, len(values) - 1, mean, stats.sem(values))
+    within, beyond = low > -0.0025 and high < 0.0025, low > 0.0025 or high < -0.0025
+    assert found.sign == int(within) - int(beyond) == sign
+    assert (
+        judge("x (a)", "", "", [Comparison("a", values, margin=0.0025)]).verdict
+        == ({1: "held", -1: "not held", 0: "undecided"}[sign])
+    )
+
+
+def test_a_margin_is_corrected_for_like_any_other_comparison() -> None:
+    small = Comparison("a", [0.0004, -0.0003, 0.0001], margin=0.0025)
+    (alone,), doubled = findings_of([small]), findings_of([small, small])
+    assert alone.p is not None and doubled[0].p is not None
+    assert doubled[0].p == pytest.approx(2 * alone.p)
+
+
+def test_rows_are_compared_across_by_seed_and_only_where_they_differ_in_their_network_alone() -> None:
+    one, other = (made_row(f"gradreg/c2-{net}", {"none": {"test": 0.9}}, range(4)) for net in ("baseline", "dropout"))
+    other = replace(other, protocol={**other.protocol, "model_options": {"dropout": 0.5}})
+    fewer = replace(other, runs=tuple(run for run in other.runs[::-1] if run.seed != 2))
+
+    def compared(there: Row, method: str = "none") -> Comparison:
+        rows = {one.name: one, other.name: there}
+        return testing.compare_across(
+            rows, "x", lambda a, b: float(10 * a.seed + b.seed), (one.name, "none"), (other.name, method)
+        )
+
+    assert compared(fewer) == Comparison("x", [0.0, 11.0, 33.0])
+    assert compared(other, "cap").missing == "gradreg/c2-dropout/cap not run"
+    changed = replace(other, protocol={**other.protocol, "train": 100, "epochs": 7})
+    told = "gradreg/c2-baseline and gradreg/c2-dropout were run with different epochs, train"
+    assert compared(changed) == Comparison("x", missing=told)
+    alone = testing.compare_across({one.name: one}, "x", lambda a, b: 0.0, (one.name, "none"), (other.name, "none"))
+    assert alone.missing == "gradreg/c2-dropout not run"
 
 
 # --- the claims -------------------------------------------------------------------------------------------------------
@@ -278,13 +331,31 @@ def test_rise_is_of_the_mean_of_the_last_quarter_over_the_least_before_it() -> N
     run = made_row(ALL_NS[0], {"spectral": {}}, [0]).runs[0]
 
     def risen(*losses: float | None) -> float | None:
-        return claims.normscale.rise(replace(run, epochs={**run.epochs, "test_loss": [9.0, *losses]}))
+        epochs = {"epoch": list(range(len(losses) + 1)), "test_loss": [9.0, *losses]}
+        return claims.normscale.rise(replace(run, epochs=epochs))
 
     assert risen(4.0, 3.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0) == pytest.approx(np.log(7 / 2))
     assert risen(4.0, 3.0, 2.0, 1.0) == pytest.approx(np.log(1 / 2))
     assert risen(4.0, None, 2.0, 1.0) == pytest.approx(np.log(1 / 2))
     assert risen(2.0, 3.0) == pytest.approx(np.log(3 / 2))
     assert risen(3.0) is risen(None, 3.0) is None
+
+
+def test_late_epochs_are_told_by_their_number_and_not_by_their_place() -> None:
+    run = made_row(ALL_NS[0], {"spectral": {}}, [0]).runs[0]
+
+    def measured(*numbers: int) -> Run:
+        values = [9.0, *(float(number) for number in numbers)]
+        return replace(run, epochs={"epoch": [0, *numbers], "test_loss": values, "sigma_deviation": values})
+
+    every = measured(*range(1, 9))
+    assert every.late("test_loss", 1 / 4) == [7.0, 8.0] and every.late("test_loss", 1 / 2) == [5.0, 6.0, 7.0, 8.0]
+    assert measured(1, 2, 3, 4, 5).late("test_loss", 1 / 2) == [3.0, 4.0, 5.0]
+    assert measured(25, 50, 75, 100).late("test_loss", 1 / 4) == [100.0]
+    uneven = measured(1, 2, 3, 4, 10, 60, 100)
+    assert uneven.late("test_loss", 1 / 2) == [60.0, 100.0]
+    assert claims.normscale.rise(uneven) == pytest.approx(np.log(100))
+    assert table.late_deviation(uneven) == 80.0
 
 
 def test_a_test_loss_that_is_not_finite_at_the_end_is_no_value() -> None:

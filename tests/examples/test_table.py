@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from papers import results, table, training
+from papers.claims.section import claims_section
 from papers.recipe import FULL, SCALES
 from papers.recipes import find
 from papers.results import Row, compact, row_of, thinned
@@ -19,10 +20,12 @@ MLP = "normscale/mlp-5x2000"
 
 
 def lines_of(row: Row) -> dict[str, dict[str, str]]:
-    """Cells of the row's table by method and head; "here" belongs to the head before it."""
+    """Cells of the row's table by method and head; "replication" and "here" belong to the head before them."""
     lines = [line.strip("|").split("|") for line in table.row_table(row).splitlines()]
     head, _, *rest = [[cell.strip() for cell in line] for line in lines]
-    heads = [f"{head[i - 1].removesuffix(': paper')}: here" if name == "here" else name for i, name in enumerate(head)]
+    heads: list[str] = []
+    for name in head:
+        heads.append(f"{heads[-1].rpartition(':')[0]}: {name}" if name in ("replication", "here") else name)
     return {line[0]: dict(zip(heads, line, strict=True)) for line in rest}
 
 
@@ -163,7 +166,7 @@ def test_every_line_of_a_table_has_as_many_cells() -> None:
 def test_claims_have_a_verdict_for_each_scale_and_their_comparisons_below() -> None:
     four = {name: {"test": 0.7 if name == "snr" else 0.4} for name in ("vanilla", "weight-decay", "adversarial", "snr")}
     cpu = made_row(VGG, four, scale=replace(TINY, name="cpu"))
-    text = table.claims_section("snr", [made_row(VGG, four, range(1)), cpu])
+    text = claims_section("snr", [made_row(VGG, four, range(1)), cpu])
     line = next(line for line in text.splitlines() if line.startswith("| snr (a) |"))
     assert line.count("**undecided**") == 2
     assert "(0 for, 0 against, 0 open, 12 untested)" in line and "(3 for, 0 against, 0 open, 9 untested)" in line
@@ -174,21 +177,21 @@ def test_claims_have_a_verdict_for_each_scale_and_their_comparisons_below() -> N
 
 def test_what_ours_adds_stands_below_the_claims_where_it_was_run() -> None:
     four = {name: {"test": 0.4} for name in ("vanilla", "weight-decay", "adversarial", "snr")}
-    assert "Ours more accurate" not in table.claims_section("snr", [made_row(VGG, four)])
-    text = table.claims_section("snr", [made_row(VGG, {**four, "cap": {"test": 0.6}})])
+    assert "Ours more accurate" not in claims_section("snr", [made_row(VGG, four)])
+    text = claims_section("snr", [made_row(VGG, {**four, "cap": {"test": 0.6}})])
     assert f"- {VGG} cap: **held** (4 for, 0 against, 0 open, 0 untested)" in text
     assert f"- {VGG}: cap over weight-decay: +0." in text
 
 
 def test_claims_of_nothing_run_are_undecided() -> None:
-    text = table.claims_section("normscale", [])
+    text = claims_section("normscale", [])
     assert text.count("**undecided**") == 5 and "nothing run" in text
 
 
 def test_verdicts_on_published_defects_are_shown_where_they_were_run() -> None:
     stated = {"none": {}, "spectral": {}}
-    assert "published code" not in table.claims_section("normscale", [made_row(MLP, stated)])
-    text = table.claims_section("normscale", [made_row(MLP, {**stated, "none-published": {}})])
+    assert "published code" not in claims_section("normscale", [made_row(MLP, stated)])
+    text = claims_section("normscale", [made_row(MLP, {**stated, "none-published": {}})])
     assert "With the defects of the published code, tiny, 4 epochs: normscale (a): undecided;" in text
 
 
@@ -233,7 +236,7 @@ def test_a_shorter_run_at_full_scale_is_not_called_full_scale_nor_in_its_way(tmp
     rows = results.read_all(tmp_path)
     text = table.table_section("snr", rows)
     assert text.index(f"### `{VGG}`, full scale") < text.index(f"### `{VGG}`, full, 20 epochs")
-    assert table.claims_section("snr", rows).startswith("| claim |  | full scale | full, 20 epochs |")
+    assert claims_section("snr", rows).startswith("| claim |  | full scale | full, 20 epochs |")
 
 
 def test_runs_of_a_method_whose_settings_have_changed_are_not_mixed_in(tmp_path: Path) -> None:
