@@ -22,12 +22,13 @@ from papers.grid_figures import draw_grid
 from papers.grids import Grid
 from papers.kept import Kept
 from papers.machine import Machine
-from papers.page import rendered
+from papers.page import addressed, rendered
 from papers.planning import Plan, planned
 from papers.recipe import FULL, SCALES
 from papers.recipes import TABLES
 from papers.reproducing import TOOLS, Outcome, Reproduction, Tools
 from papers.row_figures import draw_row
+from papers.standing import standing_section
 from papers.table import table_section
 
 RECORDED = Path(__file__).parent / "results"
@@ -109,14 +110,11 @@ def report(args: argparse.Namespace, rows: Sequence[results.Row], outcome: Outco
     """The table's page in the folder of its runs, with figures beside it."""
     folder = folder_of(args)
 
-    def addressed(drawn: Sequence[tuple[str, Path]]) -> list[tuple[str, str]]:
-        return [(what, path.relative_to(folder).as_posix()) for what, path in drawn]
-
     def figures(row: results.Row) -> list[tuple[str, str]]:
-        return addressed(draw_row(row, folder / "figures"))
+        return addressed(draw_row(row, folder / "figures"), folder)
 
     def grid_figures(grid: Grid, there: Sequence[results.Row]) -> list[tuple[str, str]]:
-        return addressed(draw_grid(grid, there, folder / "figures"))
+        return addressed(draw_grid(grid, there, folder / "figures"), folder)
 
     unfinished = [f"- `{row}`: {why}" for row, why in outcome.reasons.items() if row in {one.name for one in rows}]
     parts = [
@@ -125,6 +123,8 @@ def report(args: argparse.Namespace, rows: Sequence[results.Row], outcome: Outco
         *(["Not finished:\n\n" + "\n".join(unfinished)] if unfinished else []),
         "## Claims",
         claims_section(args.table, rows),
+        "## Cost and accuracy",
+        standing_section([args.table], rows),
     ]
     return "\n\n".join(parts) + "\n"
 

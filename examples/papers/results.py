@@ -21,6 +21,7 @@ from .data import CLASSES
 from .measures import generalization_gap
 from .recipe import SCALES, Recipe
 from .recipes import find, names
+from .recipes import rows as recipes_of
 
 DIGITS = 4
 LAYER_EPOCHS = 41
@@ -149,6 +150,14 @@ def largest_first(rows: Iterable[Row]) -> list[Row]:
     """By scale; of one scale, its own number of epochs before others, and those from the longest on."""
     scales = list(SCALES)
     return sorted(rows, key=lambda row: (scales.index(row.scale), row.size != row.scale, -int(row.protocol["epochs"])))
+
+
+def in_order(table: str, rows: Iterable[Row]) -> list[Row]:
+    """Those of the table that anything was run of, in its order; of one row, the largest size first."""
+    order = list(recipes_of(table))
+    return sorted(
+        (row for row in largest_first(rows) if row.runs and row.name in order), key=lambda row: order.index(row.name)
+    )
 
 
 def compact(result: Mapping[str, Any]) -> Run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from scipy import stats
 
@@ -14,27 +14,34 @@ from .claims.ours import OURS
 from .claims.testing import SEEDS
 from .markdown import NOTHING, label, markdown_table, percent_over_seeds
 from .recipes import rows as recipes_of
-from .results import Row, largest_first
+from .results import Row, in_order
 
-HEAD = ("row", "ours", "accuracy", "best of the paper's", "accuracy", "ours less it", "step: ours", "step: it")
+HEAD = ("row", "ours", "accuracy", "best of the paper's", "its accuracy", "difference", "step of ours", "of the best")
 NOTES = """\
 Test accuracy in percent after the last epoch, mean (standard deviation over seeds). The best of the paper's methods is
-the one with the highest mean here, chosen by the same test images, which favours it. Ours less it: in percentage
-points, the mean over seeds that both have, with its 95 % interval from three seeds on; whether ours is ahead of every
-method of the paper is tested below the claims. Step: the time of a training step over that of the row's first
+the one with the highest mean here, chosen by the same test images, which favours it. Difference: ours less it, in
+percentage points, the mean over seeds that both have, with its 95 % interval from three seeds on; whether ours is ahead
+of every method of the paper is tested below the claims. Step: the time of a training step over that of the row's first
 method."""
 
 
-def standing_section(table: str, rows: Sequence[Row]) -> str:
-    """A line for each of ours in each row that it and one of the paper's methods were run in; then the other rows."""
-    order = list(recipes_of(table))
-    run = sorted((row for row in largest_first(rows) if row.name in order), key=lambda row: order.index(row.name))
-    found = {(row.name, row.size): standing(row) for row in run}
-    lines = [each for lines in found.values() for each in lines]
-    shown = {name for (name, _), lines in found.items() if lines}
-    absent = [f"`{name}`" for name in order if name not in shown]
+def standing_section(tables: Sequence[str], rows: Sequence[Row]) -> str:
+    """A line for each of ours in each row that it and one of the paper's methods were run in; then what was not run."""
+    lines, absent = [], []
+    for table in tables:
+        found = {(row.name, row.size): standing(row) for row in in_order(table, rows)}
+        lines += [line for each in found.values() for line in each]
+        absent.append(not_run(table, list(recipes_of(table)), {name for (name, _), each in found.items() if each}))
     parts = [markdown_table([HEAD, *lines], texts=2), NOTES] if lines else []
-    return "\n\n".join([*parts, *([f"Not run: {', '.join(absent)}."] if absent else [])])
+    return "\n\n".join([*parts, *([f"Not run: {'; '.join(filter(None, absent))}."] if any(absent) else [])])
+
+
+def not_run(table: str, rows: Sequence[str], shown: Collection[str]) -> str:
+    """The rows that are not shown, in few words."""
+    absent = [name.removeprefix(f"{table}/") for name in rows if name not in shown]
+    if len(absent) == len(rows):
+        return f"all {len(rows)} rows of `{table}`"
+    return f"of `{table}` {', '.join(absent)}" if absent else ""
 
 
 def standing(row: Row) -> list[list[str]]:

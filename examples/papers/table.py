@@ -12,7 +12,7 @@ from .grids import GRIDS, NOTES_OF_GRIDS, Grid, grid_table
 from .markdown import NOT_RUN, NOTHING, folded, label, markdown_table, over_seeds, spread
 from .published import Cell
 from .recipes import rows as recipes_of
-from .results import Row, Run, largest_first
+from .results import Row, Run, in_order, largest_first
 from .training import GRADIENTS, TRAIN_EVALUATED
 
 Pictures = Sequence[tuple[str, str]]
@@ -66,13 +66,13 @@ def accuracy_digits(row: str) -> int:
 NOTES = f"""\
 Mean ± standard deviation over seeds. Test accuracy, test loss and gradient norm (the mean l2 norm of a test loss'
 gradient by its normalized input, of at most {GRADIENTS:,} test images) are those after the last epoch. Gap: the least
-training less test accuracy, the former of at most {TRAIN_EVALUATED:,} training images, over epochs whose test accuracy
-is above the threshold. That is the paper's at full scale and length; else one for all methods of the row, the least
-over the paper's methods of the mean best test accuracy, less 0.01, rounded down to 0.01, of runs that learned: their
-losses stayed finite, and their test accuracy came above twice that of chance. Mean σ₁, stable rank and rank: over
-layers, after the last epoch; deviation of σ₁: over layers, the mean of the last half of the epochs. Time: of training
-steps over that of the first method's, methods taken in turn, the median over turns; a turn is as many steps as the
-longest interval at which one of the methods does something, one at least."""
+training less test accuracy, the former of at most {TRAIN_EVALUATED:,} training images, over measured epochs (each, or
+every n-th) whose test accuracy is above the threshold. That is the paper's at full scale and length; else one for all
+methods of the row, the least over the paper's methods of the mean best test accuracy, less 0.01, rounded down to 0.01,
+of runs that learned: their losses stayed finite, and their test accuracy came above twice that of chance. Mean σ₁,
+stable rank and rank: over layers, after the last epoch; deviation of σ₁: over layers, the mean of the last half of the
+epochs. Time: of training steps over that of the first method's, methods taken in turn, the median over turns; a turn is
+as many steps as the longest interval at which one of the methods does something, one at least."""
 
 
 def late_deviation(run: Run) -> float | None:
@@ -185,9 +185,7 @@ def table_section(
         figures: of a row.
         grid_figures: of a grid, and those of its rows that were run, of one size.
     """
-    order = list(recipes_of(table))
-    run = [row for row in largest_first(rows) if row.runs and row.name in order]
-    run.sort(key=lambda row: order.index(row.name))
+    run = in_order(table, rows)
     grids = GRIDS.get(table, ())
     sections = [section for grid in grids for section in grid_sections(grid, run, figures, grid_figures)]
     if sections:
@@ -196,7 +194,7 @@ def table_section(
     sections += [row_section(row, figures(row)) for row in run if row.name not in gathered]
     if run:
         sections.append(NOTES)
-    absent = [name for name in order if name not in {row.name for row in run}]
+    absent = [name for name in recipes_of(table) if name not in {row.name for row in run}]
     if absent:
         sections.append("Not run:\n\n" + "\n".join(not_run(name, (reasons or {}).get(name)) for name in absent))
     return "\n\n".join(sections)

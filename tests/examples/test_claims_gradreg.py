@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import pytest
-from papers import claims
+from papers import claims, results
 from papers.claims import Verdict, gradreg
 from papers.claims.section import claims_section
-from papers.published.gradreg import SIZES
+from papers.published.gradreg import CELLS, SIZES
 from papers.results import Row
 
 from tests.examples.results_samples import made_row
 
 SHAKE = 0.0003
 C4 = ("double-back", "spect-reg", "jac-reg", "confidence-penalty")
+
+
+@pytest.fixture(autouse=True)
+def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "recipes_of", lambda name: CELLS)
 
 
 def row(name: str, accuracies: Mapping[str, float], seeds: int = 5, shake: float = SHAKE) -> Row:
@@ -147,3 +152,11 @@ def test_the_section_has_the_replications_verdict_beside_ours_and_the_cost_below
     assert "- gradreg/c6: none 1.00, SpectReg 1.05, JacReg 1.10, FrobReg 1.15, Norm Scaling (ours) 1.20" in text
     nothing = claims_section("gradreg", [])
     assert nothing.count("**undecided**") == 5 and "| replication | nothing run |" in nothing
+
+
+def test_rows_of_ours_come_in_the_tables_order() -> None:
+    rows = [row(name, {"none": 0.9, "cap": 0.95}) for name in ("c4-10000", "c4-500", "c2-dropout")]
+    heads = [
+        line for line in claims_section("gradreg", rows).splitlines() if line.endswith("untested)") and " cap: " in line
+    ]
+    assert [line.split()[1].rpartition("/")[2] for line in heads] == ["c2-dropout", "c4-500", "c4-10000"]

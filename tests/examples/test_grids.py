@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
-from papers import standing, table
+from papers import results, standing, table
 from papers.grid_figures import accuracy_by_size, draw_grid
 from papers.grids import GRIDS, Grid, grid_table
 from papers.markdown import label, percent_over_seeds
@@ -30,7 +30,7 @@ def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {
         row: tuple(recipe_of(f"{row}/{method}") for method in ("none", *cells, *OURS)) for row, cells in CELLS.items()
     }
-    for module in (table, standing):
+    for module in (table, standing, results):
         monkeypatch.setattr(module, "recipes_of", lambda name: rows)
 
 
@@ -200,7 +200,7 @@ def test_ours_stands_beside_the_best_published_method_of_its_row_with_the_interv
     for method, values in (("none", (0.96, 0.97, 0.98)), ("spectral", (0.98, 0.98, 1.0))):
         there = with_accuracies(there, method, *values)
     there = replace(there, times={"none": 1.0, "spect-reg": 1.7, "spectral": 1.042})
-    head, _, line = cells_of(standing.standing_section("gradreg", [there]).partition("\n\n")[0])
+    head, _, line = cells_of(standing.standing_section(["gradreg"], [there]).partition("\n\n")[0])
     low, high = stats.t.interval(0.95, 2, 5 / 3, stats.sem([2.0, 1.0, 2.0]))
     assert line == [
         "`gradreg/c2-baseline`, tiny, 4 epochs",
@@ -220,8 +220,15 @@ def test_two_seeds_have_no_interval_and_seeds_that_one_lacks_do_not_count() -> N
 
 
 def test_rows_without_ours_or_without_the_papers_are_listed_as_not_run() -> None:
-    text = standing.standing_section("gradreg", [row("c6", {"none": 0.9}), row("c4-500", {"cap": 0.9})])
-    assert text.startswith("Not run: `gradreg/c2-baseline`,") and "`gradreg/c6`" in text and "`gradreg/c4-500`" in text
-    some = standing.standing_section("gradreg", [row("c6", {"none": 0.9, "cap": 0.9})])
-    assert "`gradreg/c6`" not in some.partition("Not run:")[2] and "`gradreg/c4-500`" in some.partition("Not run:")[2]
-    assert standing.NOTES in some
+    lacking = [row("c6", {"none": 0.9}), row("c4-500", {"cap": 0.9})]
+    assert standing.standing_section(["gradreg"], lacking) == "Not run: all 13 rows of `gradreg`."
+    text = standing.standing_section(["gradreg"], [*lacking[1:], row("c6", {"none": 0.9, "cap": 0.9})])
+    assert standing.NOTES in text
+    absent = text.rpartition("\n\n")[2]
+    assert absent.startswith("Not run: of `gradreg` c2-baseline,") and "c4-500" in absent and "c6" not in absent
+
+
+def test_all_rows_run_leave_none_to_list() -> None:
+    rows = [row(name.removeprefix("gradreg/"), {"none": 0.9, "cap": 0.9}, 1) for name in CELLS]
+    text = standing.standing_section(["gradreg"], rows)
+    assert "Not run" not in text and text.count("| cap (ours) |") == 13

@@ -393,8 +393,10 @@ def test_the_page_is_what_the_recorded_results_render_and_its_figures_exist(
 
 
 def test_a_block_of_an_unknown_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a block's table must be one of snr, normscale, got 'digits'"):
+    with pytest.raises(ValueError, match="a table block must be of snr or normscale, got 'digits'"):
         page.rendered("<!-- table: digits -->\n<!-- end -->", tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="a standing block must be of all, got 'snr'"):
+        page.rendered("<!-- standing: snr -->\n<!-- end -->", tmp_path, tmp_path)
 
 
 # --- what is refused before anything is run ---------------------------------------------------------------------------

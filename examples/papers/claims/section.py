@@ -6,15 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from .. import published
 from ..markdown import label
-from ..results import Row, largest_first
+from ..results import Row, in_order, largest_first
 from . import Verdict, additions, verdicts
 
 
 def claims_section(table: str, rows: Sequence[Row]) -> str:
     """A verdict for each claim and each size that anything of the table was run at, and what it rests on; then what
     ours adds."""
-    run = [row for row in largest_first(rows) if row.runs and row.table == table]
-    sizes = dict.fromkeys(row.size_in_words for row in run)
+    run = in_order(table, rows)
+    sizes = dict.fromkeys(row.size_in_words for row in largest_first(run))
     by_size = {size: [row for row in run if row.size_in_words == size] for size in sizes}
     found = {size: verdicts(table, there) for size, there in by_size.items()}
     parts = [verdict_table(found or {"nothing run": verdicts(table, [])})]
