@@ -1,4 +1,4 @@
-"""Rows of gradient regularization that stand in one table, their figure, and where ours stand."""
+"""Rows of gradient regularization that stand in one table, and their figure."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
-from papers import results, standing, table
+from papers import results, table
 from papers.grid_figures import accuracy_by_size, draw_grid
 from papers.grids import GRIDS, Grid, grid_table
 from papers.markdown import label, percent_over_seeds
 from papers.published.gradreg import CELLS, SIZES
 from papers.results import Row
-from scipy import stats
 
 from tests.examples.results_samples import TINY, made_row, recipe_of
 from tests.specopt.test_plots import clashes, texts
@@ -30,7 +29,7 @@ def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {
         row: tuple(recipe_of(f"{row}/{method}") for method in ("none", *cells, *OURS)) for row, cells in CELLS.items()
     }
-    for module in (table, standing, results):
+    for module in (table, results):
         monkeypatch.setattr(module, "recipes_of", lambda name: rows)
 
 
@@ -190,45 +189,3 @@ def test_the_figure_is_written_for_the_sizes_alone(tmp_path: Path) -> None:
     assert path.name == "gradreg-c4-tiny-4-epochs.png" and path.read_bytes().startswith(b"\x89PNG")
     assert "tiny, 4 epochs" in what
     assert draw_grid(C2, [row("c2-baseline", {"none": 0.9})], tmp_path) == []
-
-
-# --- where ours stand -------------------------------------------------------------------------------------------------
-
-
-def test_ours_stands_beside_the_best_published_method_of_its_row_with_the_interval_of_the_difference() -> None:
-    there = row("c2-baseline", {"none": 0.96, "spect-reg": 0.95, "double-back": 0.9, "spectral": 0.9})
-    for method, values in (("none", (0.96, 0.97, 0.98)), ("spectral", (0.98, 0.98, 1.0))):
-        there = with_accuracies(there, method, *values)
-    there = replace(there, times={"none": 1.0, "spect-reg": 1.7, "spectral": 1.042})
-    head, _, line = cells_of(standing.standing_section(["gradreg"], [there]).partition("\n\n")[0])
-    low, high = stats.t.interval(0.95, 2, 5 / 3, stats.sem([2.0, 1.0, 2.0]))
-    assert line == [
-        "`gradreg/c2-baseline`, tiny, 4 epochs",
-        *("Norm Scaling (ours)", "98.67 (1.15)", "none", "97.00 (1.00)"),
-        f"+1.67 [{low:+.2f}, {high:+.2f}]",
-        *("1.04", "1.00"),
-    ]
-    assert len(head) == len(line)
-
-
-def test_two_seeds_have_no_interval_and_seeds_that_one_lacks_do_not_count() -> None:
-    assert standing.lead([0.01, 0.02]) == "+1.50" and standing.lead([]) == "–"
-    there = row("c6", {"none": 0.9, "cap": 0.9}, 4)
-    apart = replace(there, runs=tuple(run for run in there.runs if (run.seed < 2) == (run.method == "cap")))
-    ((*_, difference, mine, its),) = standing.standing(replace(apart, times={}))
-    assert (difference, mine, its) == ("–", "–", "–")
-
-
-def test_rows_without_ours_or_without_the_papers_are_listed_as_not_run() -> None:
-    lacking = [row("c6", {"none": 0.9}), row("c4-500", {"cap": 0.9})]
-    assert standing.standing_section(["gradreg"], lacking) == "Not run: all 13 rows of `gradreg`."
-    text = standing.standing_section(["gradreg"], [*lacking[1:], row("c6", {"none": 0.9, "cap": 0.9})])
-    assert standing.NOTES in text
-    absent = text.rpartition("\n\n")[2]
-    assert absent.startswith("Not run: of `gradreg` c2-baseline,") and "c4-500" in absent and "c6" not in absent
-
-
-def test_all_rows_run_leave_none_to_list() -> None:
-    rows = [row(name.removeprefix("gradreg/"), {"none": 0.9, "cap": 0.9}, 1) for name in CELLS]
-    text = standing.standing_section(["gradreg"], rows)
-    assert "Not run" not in text and text.count("| cap (ours) |") == 13
