@@ -44,7 +44,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--budget", type=float, metavar="MINUTES", help="stop, to go on later, after so many")
     made.add_argument("--scale", choices=SCALES, default=FULL.name)
     made.add_argument("--epochs", type=int, help="in place of the scale's, for all methods; schedules shrink with them")
+    made.add_argument("--together", type=int, default=1, help="seeds trained at once, by stacked networks")
     made.add_argument("--bf16", action="store_true", help="forward passes under autocast to bfloat16")
+    made.add_argument("--channels-last", action="store_true")
     made.add_argument("--data-dir", type=Path, help="folder of the data sets, as their publishers' archives unpack")
     made.add_argument("--download", action="store_true", help="get a data set that is not there")
     made.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -64,7 +66,7 @@ def checked(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:
         if not args.render:
             made.error(f"TABLE must be one of {', '.join(TABLES)}, where --render is not given")
         return args, {}
-    for name, least in (("seeds", 1), ("epochs", 1), ("budget", 0)):
+    for name, least in (("seeds", 1), ("together", 1), ("epochs", 1), ("budget", 0)):
         value = getattr(args, name)
         if value is not None and not least <= value < math.inf:
             made.error(f"--{name} must be {least} or more, got {value}")
@@ -84,7 +86,10 @@ def checked(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:
 
 
 def kept_of(args: argparse.Namespace) -> Kept:
-    return Kept(folder_of(args), Machine(args.data_dir, args.download, args.device, args.bf16))
+    machine = Machine(
+        args.data_dir, args.download, args.device, args.bf16, channels_last=args.channels_last, together=args.together
+    )
+    return Kept(folder_of(args), machine)
 
 
 def writable(folder: Path, option: str) -> None:

@@ -86,9 +86,9 @@ def trained(args: argparse.Namespace) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {one.method.name: [] for one in args.candidates}
     for seed in range(args.seeds):
         for one in args.candidates:
-            result = Run(one, seed, args.out, args.machine).finish(show=False)
-            assert result is not None  # without a deadline every run comes to its end
-            found[one.method.name].append(result["epochs"][-1]["test_accuracy"])
+            results = Run(one, [seed], args.out, args.machine).finish(show=False)
+            assert results is not None  # without a deadline every run comes to its end
+            found[one.method.name].append(results[0]["epochs"][-1]["test_accuracy"])
             print(f"seed {seed}  {one.method.name:20}  {found[one.method.name][-1]:.4f}", flush=True)
     return found
 

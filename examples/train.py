@@ -14,7 +14,7 @@ from typing import Any
 from papers.machine import Machine
 from papers.recipe import FULL, SCALES
 from papers.recipes import find, names
-from papers.running import Run
+from papers.running import Run, check_seeds
 
 COLUMNS = ("seed", "test accuracy", "test loss", "train accuracy", "gradient norm", "largest sigma", "ms a step")
 
@@ -28,6 +28,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--download", action="store_true", help="get a data set that is not there")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--seeds", "--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--together", action="store_true", help="train all seeds at once, by stacked networks")
     parser.add_argument("--epochs", type=int, help="in place of the recipe's; the schedule shrinks with them")
     parser.add_argument("--scale", choices=SCALES, default=FULL.name, help="smaller networks, sets and schedules")
     parser.add_argument("--out", type=Path, default=Path("out/runs"), help="folder of all runs")
@@ -36,10 +37,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     args = parser.parse_args()
-    if len(set(args.seeds)) < len(args.seeds):
-        parser.error(f"--seeds must be different ones, got {' '.join(map(str, args.seeds))}")
     if args.list is None:
         try:
+            check_seeds(args.seeds)
             args.chosen = find(args.recipe).scaled(SCALES[args.scale]).lasting(args.epochs)
             args.machine = Machine(
                 args.data_dir, args.download, args.device, args.bf16, args.channels_last, args.compile
@@ -71,18 +71,19 @@ def main() -> None:
         return
     lines = [list(COLUMNS)]
 
-    def run_of(seed: int) -> Run:
+    def run_of(seeds: list[int]) -> Run:
         try:
-            return Run(args.chosen, seed, args.out, args.machine, resume=args.resume)
+            return Run(args.chosen, seeds, args.out, args.machine, resume=args.resume)
         except (ValueError, OSError) as error:
             args.error(str(error))
 
-    for seed in args.seeds[1:]:
-        run_of(seed)  # which fails where it would fail after hours of the seeds before
-    for seed in args.seeds:
-        result = run_of(seed).finish()
-        assert result is not None  # without a deadline every run comes to its end
-        lines.append(line(seed, result))
+    parts = [args.seeds] if args.together else [[seed] for seed in args.seeds]
+    for seeds in parts[1:]:
+        run_of(seeds)  # which fails where it would fail after hours of the seeds before
+    for seeds in parts:
+        results = run_of(seeds).finish()
+        assert results is not None  # without a deadline every run comes to its end
+        lines += [line(seed, result) for seed, result in zip(seeds, results, strict=True)]
     show(lines)
     print(f"\nWritten: {args.out / args.chosen.name}")
 

@@ -31,11 +31,12 @@ class Board:
         self.writer.flush()
 
 
-def board_of(run: Path, epochs_done: int) -> Board | None:
+def board_of(run: Path, log: Log, epochs_done: int) -> Board | None:
     """Files of a run that goes on after so many epochs. What was written of the last of these and of later ones is
     hidden: a kill may have come after its checkpoint, and before it stood here."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return Board(SummaryWriter(run / FOLDER, purge_step=epochs_done or None), epochs_done)
+    written = sum(row["epoch"] < epochs_done for row in log.epochs)
+    return Board(SummaryWriter(run / FOLDER, purge_step=epochs_done or None), written)

@@ -15,9 +15,9 @@ FREE = ("*downsample*", "head*")
 
 
 def candidates(recipe: Recipe) -> Iterator[Recipe]:
-    """Those of a row, which differ from ``recipe`` in their method alone, after its own method. All are trained on the
-    same part of the training set."""
-    for method in (recipe.method, *methods(recipe.method.base)):
+    """Those of a row, which differ from ``recipe`` in their method alone, but not in what it decays, after its own
+    method. All are trained on the same part of the training set."""
+    for method in (recipe.method, *decaying(recipe.method)):
         name = f"search/{recipe.row}/{method.name}"
         yield replace(recipe, name=name, method=method, validation=HELD_OUT, threshold=None)
 
@@ -37,9 +37,15 @@ def runnable(recipes: Iterable[Recipe]) -> Iterator[Recipe]:
         base = recipe.method.base
         if base not in bases:
             bases.append(base)
-            for method in methods(base):
+            for method in decaying(recipe.method):
                 name = method.name if len(bases) == 1 else f"{method.name}-{base}"
                 yield replace(recipe, name=f"{recipe.row}/{name}", method=replace(method, name=name))
+
+
+def decaying(like: Method) -> Iterator[Method]:
+    """On the base of ``like``, and with its weight decay."""
+    for method in methods(like.base):
+        yield replace(method, weight_decay=like.weight_decay, decayed=like.decayed)
 
 
 def methods(base: str) -> Iterator[Method]:

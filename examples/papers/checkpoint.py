@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -25,13 +25,14 @@ LOGGED = 2**10
 """Bytes of an epoch's values of a layer in log.json, layers.csv, result.json and checkpoints, with some to spare."""
 
 
-def folder_of(recipe: Recipe, seed: int, folder: Path) -> Path:
-    """Of one run, in that of all."""
-    return folder / recipe.name / f"seed-{seed}"
+def folder_of(recipe: Recipe, seeds: Sequence[int], folder: Path) -> Path:
+    """Of runs that are trained at once, in that of all: ``seed-0``, or ``seeds-0-1-2``."""
+    return folder / recipe.name / f"seed{'s' * (len(seeds) > 1)}-{'-'.join(map(str, seeds))}"
 
 
-def identity_of(recipe: Recipe, seed: int, settings: Settings) -> dict[str, Any]:
+def identity_of(recipe: Recipe, seeds: Sequence[int], settings: Settings) -> dict[str, Any]:
     """What a run's checkpoint and result must agree with, as plain values."""
+    seed = seeds[0] if len(seeds) == 1 else list(seeds)
     return {"recipe": recipe.as_dict(), "seed": seed, "settings": asdict(settings)}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from . import checkpoint
 from .machine import Machine
 from .planning import Plan
-from .recipe import Recipe
+from .recipe import Recipe, completed
 from .recipes import rows as recipes_of
 from .results import Row, compact, how_of, in_words, row_of
 
@@ -36,13 +36,13 @@ class Kept:
         Raises:
             ValueError: it is damaged, of another recipe, or computed on another type of device or in another precision.
         """
-        run = checkpoint.folder_of(recipe, seed, self.folder)
+        run = checkpoint.folder_of(recipe, [seed], self.folder)
         found = checkpoint.read_result(run)
         if found is None:
             return None
         path = run / checkpoint.RESULT
         try:
-            there, how = dict(found["recipe"]), how_of(found["settings"])
+            there, how = completed(found["recipe"]), how_of(found["settings"])
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} cannot be read ({error!r}): remove it to finish that run anew") from None
         wanted = json.loads(json.dumps(recipe.as_dict()))
@@ -54,6 +54,14 @@ class Kept:
             words = f"{in_words(how)} instead of {in_words(self.how)}"
             raise ValueError(f"{path} was computed otherwise, {words}: move it away, or take --out")
         return found
+
+    def missing(self, recipe: Recipe, seeds: Iterable[int]) -> list[int]:
+        """Those seeds of which there is no result.
+
+        Raises:
+            ValueError: as :meth:`result`.
+        """
+        return [seed for seed in seeds if self.result(recipe, seed) is None]
 
     def times_path(self, row: str) -> Path:
         return self.folder / row / f"times-{'-'.join(self.how.values())}.json"
@@ -83,7 +91,7 @@ class Kept:
 
     def is_finished(self, recipes: Sequence[Recipe], seeds: int) -> bool:
         """Whether all is run, and timed where it is to be."""
-        runs = all(self.result(recipe, seed) is not None for seed in range(seeds) for recipe in recipes)
+        runs = not any(self.missing(recipe, range(seeds)) for recipe in recipes)
         return runs and not self.is_to_be_timed(recipes)
 
     def check(self, plan: Plan, seeds: int) -> None:
@@ -93,11 +101,12 @@ class Kept:
             ValueError: results, checkpoints or times that are damaged or of other settings, all of them.
         """
         lost = []
-        for recipe, seed in product(chain.from_iterable(plan.values()), range(seeds)):
+        for recipe, some in product(chain.from_iterable(plan.values()), self.machine.at_once(seeds)):
             try:
-                if self.result(recipe, seed) is None:
-                    identity = checkpoint.identity_of(recipe, seed, self.machine.settings)
-                    checkpoint.load(checkpoint.folder_of(recipe, seed, self.folder), identity)
+                missing = self.missing(recipe, some)
+                if missing:
+                    identity = checkpoint.identity_of(recipe, missing, self.machine.settings)
+                    checkpoint.load(checkpoint.folder_of(recipe, missing, self.folder), identity)
             except (ValueError, OSError) as error:
                 lost.append(str(error))
         for row in plan:

@@ -33,7 +33,7 @@ class Machine:
     """What a call says of data and device.
 
     Raises:
-        ValueError: a device that is not there.
+        ValueError: a device that is not there, or fewer than one seed together.
     """
 
     data_dir: Path | None = None
@@ -44,13 +44,21 @@ class Machine:
     bf16: bool = False
     channels_last: bool = False
     compile: bool = False
+    together: int = 1
+    """Seeds that are trained at once."""
 
     def __post_init__(self) -> None:
         device_of(self.device)
+        if self.together < 1:
+            raise ValueError(f"together must be 1 or more, got {self.together}")
 
     @property
     def settings(self) -> Settings:
         return Settings(device_of(self.device), self.bf16, self.channels_last, self.compile)
+
+    def at_once(self, seeds: int) -> list[range]:
+        """Of so many, those that are trained together."""
+        return [range(start, min(start + self.together, seeds)) for start in range(0, seeds, self.together)]
 
 
 def device_of(name: str) -> str:

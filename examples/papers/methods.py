@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import specopt
 from specopt.targets import MatrixInfo
 
-ADVERSARIAL_SHARE = 0.5
-"""alpha: the weight of the clean loss beside that of the perturbed inputs."""
+from .objective import PENALTIES
+
+BASES = ("sgd", "adamw", "adam")
+DECAYED = ("all", "convolutions")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,17 @@ class Method:
 
     name: str
     base: str = "sgd"
-    """``"sgd"`` with momentum, or ``"adamw"``."""
+    """``"sgd"`` with momentum, ``"adamw"`` or ``"adam"``."""
     weight_decay: float = 0.0
-    """Of all parameters: coupled under SGD, decoupled under AdamW."""
+    """Coupled under SGD and Adam, decoupled under AdamW."""
+    decayed: str = "all"
+    """Which parameters: ``"all"``, or the weights of ``"convolutions"`` alone."""
     adversarial: float = 0.0
     """epsilon: the l2 norm by which each input of the loss' second half is moved; 0 for none."""
+    penalty: str = ""
+    """A name of :data:`papers.objective.PENALTIES`, for what is added to the loss; none by default."""
+    penalty_weight: float = 0.0
+    """lambda of the penalty."""
     snr_lambda: float = 0.0
     """lambda of the spectral norm regularization ``lambda/2 sum sigma_1^2``; 0 for none."""
     norm_scale: Mapping[str, Any] = field(default_factory=dict)
@@ -46,9 +53,12 @@ class Method:
     """Patterns of modules that rules leave alone."""
 
     def __post_init__(self) -> None:
-        if self.base not in ("sgd", "adamw"):
-            raise ValueError(f"base must be 'sgd' or 'adamw', got {self.base!r}")
-        for name in ("weight_decay", "adversarial", "snr_lambda", "gain"):
+        for name, choices in (("base", BASES), ("decayed", DECAYED), ("penalty", ("", *PENALTIES))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
+        if self.penalty and self.adversarial:
+            raise ValueError(f"penalty {self.penalty!r} and adversarial {self.adversarial:g} exclude each other")
+        for name in ("weight_decay", "adversarial", "penalty_weight", "snr_lambda", "gain"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
@@ -75,21 +85,45 @@ def optimizer_for(
         momentum: of SGD.
         one_target: every layer has the first one's target norm, as in Norm Scaling's published runs.
     """
+    return optimizer_of(method, groups_of(method, model, inputs, one_target), lr=lr, momentum=momentum)
+
+
+def optimizer_of(method: Method, groups: Any, *, lr: float, momentum: float) -> torch.optim.Optimizer:
     options: dict[str, Any] = {"lr": lr, "weight_decay": method.weight_decay}
-    rules = method.rules
-    params: Any = list(model.parameters()) if not rules else controlled_groups(method, model, inputs, one_target)
     if method.base == "sgd":
-        base: torch.optim.Optimizer = torch.optim.SGD(params, momentum=momentum, **options)
+        base: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=momentum, **options)
     else:
-        base = torch.optim.AdamW(params, **options)
+        base = (torch.optim.AdamW if method.base == "adamw" else torch.optim.Adam)(groups, **options)
+    rules = method.rules
     if not rules:
         return base
     return specopt.wrap(base, rules[0] if len(rules) == 1 else specopt.Compose(*rules))
 
 
+def groups_of(method: Method, model: nn.Module, inputs: Tensor, one_target: bool = False) -> list[dict[str, Any]]:
+    """Of the model's parameters, with names, what decays apart from what does not."""
+    if method.rules:
+        return controlled_groups(method, model, inputs, one_target)
+    kept = undecayed(method, model)
+    parts = [
+        [(name, param) for name, param in model.named_parameters() if (name in kept) is out] for out in (False, True)
+    ]
+    return [{"params": part} | ({"weight_decay": 0.0} if out else {}) for out, part in enumerate(parts) if part]
+
+
+def undecayed(method: Method, model: nn.Module) -> set[str]:
+    """Names of parameters that the method's decay leaves alone."""
+    if method.decayed == "all":
+        return set()
+    filters = {name for name, module in model.named_modules() if isinstance(module, CONVOLUTIONS)}
+    return {name for name, _ in model.named_parameters()} - {f"{name}.weight" for name in filters}
+
+
 def controlled_groups(method: Method, model: nn.Module, inputs: Tensor, one_target: bool) -> list[dict[str, Any]]:
     """``specopt.param_groups`` of the model, with targets as numbers where the method has any."""
-    overrides = {pattern: {"spectral": False} for pattern in spared(method, model)}
+    overrides: dict[str, Any] = {name: {"weight_decay": 0.0} for name in undecayed(method, model)}
+    for pattern in spared(method, model):
+        overrides[pattern] = {"spectral": False}
     if not method.norm_scale:
         return specopt.param_groups(model, overrides=overrides, weight_decay=method.weight_decay)
     target: Any = frobenius_target(model, inputs) if (method.frobenius and method.target == "size") else method.target
@@ -148,39 +182,3 @@ def start_orthogonal(model: nn.Module, inputs: Tensor, seed: int) -> None:
     """Norm Scaling's initialization, of every matrix: orthogonal, times ``sqrt(size_out/size_in)`` of its layer. It
     does not ask for the method, so that all methods of a row start from the same weights."""
     specopt.init.scaled_orthogonal_(model, target="size", inputs=inputs, seed=seed)
-
-
-def fill_gradients(
-    method: Method,
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> None:
-    """Adds the gradients of a batch's loss to those of the parameters.
-
-    The loss is the mean cross entropy; that of adversarial training, with ``g`` the gradient of the clean loss by
-    ``x``, is ``alpha L(x) + (1 - alpha) L(x + epsilon g / ||g||_2)``, image by image, the step taken as a constant.
-    There the backward of ``alpha L(x)`` gives g as well, and ends before the second forward: the graphs of the two are
-    never held together.
-
-    Args:
-        autocast: makes the context of each forward.
-    """
-    if not method.adversarial:
-        _backward(model, images, labels, 1.0, autocast)
-        return
-    images = images.detach().requires_grad_()
-    _backward(model, images, labels, ADVERSARIAL_SHARE, autocast)
-    assert images.grad is not None
-    step = F.normalize((images.grad / ADVERSARIAL_SHARE).flatten(1), dim=1).view_as(images)
-    moved = images.detach() + method.adversarial * step
-    _backward(model, moved, labels, 1 - ADVERSARIAL_SHARE, autocast)
-
-
-def _backward(
-    model: nn.Module, images: Tensor, labels: Tensor, share: float, autocast: Callable[[], AbstractContextManager[Any]]
-) -> None:
-    with autocast():
-        loss = F.cross_entropy(model(images), labels)
-    torch.autograd.backward(share * loss)

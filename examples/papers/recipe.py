@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any
 
 from .methods import Method
@@ -73,14 +74,18 @@ class Recipe:
     cropped and flipped at random, and images are normalized by CIFAR-10's mean and deviation."""
     train: int | None = None
     """Images to train on at most, drawn by the seed; None for all."""
+    balanced: bool = False
+    """As many training images of each class as of every other."""
     test: int | None = None
+    points: int | None = None
+    """How often a run is measured and kept, evenly over its epochs; None for after each epoch."""
     validation: float = 0.0
     """This fraction of the training images, the same ones for every seed, takes the place of the test images, which are
     then nowhere in the run."""
     scale: str = "full"
 
     def __post_init__(self) -> None:
-        for name in ("batch", "epochs", "train", "test"):
+        for name in ("batch", "epochs", "train", "test", "points"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
@@ -102,6 +107,12 @@ class Recipe:
         """The recipe's name without its method."""
         return self.name.rpartition("/")[0]
 
+    @property
+    def measured(self) -> list[int]:
+        """Epochs after which a run is measured, 0 for before the first."""
+        points = min(self.points or self.epochs, self.epochs)
+        return [round(i * self.epochs / points) for i in range(points + 1)]
+
     def scaled(self, scale: Scale) -> Recipe:
         """The same at a smaller scale; its threshold of the generalization gap does not carry over."""
         if scale == FULL:
@@ -111,13 +122,14 @@ class Recipe:
             options["width"] = max(16, round(options["width"] * scale.channels))
         else:
             options["scale"] = scale.channels
+        train, test = fewer(self.train, scale.train), fewer(self.test, scale.test)
         return replace(
             self,
             model_options=options,
             epochs=scale.epochs or self.epochs,
-            batch=min(self.batch, max(32, self.batch // scale.batch), scale.train or self.batch),
-            train=scale.train,
-            test=scale.test,
+            batch=min(self.batch, max(32, self.batch // scale.batch), train or self.batch),
+            train=train,
+            test=test,
             threshold=None,
             scale=scale.name,
         )
@@ -131,3 +143,22 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for results and checkpoints."""
         return asdict(self)
+
+
+def fewer(one: int | None, other: int | None) -> int | None:
+    """None for all there are."""
+    return min((count for count in (one, other) if count is not None), default=None)
+
+
+def completed(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as :meth:`Recipe.as_dict` has it, of what an earlier version wrote: what it did not know is as if it
+    were not there."""
+    method = {**_defaults(Method), **found["method"]} if "method" in found else {}
+    return {**_defaults(Recipe), **found} | ({"method": method} if method else {})
+
+
+def _defaults(kind: type[Method] | type[Recipe]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(
+        json.dumps({one.name: one.default for one in fields(kind) if one.default is not MISSING})
+    )
+    return found

@@ -23,10 +23,12 @@ TIMED_STEPS = 30
 TOO_LATE = "the budget ended before"
 
 
-def train(recipe: Recipe, seed: int, folder: Path, machine: Machine, deadline: float) -> dict[str, Any] | None:
-    """The result of a run, gone on with or made; None where the deadline came first. At full scale with the bar,
+def train(
+    recipe: Recipe, seeds: Sequence[int], folder: Path, machine: Machine, deadline: float
+) -> list[dict[str, Any]] | None:
+    """The results of runs, gone on with or made; None where the deadline came first. At full scale with the bar,
     TensorBoard files and figures of a single run, which take longer than a small run itself."""
-    return Run(recipe, seed, folder, machine).finish(show=recipe.scale == FULL.name, deadline=deadline)
+    return Run(recipe, seeds, folder, machine).finish(show=recipe.scale == FULL.name, deadline=deadline)
 
 
 def times_of(recipes: Sequence[Recipe], images: Images, machine: Machine, deadline: float) -> dict[str, float]:
@@ -38,7 +40,7 @@ def times_of(recipes: Sequence[Recipe], images: Images, machine: Machine, deadli
 class Tools:
     """What does the work."""
 
-    train: Callable[[Recipe, int, Path, Machine, float], dict[str, Any] | None] = train
+    train: Callable[[Recipe, Sequence[int], Path, Machine, float], list[dict[str, Any]] | None] = train
     images: Callable[[Recipe, Machine], Any] = images_of
     times: Callable[[Sequence[Recipe], Any, Machine, float], dict[str, float]] = times_of
 
@@ -114,21 +116,22 @@ class Reproduction:
             OutOfTime: the deadline came first.
         """
         lost: dict[str, str] = {}
-        for seed, recipe in product(range(self.seeds), recipes):
-            if recipe.method.name in lost or self.kept.result(recipe, seed) is not None:
+        for seeds, recipe in product(self.kept.machine.at_once(self.seeds), recipes):
+            missing = self.kept.missing(recipe, seeds)
+            if recipe.method.name in lost or not missing:
                 continue
             in_time(self.deadline)
             try:
-                found = self.tools.train(recipe, seed, self.kept.folder, self.kept.machine, self.deadline)
+                found = self.tools.train(recipe, missing, self.kept.folder, self.kept.machine, self.deadline)
             except torch.OutOfMemoryError as error:
                 lost[recipe.method.name] = too_little_memory(error)
                 continue
             if found is None:
                 raise OutOfTime
-            last = found["epochs"][-1]
-            self.tell(
-                f"{recipe.name} seed {seed}: test {last['test_accuracy']:.4f}, train {last['train_accuracy']:.4f}"
-            )
+            for seed, result in zip(missing, found, strict=True):
+                last = result["epochs"][-1]
+                accuracies = f"test {last['test_accuracy']:.4f}, train {last['train_accuracy']:.4f}"
+                self.tell(f"{recipe.name} seed {seed}: {accuracies}")
         return lost
 
     def _time(self, recipes: Sequence[Recipe], images: Any) -> None:

@@ -19,7 +19,7 @@ from . import published
 from .checkpoint import write_text
 from .data import CLASSES
 from .measures import generalization_gap
-from .recipe import SCALES, Recipe
+from .recipe import SCALES, Recipe, completed
 from .recipes import find, names
 from .recipes import rows as recipes_of
 
@@ -247,9 +247,16 @@ def read(path: Path) -> Row:
     """
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
-        return Row(**{**plain, "runs": tuple(Run(**run) for run in plain["runs"])})
+        protocol = {key: value for key, value in completed(plain["protocol"]).items() if key not in OWN}
+        runs = tuple(Run(**{**run, "about": run["about"] | known(run["about"])}) for run in plain["runs"])
+        return Row(**{**plain, "protocol": protocol, "runs": runs})
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} must hold a row's results, as --record writes them, and does not: {error}") from None
+
+
+def known(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what a run has of its own, the method as it is written now."""
+    return {"method": completed(about)["method"]} if "method" in about else {}
 
 
 def read_all(folder: Path) -> list[Row]:

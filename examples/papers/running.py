@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,13 @@ import torch
 from tqdm import tqdm
 
 from . import checkpoint
-from .board import board_of
+from .board import Board, board_of
 from .data import Images, load
 from .figures import draw_run
-from .log import finite
-from .machine import Machine, Settings, commit, described, deterministic
-from .recipe import Recipe
+from .log import Log, finite
+from .machine import Machine, commit, described, deterministic
+from .member import Member
+from .recipe import Recipe, completed
 from .training import Training
 
 LARGEST_SEED = 2**31 - 1
@@ -25,90 +28,140 @@ LARGEST_SEED = 2**31 - 1
 
 
 class Run:
-    """A recipe and a seed in their folder ``folder/<recipe's name>/seed-<seed>``: checkpoint, logs, figures and result.
+    """A recipe from several seeds, each in its folder ``folder/<recipe's name>/seed-<seed>``: logs, figures and result.
+    Those that are not finished are trained at once; their checkpoint is in the seed's folder where it is one seed, else
+    in a folder of their own.
 
     Args:
         folder: of all runs.
-        resume: go on with a run that is there; without it, one that is there is an error.
+        resume: go on with runs that are there; without it, one that is there is an error.
 
     Raises:
         ValueError: a run of other settings is there, data that cannot be had, a recipe that fits no data, or a seed
             that is none.
-        OSError: the folder cannot be written, or has no room for the run.
+        OSError: the folder cannot be written, or has no room for the runs.
     """
 
     def __init__(
-        self, recipe: Recipe, seed: int, folder: Path, machine: Machine = Machine(), *, resume: bool = True
+        self,
+        recipe: Recipe,
+        seeds: Sequence[int],
+        folder: Path,
+        machine: Machine = Machine(),
+        *,
+        resume: bool = True,
     ) -> None:
-        if not 0 <= seed <= LARGEST_SEED:
-            raise ValueError(f"seed must be from 0 to {LARGEST_SEED}, got {seed}")
+        check_seeds(seeds)
         self.commit = commit()  # the tree may change while a run trains
-        self.folder = checkpoint.folder_of(recipe, seed, folder)
-        self.identity = checkpoint.identity_of(recipe, seed, machine.settings)
-        if not resume and (self.folder / checkpoint.NAME).exists():
-            raise ValueError(f"{self.folder} holds a run already: --resume goes on with it")
-        self.result = finished(self.folder, self.identity)
-        if self.result is None:
-            self.training = self._prepared(recipe, seed, machine.settings, images_of(recipe, machine))
+        self.recipe, self.seeds, self.settings = recipe, tuple(seeds), machine.settings
+        self.folders = {seed: checkpoint.folder_of(recipe, [seed], folder) for seed in seeds}
+        self.results = self._finished()
+        left = [seed for seed in seeds if seed not in self.results]
+        if left:
+            self.folder = checkpoint.folder_of(recipe, left, folder)
+        for there in {self.folder, *self.folders.values()} if left else self.folders.values():
+            if not resume and ((there / checkpoint.NAME).exists() or (there / checkpoint.RESULT).exists()):
+                raise ValueError(f"{there} holds a run already: --resume goes on with it")
+        if left:
+            self.training = self._prepared(left, images_of(recipe, machine))
 
-    def _prepared(self, recipe: Recipe, seed: int, settings: Settings, images: Images) -> Training:
+    def _identity(self, seeds: Sequence[int]) -> dict[str, Any]:
+        return checkpoint.identity_of(self.recipe, seeds, self.settings)
+
+    def _finished(self) -> dict[int, dict[str, Any]]:
+        found = {seed: finished(there, self._identity([seed])) for seed, there in self.folders.items()}
+        return {seed: result for seed, result in found.items() if result is not None}
+
+    def _prepared(self, seeds: Sequence[int], images: Images) -> Training:
         deterministic()
-        training = Training(recipe, images, seed, settings)
-        checkpoint.reserve(self.folder, checkpoint.size_of(training.model, recipe.epochs))
-        state = checkpoint.load(self.folder, self.identity)
+        training = Training(self.recipe, images, seeds, self.settings)
+        size = sum(checkpoint.size_of(member.model, self.recipe.epochs) for member in training.members)
+        checkpoint.reserve(self.folder, size)
+        for seed in seeds:
+            self.folders[seed].mkdir(parents=True, exist_ok=True)
+        state = checkpoint.load(self.folder, self._identity(seeds))
         if state is not None:
             training.load(state)
         return training
 
-    def finish(self, *, show: bool = True, deadline: float | None = None) -> dict[str, Any] | None:
-        """Trains to the end; gives back the result of a finished run at once.
+    def finish(self, *, show: bool = True, deadline: float | None = None) -> list[dict[str, Any]] | None:
+        """Trains to the end; gives back the results of finished runs at once.
 
         Args:
             show: a progress bar, TensorBoard's files and figures.
             deadline: of ``time.monotonic()``, looked at before each epoch.
 
         Returns:
-            What result.json holds; None where the deadline came first, and another run of the same goes on.
+            What result.json holds, by seed; None where the deadline came first, and another call goes on.
         """
-        if self.result is None and to_the_end(self.training, self.folder, show, deadline):
-            if show:
-                draw_run(self.training.log, self.folder)  # before the result, with which a run is finished
-            self.result = result_of(self.training, self.identity | {"commit": self.commit})
-            checkpoint.write_text(self.folder / checkpoint.RESULT, json.dumps(self.result, indent=1, allow_nan=False))
-        return self.result
+        if len(self.results) < len(self.seeds):
+            if not self._to_the_end(show, deadline):
+                return None
+            for member in self.training.members:
+                self._keep(member, show)
+        return [self.results[seed] for seed in self.seeds]
 
+    def _keep(self, member: Member, show: bool) -> None:
+        there = self.folders[member.seed]
+        if show:
+            draw_run(member.log, there)  # before the result, with which a run is finished
+        about = self._identity([member.seed]) | {"commit": self.commit, "together": list(self.training.seeds)}
+        found = result_of(member.log, self.settings.device, about)
+        checkpoint.write_text(there / checkpoint.RESULT, json.dumps(found, indent=1, allow_nan=False))
+        self.results[member.seed] = found
 
-def to_the_end(training: Training, run: Path, show: bool, deadline: float | None) -> bool:
-    """Whether it came there before the deadline. After each epoch the checkpoint, then the logs, are on the disk."""
-    recipe, steps = training.recipe, training.train.steps
-    board = board_of(run, training.epochs_done) if show else None
-    if board is not None:
-        board.add(training.log)
-    with tqdm(
-        total=recipe.epochs * steps,
-        initial=training.epochs_done * steps,
-        desc=f"{recipe.name} seed {training.seed}",
-        unit="step",
-        disable=None if show else True,
-    ) as bar:
-        while training.epochs_done < recipe.epochs:
-            if deadline is not None and time.monotonic() > deadline:
-                return False
-            training.run_epoch(bar)
-            checkpoint.save(run, training.state())
-            training.log.write(run)
-            row = training.log.epochs[-1]
-            bar.set_postfix(test=f"{row['test_accuracy']:.4f}", train=f"{row['train_accuracy']:.4f}")
+    def _to_the_end(self, show: bool, deadline: float | None) -> bool:
+        """Whether it came there before the deadline. After each measured epoch the checkpoint, then the logs, are on
+        the disk."""
+        training, recipe = self.training, self.recipe
+        boards = [
+            board_of(self.folders[each.seed], each.log, training.epochs_done) for each in training.members if show
+        ]
+        with tqdm(
+            total=recipe.epochs * training.steps,
+            initial=training.epochs_done * training.steps,
+            desc=f"{recipe.name} seed {' '.join(map(str, training.seeds))}",
+            unit="step",
+            disable=None if show else True,
+        ) as bar:
+            self._show(boards)
+            while training.epochs_done < recipe.epochs:
+                if deadline is not None and time.monotonic() > deadline:
+                    return False
+                training.run_epoch(bar)
+                if training.epochs_done in recipe.measured:
+                    checkpoint.save(self.folder, training.state())
+                    self._write(bar)
+                    self._show(boards)
+        self._write(bar)
+        return True
+
+    def _show(self, boards: Sequence[Board | None]) -> None:
+        for board, log in zip(boards, self.training.logs, strict=False):
             if board is not None:
-                board.add(training.log)
-    training.log.write(run)
-    return True
+                board.add(log)
+
+    def _write(self, bar: tqdm[Any]) -> None:
+        for member in self.training.members:
+            member.log.write(self.folders[member.seed])
+        last = [log.epochs[-1] for log in self.training.logs]
+        bar.set_postfix(
+            {part: f"{statistics.fmean(row[f'{part}_accuracy'] for row in last):.4f}" for part in ("test", "train")}
+        )
 
 
-def result_of(training: Training, about: dict[str, Any]) -> dict[str, Any]:
-    here = {"torch": torch.__version__, "machine": described(training.settings.device)}
-    found: dict[str, Any] = finite({**about, **here, **training.log.as_dict()})
-    return found | {"step_ms": training.log.median_step()}
+def check_seeds(seeds: Sequence[int]) -> None:
+    for seed in seeds:
+        if not 0 <= seed <= LARGEST_SEED:
+            raise ValueError(f"seed must be from 0 to {LARGEST_SEED}, got {seed}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be one at least, all different, got {list(seeds)}")
+
+
+def result_of(log: Log, device: str, about: dict[str, Any]) -> dict[str, Any]:
+    here = {"torch": torch.__version__, "machine": described(device)}
+    found: dict[str, Any] = finite({**about, **here, **log.as_dict()})
+    return found | {"step_ms": log.median_step()}
 
 
 def finished(run: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -119,6 +172,7 @@ def finished(run: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """
     found = checkpoint.read_result(run)
     if found is not None:
+        found |= {"recipe": completed(found.get("recipe") or {})}
         wanted = json.loads(json.dumps(identity))
         differing = list(checkpoint.differences(wanted, {name: found.get(name) for name in wanted}))
         if differing:

@@ -10,10 +10,10 @@ from typing import Any
 from . import published
 from .grids import GRIDS, NOTES_OF_GRIDS, Grid, grid_table
 from .markdown import NOT_RUN, NOTHING, folded, label, markdown_table, over_seeds, spread
+from .member import GRADIENTS, TRAIN_EVALUATED
 from .published import Cell
 from .recipes import rows as recipes_of
 from .results import Row, Run, in_order, largest_first
-from .training import GRADIENTS, TRAIN_EVALUATED
 
 Pictures = Sequence[tuple[str, str]]
 """What each figure shows, and its address."""

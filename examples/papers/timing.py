@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .data import Images
 from .machine import Settings, deterministic
+from .objective import Batch
 from .recipe import Recipe
 from .training import Training
 
@@ -59,7 +60,7 @@ def time_methods(
     if not recipes or steps < 1:
         raise ValueError(f"recipes and steps must be one at least, got {len(recipes)} and {steps}")
     deterministic()  # as the runs themselves are
-    runs = [Training(recipe, images, 0, Settings(device, bf16)) for recipe in recipes]
+    runs = [Training(recipe, images, [0], Settings(device, bf16)) for recipe in recipes]
     batches = [_without_end(run) for run in runs]
     _block(runs, batches, COLD, deadline)
     block = max(period(recipe) for recipe in recipes)
@@ -75,20 +76,19 @@ def period(recipe: Recipe) -> int:
     return int(recipe.method.norm_scale.get("every", 1))
 
 
-def _block(
-    runs: Sequence[Training], batches: Sequence[Iterator[tuple[Tensor, Tensor]]], steps: int, deadline: float
-) -> Tensor:
+def _block(runs: Sequence[Training], batches: Sequence[Iterator[Batch]], steps: int, deadline: float) -> Tensor:
     """Seconds of so many steps, by run."""
     sums = torch.zeros(len(runs), dtype=torch.float64)
     for i, (run, some) in enumerate(zip(runs, batches, strict=True)):
         for _ in range(steps):
             in_time(deadline)
-            sums[i] += run.time_step(*next(some))
+            sums[i] += run.time_step(next(some))
     return sums
 
 
-def _without_end(run: Training) -> Iterator[tuple[Tensor, Tensor]]:
+def _without_end(run: Training) -> Iterator[Batch]:
     epoch = 0
     while True:
-        yield from run.train.epoch(epoch)
+        run.begin(epoch)
+        yield from run.batches(epoch)
         epoch += 1

@@ -171,3 +171,25 @@ def test_images_all_alike_are_refused() -> None:
     plain = Split(torch.full((4, 1, 2, 2), 7, dtype=torch.uint8), torch.zeros(4).long())
     with pytest.raises(ValueError, match="std positive"):
         Images.of("made", 1, plain, plain)
+
+
+def test_a_balanced_choice_has_as_many_of_each_class_and_is_part_of_a_larger_one() -> None:
+    labels = torch.arange(60) % 3
+    x = torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).expand(60, 1, 2, 2).contiguous()
+    images = Images.of("some", 3, Split(x, labels), Split(x[:5], labels[:5]))
+    small, large = (images.subset(count, 5, 7, balanced=True) for count in (6, 30))
+    for chosen, each in ((small, 2), (large, 10)):
+        assert chosen.train_y.bincount().tolist() == [each] * 3
+        assert torch.equal(chosen.train_x[:, 0, 0, 0] % 3, chosen.train_y)
+    assert set(small.train_x[:, 0, 0, 0].tolist()) < set(large.train_x[:, 0, 0, 0].tolist())
+    assert not torch.equal(small.train_x, images.subset(6, 5, 8, balanced=True).train_x)
+    assert not torch.equal(small.train_y, small.train_y.sort()[0])
+
+
+@pytest.mark.parametrize("count", [7, 63])
+def test_a_balanced_choice_that_the_classes_cannot_give_is_refused(count: int) -> None:
+    labels = torch.cat([torch.arange(60) % 3, torch.zeros(10, dtype=torch.int64)])
+    x = torch.randint(256, (70, 1, 2, 2), dtype=torch.uint8)
+    images = Images.of("some", 3, Split(x, labels), Split(x, labels))
+    with pytest.raises(ValueError, match=f"train must be a multiple of 3 classes, of 20 images each, got {count}"):
+        images.subset(count, 5, 0, balanced=True)

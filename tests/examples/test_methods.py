@@ -8,7 +8,8 @@ from weakref import WeakSet
 import pytest
 import torch
 import torch.nn.functional as F
-from papers.methods import Method, fill_gradients, optimizer_for, start_orthogonal
+from papers.methods import Method, optimizer_for, start_orthogonal
+from papers.objective import Batch, Objective
 from torch import nn
 
 import specopt
@@ -127,7 +128,7 @@ ADVERSARIAL = Method("adversarial", adversarial=0.3)
 def test_adversarial_loss_is_half_clean_and_half_at_inputs_moved_along_their_gradients() -> None:
     net, epsilon = Net().double(), ADVERSARIAL.adversarial
     images = IMAGES.double()
-    fill_gradients(ADVERSARIAL, net, images, LABELS)
+    Objective(ADVERSARIAL, net, list(net.parameters())).fill_gradients(Batch(images, LABELS))
     found = [weight.grad for weight in net.parameters()]
     clean = F.cross_entropy(net(images), LABELS)
     moved = []
@@ -159,7 +160,7 @@ def test_adversarial_training_holds_one_graph_at_a_time() -> None:
     net.register_forward_pre_hook(lambda *_: at_forwards.append(len(kept)))
     net.register_forward_hook(lambda *_: at_forwards.append(len(kept)))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
-        fill_gradients(ADVERSARIAL, net, IMAGES, LABELS)
+        Objective(ADVERSARIAL, net, list(net.parameters())).fill_gradients(Batch(IMAGES, LABELS))
     before_first, after_first, before_second, after_second = at_forwards
     assert before_first == before_second == 0 < after_first
     assert after_second <= after_first
@@ -170,7 +171,9 @@ def test_every_forward_is_under_autocast_and_no_backward_is(method: Method) -> N
     net, forwards, backwards = Net(), list[bool](), list[bool]()
     net.register_forward_hook(lambda *_: forwards.append(torch.is_autocast_enabled("cpu")))
     net.head.weight.register_hook(lambda _: backwards.append(torch.is_autocast_enabled("cpu")))
-    fill_gradients(method, net, IMAGES, LABELS, lambda: torch.autocast("cpu", torch.bfloat16))
+    Objective(method, net, list(net.parameters()), lambda: torch.autocast("cpu", torch.bfloat16)).fill_gradients(
+        Batch(IMAGES, LABELS)
+    )
     assert forwards == [True] * len(backwards) and not any(backwards)
     assert len(forwards) == (2 if method.adversarial else 1)
 
@@ -188,7 +191,11 @@ def test_orthogonal_start_does_not_ask_for_the_method_and_is_of_the_seed() -> No
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"base": "adam"}, "base must be 'sgd' or 'adamw', got 'adam'"),
+        ({"base": "rmsprop"}, "base must be one of 'sgd', 'adamw', 'adam', got 'rmsprop'"),
+        ({"decayed": "biases"}, "decayed must be one of 'all', 'convolutions', got 'biases'"),
+        ({"penalty": "spectreg"}, "penalty must be one of '', 'double-back', 'spect-reg', .* got 'spectreg'"),
+        ({"penalty": "jac-reg", "adversarial": 1.0}, "penalty 'jac-reg' and adversarial 1 exclude each other"),
+        ({"penalty": "jac-reg", "penalty_weight": math.inf}, "penalty_weight must be a finite number"),
         ({"snr_lambda": -1.0}, "snr_lambda must be a finite number of at least 0, got -1.0"),
         ({"adversarial": math.nan}, "adversarial must be"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -10,8 +11,9 @@ import pytest
 import torch
 from papers import models, published, recipes
 from papers.candidates import candidates
-from papers.methods import fill_gradients, optimizer_for, start_orthogonal
-from papers.recipe import SCALES, Recipe
+from papers.methods import optimizer_for, start_orthogonal
+from papers.objective import Batch, Objective
+from papers.recipe import SCALES, Recipe, completed
 from papers.recipes import find, names, rows
 
 
@@ -119,6 +121,55 @@ def test_norm_scaling_falls_at_epochs_60_and_120_of_200() -> None:
             assert (recipe.method.base, recipe.method.weight_decay, recipe.start) == ("adamw", 0.0, "orthogonal")
 
 
+def test_gradient_regularization_has_the_reports_settings() -> None:
+    for name in names("gradreg/*"):
+        recipe = find(name)
+        size = recipe.train or 0
+        steps = recipe.epochs * (size // recipe.batch)
+        assert (recipe.batch, recipe.lr, recipe.gamma, recipe.milestones) == (50, 1e-3, 0.1, (0.5, 0.75))
+        assert abs(steps - 10_000) <= 0.5 * size / recipe.batch
+        assert (recipe.method.base, recipe.method.weight_decay, recipe.method.decayed) == ("adam", 5e-4, "convolutions")
+        assert recipe.balanced == ("/c4-" not in name) and (recipe.test, recipe.augment) == (None, False)
+        assert len(recipe.measured) == 11 and recipe.measured[-1] == recipe.epochs
+    nets = {
+        row: find(f"gradreg/{row}/none").model_options for row in ("c2-baseline", "c2-batchnorm", "c2-dropout", "c6")
+    }
+    assert list(nets.values()) == [{}, {"batch_norm": True}, {"dropout": 0.5}, {"dropout": 0.5}]
+
+
+def test_gradient_regularization_has_the_reports_lambdas() -> None:
+    def weight(name: str) -> float:
+        return find(f"gradreg/{name}").method.penalty_weight
+
+    assert (weight("c2-batchnorm/spect-reg"), weight("c2-batchnorm/double-back")) == (0.001, 0.001)
+    assert (weight("c2-dropout/spect-reg"), weight("c2-baseline/double-back")) == (0.01, 50)
+    assert [weight(f"c6/{name}") for name in ("spect-reg", "jac-reg", "frob-reg")] == [0.03, 1, 0.03]
+    for size, lambdas in ((500, [50, 0.03, 0.3, 0.01]), (10000, [5, 0.01, 1, 0.1]), (20000, [2, 0.001, 0.3, 0.03])):
+        found = [weight(f"c4-{size}/{name}") for name in ("double-back", "spect-reg", "jac-reg", "confidence-penalty")]
+        assert found == lambdas
+    assert len({find(name).train for name in names("gradreg/c4-*/none")}) == 9
+
+
+def test_candidates_decay_what_their_row_decays() -> None:
+    method = find("gradreg/c2-baseline/cap-8-gain-2").method
+    assert (method.weight_decay, method.decayed, method.base) == (5e-4, "convolutions", "adam")
+
+
+def test_what_an_earlier_version_wrote_of_a_recipe_is_read_as_it_was_meant() -> None:
+    for name in ("normscale/mlp-5x2000/ours", "snr/vgg-cifar10-b64/adversarial"):
+        plain = json.loads(json.dumps(find(name).as_dict()))
+        earlier = {key: value for key, value in plain.items() if key not in ("points", "balanced")}
+        known = {key: value for key, value in plain["method"].items() if key not in ("decayed", "penalty")}
+        assert completed(earlier | {"method": known}) == plain
+
+
+@pytest.mark.parametrize(
+    ("epochs", "points", "found"), [(4, None, [0, 1, 2, 3, 4]), (7, 3, [0, 2, 5, 7]), (2, 5, [0, 1, 2])]
+)
+def test_points_are_spread_evenly_over_the_epochs(epochs: int, points: int | None, found: list[int]) -> None:
+    assert replace(find("digits/mlp/vanilla"), epochs=epochs, points=points).measured == found
+
+
 def test_published_defects_are_a_switch_that_is_off_in_the_stated_method() -> None:
     chosen = [name for name in names() if find(name).published]
     assert chosen == [name for name in names() if name.endswith("-published")]
@@ -137,6 +188,12 @@ def test_every_recipe_can_be_scaled(scale: object) -> None:
         assert isinstance(found, Recipe) and found.name == name
 
 
+def test_a_scale_never_takes_more_images_than_the_recipe() -> None:
+    recipe = find("gradreg/c4-500/none")
+    assert [recipe.scaled(SCALES[name]).train for name in ("full", "half", "cpu", "tiny")] == [500, 500, 500, 256]
+    assert [recipe.scaled(SCALES[name]).test for name in ("half", "cpu")] == [None, 1000]
+
+
 # --- what recipes make ------------------------------------------------------------------------------------------------
 
 SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion-mnist": (1, 28, 28), "stl10": (3, 96, 96)}
@@ -148,6 +205,8 @@ ONE_OF_EACH = (
     *names("normscale/resnet34/*"),
     *names("normscale/mlp-5x2000/*"),
     *names("digits/mlp/*"),
+    *names("gradreg/c6/*"),
+    *names("gradreg/c4-500/*"),
     *(f"{row}/snr" for row in ("snr/nin-cifar100-b4096", "snr/densenet-cifar100-b64", "mnist/lenet5")),
 )
 
@@ -181,7 +240,7 @@ def test_a_step_of_each_method_changes_every_weight_and_keeps_it_finite(name: st
         recipe.method, model, images, lr=recipe.lr, momentum=recipe.momentum, one_target=recipe.published
     )
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    fill_gradients(recipe.method, model, images, labels)
+    Objective(recipe.method, model, list(model.parameters())).fill_gradients(Batch(images, labels))
     optimizer.step()
     for key, weight in model.named_parameters():
         assert weight.isfinite().all() and not torch.equal(weight, before[key]), key

@@ -46,17 +46,22 @@ class Fake:
     ) -> None:
         self.limit, self.lost, self.full, self.broken = limit, lost, full, broken
         self.trained: list[tuple[str, int]] = []
+        self.together: list[list[int]] = []
         self.timed: list[list[str]] = []
 
     def train(
-        self, recipe: Recipe, seed: int, folder: Path, machine: Machine, deadline: float | None
-    ) -> dict[str, Any] | None:
+        self, recipe: Recipe, seeds: Sequence[int], folder: Path, machine: Machine, deadline: float | None
+    ) -> list[dict[str, Any]] | None:
         if self.limit is not None and len(self.trained) >= self.limit:
             return None
         if recipe.name in self.broken:
             raise OSError(28, "No space left on device", str(folder))
         if recipe.row in self.full or recipe.name in self.full:
             raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it")
+        self.together.append(list(seeds))
+        return [self.one(recipe, seed, folder, machine) for seed in seeds]
+
+    def one(self, recipe: Recipe, seed: int, folder: Path, machine: Machine) -> dict[str, Any]:
         self.trained.append((recipe.name, seed))
         found = result(recipe.name, seed, SCALES["tiny"], test=0.5 + 0.01 * seed)
         found["recipe"] = recipe.as_dict()
@@ -167,7 +172,7 @@ def test_times_wait_for_the_next_call_where_the_budget_ends_with_the_last_run(tm
     fake = Fake()
     ends = time.monotonic() + 0.3
 
-    def train(*words: Any) -> dict[str, Any] | None:
+    def train(*words: Any) -> list[dict[str, Any]] | None:
         found = fake.train(*words)
         time.sleep(max(0.0, ends + 0.01 - time.monotonic()) if len(fake.trained) == 4 else 0.0)
         return found
@@ -177,6 +182,27 @@ def test_times_wait_for_the_next_call_where_the_budget_ends_with_the_last_run(tm
     assert first.stopped and len(fake.trained) == 4 and fake.timed == []
     second = Reproduction(Kept(tmp_path, Machine()), 1, tools=tools, tell=quiet).run(plan)
     assert not second.stopped and len(fake.trained) == 4 and len(fake.timed) == 1
+
+
+def test_seeds_are_trained_together_and_those_that_are_there_are_not_trained_again(tmp_path: Path) -> None:
+    words = ("--rows", "mlp-5*", "--methods", "none", "spectral")
+    fake = Fake()
+    reproduced(fake, tmp_path, *words, "--seeds", "1")
+    reproduced(fake, tmp_path, *words, "--seeds", "5", "--together", "3")
+    assert fake.together == [[0], [0], [1, 2], [1, 2], [3, 4], [3, 4]]
+    assert fake.trained[-2:] == [(f"{MLP}/spectral", 3), (f"{MLP}/spectral", 4)]
+
+
+def test_a_damaged_checkpoint_of_seeds_trained_together_is_told_before_anything_is_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tiny" / MLP / "none" / "seeds-0-1" / "checkpoint.pt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"no archive")
+    fake = Fake()
+    with pytest.raises(SystemExit):
+        reproduced(fake, tmp_path, "--seeds", "2", "--together", "2")
+    assert str(path) in capsys.readouterr().err and fake.trained == []
 
 
 def test_the_budget_ends_timing(tmp_path: Path) -> None:
@@ -199,7 +225,7 @@ def test_the_budget_ends_timing(tmp_path: Path) -> None:
 def test_training_is_told_the_deadline(tmp_path: Path) -> None:
     told: list[float | None] = []
 
-    def train(recipe: Recipe, seed: int, folder: Path, machine: Machine, deadline: float | None) -> None:
+    def train(recipe: Recipe, seeds: Sequence[int], folder: Path, machine: Machine, deadline: float | None) -> None:
         told.append(deadline)
 
     before = time.monotonic()
@@ -249,7 +275,7 @@ def test_an_error_in_a_row_is_its_reason_and_the_others_are_run_reported_and_rec
 def test_an_interrupt_leaves_the_report_and_record_of_what_is_finished(tmp_path: Path) -> None:
     fake = Fake()
 
-    def train(*words: Any) -> dict[str, Any] | None:
+    def train(*words: Any) -> list[dict[str, Any]] | None:
         if len(fake.trained) == 2:
             raise KeyboardInterrupt
         return fake.train(*words)
@@ -276,7 +302,7 @@ def test_a_damaged_or_foreign_result_or_checkpoint_is_told_before_anything_is_ru
     foreign = runs / "normscale/resnet50/none/seed-0"
     foreign.mkdir(parents=True)
     recipe = planned("normscale", rows=["resnet50"], scale=SCALES["cpu"])["normscale/resnet50"][0]
-    checkpoint.save(foreign, checkpoint.identity_of(recipe, 0, Machine().settings))
+    checkpoint.save(foreign, checkpoint.identity_of(recipe, [0], Machine().settings))
     fake = Fake()
     with pytest.raises(SystemExit) as ended:
         reproduced(fake, tmp_path, "--seeds", "2")
@@ -286,7 +312,7 @@ def test_a_damaged_or_foreign_result_or_checkpoint_is_told_before_anything_is_ru
     assert "ours/seed-1/result.json cannot be read" in told and "none/seed-1/checkpoint.pt cannot be read" in told
     assert "resnet50/none/seed-0/checkpoint.pt is of another run: recipe.batch is" in told
     plan = planned("normscale", rows=["resnet50"], scale=SCALES["tiny"])
-    checkpoint.save(foreign, checkpoint.identity_of(plan["normscale/resnet50"][0], 0, Machine().settings))
+    checkpoint.save(foreign, checkpoint.identity_of(plan["normscale/resnet50"][0], [0], Machine().settings))
     kept = Kept(runs, Machine())
     kept.check(plan, 2)
     times = kept.times_path("normscale/resnet50")

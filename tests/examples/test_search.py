@@ -28,7 +28,7 @@ def rows(images: torch.Tensor) -> set[bytes]:
 def test_validation_run_sees_no_test_image_and_trains_on_none_it_is_judged_by() -> None:
     digits = load("digits")
     for seed in (0, 1):
-        images = Training(replace(RECIPE, validation=0.1), digits, seed).images
+        images = Training(replace(RECIPE, validation=0.1), digits, [seed]).members[0].images
         assert len(images.test_x) == 120
         train, test = rows(images.train_x), rows(images.test_x)
         assert not test & train
@@ -37,7 +37,7 @@ def test_validation_run_sees_no_test_image_and_trains_on_none_it_is_judged_by() 
 
 def test_every_seed_is_judged_by_the_same_images() -> None:
     digits = load("digits")
-    first, second = (Training(replace(RECIPE, validation=0.1), digits, seed).images for seed in (0, 1))
+    first, second = (Training(replace(RECIPE, validation=0.1), digits, [seed]).members[0].images for seed in (0, 1))
     assert rows(first.test_x) == rows(second.test_x)
 
 
@@ -52,9 +52,9 @@ def test_candidates_differ_in_their_method_alone_and_have_a_name_each() -> None:
 def test_every_candidate_trains() -> None:
     digits = load("digits")
     for one in candidates(RECIPE.scaled(SCALES["tiny"])):
-        training = Training(replace(one, epochs=1), digits, 0)
+        training = Training(replace(one, epochs=1), digits, [0])
         training.run_epoch()
-        assert training.log.epochs[-1]["test_loss"] < 10
+        assert training.logs[0].epochs[-1]["test_loss"] < 10
 
 
 def test_search_writes_the_best_and_the_best_within_the_time(

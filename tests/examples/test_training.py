@@ -24,6 +24,7 @@ from papers.data.reading import Split
 from papers.log import Log, finite
 from papers.machine import Machine, Settings
 from papers.methods import Method
+from papers.objective import Batch
 from papers.recipe import SCALES, Recipe
 from papers.running import Run
 from papers.timing import time_methods
@@ -68,14 +69,14 @@ def train(script: str, *options: str | Path, **how: Any) -> subprocess.Popen[str
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_two_runs_of_one_seed_write_the_same_log(method: Method, tmp_path: Path) -> None:
     for folder in ("a", "b"):
-        Run(recipe_of(method, epochs=2), 3, tmp_path / folder).finish(show=False)
+        Run(recipe_of(method, epochs=2), [3], tmp_path / folder).finish(show=False)
     first, second = (logs(tmp_path / folder / f"digits/mlp/{method.name}/seed-3") for folder in ("a", "b"))
     assert first == second
 
 
 def test_another_seed_writes_another_log(tmp_path: Path) -> None:
-    found = [Run(recipe_of(VANILLA, epochs=1), seed, tmp_path).finish(show=False) for seed in (0, 1)]
-    assert found[0]["epochs"] != found[1]["epochs"]  # type: ignore[index]
+    first, second = (only(Run(recipe_of(VANILLA, epochs=1), [seed], tmp_path)) for seed in (0, 1))
+    assert first["epochs"] != second["epochs"]
 
 
 @pytest.fixture
@@ -110,26 +111,33 @@ def test_run_that_stops_after_each_epoch_ends_in_the_log_of_one_that_does_not(
 ) -> None:
     if recipe.data == "digits":
         monkeypatch.setattr(running, "images_of", lambda *_: load("digits"))
-    whole = Run(recipe, 0, tmp_path / "whole").finish(show=False)
+    whole = only(Run(recipe, [0], tmp_path / "whole"))
     stops = 0
     while (result := one_epoch(recipe, tmp_path / "stopped")) is None:
         stops += 1
     assert stops == recipe.epochs
     first, second = (logs(tmp_path / folder / recipe.name / "seed-0") for folder in ("whole", "stopped"))
     assert first == second
-    assert whole is not None
     assert {**result, "step_ms": 0} == {**whole, "step_ms": 0}
+
+
+def only(run: Run, *, show: bool = False) -> dict[str, Any]:
+    """The result of its one seed."""
+    results = run.finish(show=show)
+    assert results is not None
+    (result,) = results
+    return result
 
 
 def one_epoch(recipe: Recipe, folder: Path, device: str = "auto") -> dict[str, Any] | None:
     """Another one of the run, by objects that know what the disk knows; then what :meth:`Run.finish` gives back."""
-    run = Run(recipe, 0, folder, Machine(device=device))
-    if run.result is None and run.training.epochs_done < recipe.epochs:
+    run = Run(recipe, [0], folder, Machine(device=device))
+    if not run.results and run.training.epochs_done < recipe.epochs:
         torch.manual_seed(time.time_ns() % 2**32)  # as a new process would have it
         run.training.run_epoch()
         checkpoint.save(run.folder, run.training.state())
         return None
-    return run.finish(show=False)
+    return only(run)
 
 
 def test_run_that_is_killed_anywhere_ends_in_the_log_of_one_that_is_not(tmp_path: Path) -> None:
@@ -150,33 +158,33 @@ def test_run_that_is_killed_anywhere_ends_in_the_log_of_one_that_is_not(tmp_path
 
 def test_deadline_leaves_a_run_that_the_same_call_goes_on_with(tmp_path: Path) -> None:
     recipe = recipe_of(SNR)
-    assert Run(recipe, 0, tmp_path).finish(show=False, deadline=time.monotonic()) is None
+    assert Run(recipe, [0], tmp_path).finish(show=False, deadline=time.monotonic()) is None
     assert not (tmp_path / recipe.name / "seed-0" / "result.json").exists()
-    assert Run(recipe, 0, tmp_path).finish(show=False, deadline=math.inf) is not None
+    assert Run(recipe, [0], tmp_path).finish(show=False, deadline=math.inf) is not None
 
 
 def test_finished_run_is_read_and_not_repeated(tmp_path: Path) -> None:
     recipe = recipe_of(VANILLA, epochs=1)
-    first = Run(recipe, 0, tmp_path).finish(show=False)
-    again = Run(recipe, 0, tmp_path)
-    assert again.result == first
+    first = only(Run(recipe, [0], tmp_path))
+    again = Run(recipe, [0], tmp_path)
+    assert again.results == {0: first}
     assert not hasattr(again, "training")
 
 
 def test_run_of_other_settings_is_refused_by_name(tmp_path: Path) -> None:
-    Run(recipe_of(VANILLA, epochs=1), 0, tmp_path).finish(show=False)
+    Run(recipe_of(VANILLA, epochs=1), [0], tmp_path).finish(show=False)
     with pytest.raises(ValueError, match=r"recipe\.lr is 0\.05 there and 0\.1 here"):
-        Run(replace(recipe_of(VANILLA, epochs=1), lr=0.1), 0, tmp_path)
+        Run(replace(recipe_of(VANILLA, epochs=1), lr=0.1), [0], tmp_path)
     unfinished = recipe_of(SNR)
     one_epoch(unfinished, tmp_path)
     with pytest.raises(ValueError, match=r"recipe\.batch is 64 there and 32 here"):
-        Run(replace(unfinished, batch=32), 0, tmp_path)
+        Run(replace(unfinished, batch=32), [0], tmp_path)
 
 
 def test_run_that_is_there_is_not_written_over_without_resume(tmp_path: Path) -> None:
     one_epoch(recipe_of(SNR), tmp_path)
     with pytest.raises(ValueError, match="holds a run already: --resume"):
-        Run(recipe_of(SNR), 0, tmp_path, resume=False)
+        Run(recipe_of(SNR), [0], tmp_path, resume=False)
 
 
 def test_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
@@ -184,7 +192,7 @@ def test_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     file = tmp_path / "digits/mlp/snr/seed-0" / checkpoint.NAME
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read"):
-        Run(recipe_of(SNR), 0, tmp_path)
+        Run(recipe_of(SNR), [0], tmp_path)
 
 
 @pytest.mark.parametrize("method", [CAP, Method("adamw", base="adamw")], ids=lambda method: method.name)
@@ -195,7 +203,7 @@ def test_counts_of_steps_stay_on_the_cpu_when_a_run_goes_on(
     monkeypatch.setattr(torch, "load", lambda *args, **how: loaded.append(how["map_location"]) or load(*args, **how))
     recipe = recipe_of(method)
     one_epoch(recipe, tmp_path, device=str(device))
-    optimizer = Run(recipe, 0, tmp_path, Machine(device=str(device))).training.optimizer
+    optimizer = Run(recipe, [0], tmp_path, Machine(device=str(device))).training.optimizer
     steps = [state["step"] for state in optimizer.state.values() if "step" in state]
     assert loaded == ["cpu"] and steps
     assert {step.device.type for step in steps if isinstance(step, Tensor)} == {"cpu"}
@@ -275,7 +283,10 @@ def test_reserved_room_is_given_back(tmp_path: Path) -> None:
             ("--recipe", "digits/mlp/snr", "--seeds", "0", str(2**31)),
             "seed must be from 0 to 2147483647, got 2147483648",
         ),
-        (("--recipe", "digits/mlp/snr", "--seeds", "1", "2", "1"), "--seeds must be different ones, got 1 2 1"),
+        (
+            ("--recipe", "digits/mlp/snr", "--seeds", "1", "2", "1"),
+            "seeds must be one at least, all different, got [1, 2, 1]",
+        ),
         (("--recipe", "digits/mlp/snr", "--device", "abacus"), "device must be auto or one of cpu"),
         (("--recipe", "digits/mlp/snr", "--device", "meta"), "device must be auto or one of cpu"),
         (("--recipe", "digits/mlp/snr", "--device", "cuda:99"), "got 'cuda:99'"),
@@ -306,7 +317,7 @@ def test_seed_that_cannot_be_run_fails_before_the_first_is_trained(
 
 def test_room_is_made_for_the_logs_of_all_epochs(tmp_path: Path) -> None:
     recipe = recipe_of(CAP, epochs=8)
-    run = Run(recipe, 0, tmp_path)
+    run = Run(recipe, [0], tmp_path)
     for _ in range(recipe.epochs):
         run.training.run_epoch()
     run.finish(show=False)
@@ -320,7 +331,7 @@ def test_room_is_made_for_the_logs_of_all_epochs(tmp_path: Path) -> None:
 
 def test_run_writes_figures_and_tensorboard_files(tmp_path: Path) -> None:
     recipe = recipe_of(CAP, epochs=1)
-    Run(recipe, 0, tmp_path).finish()
+    Run(recipe, [0], tmp_path).finish()
     folder = tmp_path / recipe.name / "seed-0"
     for name in ("curves", "spectral_norms", "stable_ranks", "ranks"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -332,7 +343,7 @@ def test_board_has_the_epoch_that_a_kill_came_after(tmp_path: Path) -> None:
 
     recipe = recipe_of(CAP)
     one_epoch(recipe, tmp_path)  # as killed after the checkpoint
-    Run(recipe, 0, tmp_path).finish()
+    Run(recipe, [0], tmp_path).finish()
     events = EventAccumulator(str(tmp_path / recipe.name / "seed-0" / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("test_accuracy")] == [1, 2, 3]
@@ -342,13 +353,13 @@ def test_board_of_a_run_that_goes_on_has_each_epoch_once(tmp_path: Path) -> None
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     recipe = recipe_of(CAP)
-    run = Run(recipe, 0, tmp_path)
+    run = Run(recipe, [0], tmp_path)
     run.training.run_epoch()
-    board = running.board_of(run.folder, 0)
-    board.add(run.training.log)
+    board = running.board_of(run.folder, run.training.logs[0], 0)
+    board.add(run.training.logs[0])
     board.writer.close()
     checkpoint.save(run.folder, run.training.state())
-    Run(recipe, 0, tmp_path).finish()
+    Run(recipe, [0], tmp_path).finish()
     events = EventAccumulator(str(run.folder / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("test_accuracy")] == [0, 1, 2, 3]
@@ -362,8 +373,8 @@ def test_run_is_not_finished_without_its_figures(tmp_path: Path, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(running, "draw_run", killed)
         with pytest.raises(KeyboardInterrupt):
-            Run(recipe, 0, tmp_path).finish()
-    Run(recipe, 0, tmp_path).finish()
+            Run(recipe, [0], tmp_path).finish()
+    Run(recipe, [0], tmp_path).finish()
     assert (tmp_path / recipe.name / "seed-0" / "curves.png").exists()
 
 
@@ -371,10 +382,9 @@ def test_result_names_the_commit_that_the_run_began_with_and_the_processor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(running, "commit", lambda: "before")
-    run = Run(recipe_of(VANILLA, epochs=1), 0, tmp_path, Machine(device="cpu"))
+    run = Run(recipe_of(VANILLA, epochs=1), [0], tmp_path, Machine(device="cpu"))
     monkeypatch.setattr(running, "commit", lambda: "after")
-    result = run.finish(show=False)
-    assert result is not None
+    result = only(run)
     assert result["commit"] == "before"
     assert result["machine"] == f"CPU ({machine.processor()}), {torch.get_num_threads()} threads"
     assert machine.processor()
@@ -382,8 +392,7 @@ def test_result_names_the_commit_that_the_run_began_with_and_the_processor(
 
 def test_result_tells_what_was_run_and_what_was_found(tmp_path: Path) -> None:
     recipe = recipe_of(CAP, epochs=2)
-    result = Run(recipe, 0, tmp_path).finish(show=False)
-    assert result is not None
+    result = only(Run(recipe, [0], tmp_path))
     assert json.loads((tmp_path / recipe.name / "seed-0" / "result.json").read_text()) == json.loads(json.dumps(result))
     assert [row["epoch"] for row in result["epochs"]] == [0, 1, 2]
     layer = (
@@ -397,24 +406,23 @@ def test_result_tells_what_was_run_and_what_was_found(tmp_path: Path) -> None:
 
 
 def test_training_that_diverges_is_logged_as_such_and_stays_json(tmp_path: Path) -> None:
-    result = Run(replace(recipe_of(VANILLA), lr=1e30), 0, tmp_path).finish(show=True)
-    assert result is not None
+    result = only(Run(replace(recipe_of(VANILLA), lr=1e30), [0], tmp_path), show=True)
     assert result["epochs"][-1]["test_loss"] is None
     assert finite({"a": [math.nan, 1.0, math.inf]}) == {"a": [None, 1.0, None]}
 
 
 def test_schedule_falls_at_the_stated_fractions_whatever_the_epochs() -> None:
-    training = Training(replace(RECIPE, epochs=4, milestones=(0.25, 0.5)), load("digits"), 0)
+    training = Training(replace(RECIPE, epochs=4, milestones=(0.25, 0.5)), load("digits"), [0])
     for _ in range(4):
         training.run_epoch()
-    assert [row["lr"] for row in training.log.epochs] == pytest.approx([0.05, 0.005, 5e-4, 5e-4, 5e-4])
+    assert [row["lr"] for row in training.logs[0].epochs] == pytest.approx([0.05, 0.005, 5e-4, 5e-4, 5e-4])
 
 
 def test_ranks_are_counted_at_the_start_at_the_end_and_between() -> None:
-    training = Training(replace(RECIPE, epochs=8), load("digits"), 0)
+    training = Training(replace(RECIPE, epochs=8), load("digits"), [0])
     for _ in range(8):
         training.run_epoch()
-    for layer in training.log.layers.values():
+    for layer in training.logs[0].layers.values():
         assert [math.isfinite(rank) for rank in layer["rank"]] == [epoch % 2 == 0 for epoch in range(9)]
 
 
@@ -441,7 +449,7 @@ def test_times_have_the_share_of_what_is_done_in_each_50th_step(
 ) -> None:
     taken = {"vanilla": 0, "full": 0}
 
-    def step(self: Training, images: Tensor, labels: Tensor) -> float:
+    def step(self: Training, batch: Batch) -> float:
         name = self.recipe.method.name
         taken[name] += 1
         slower = 1.32 if name == "full" else 1.0
@@ -467,25 +475,26 @@ def test_gradients_are_measured_in_batches_that_memory_holds(side: int, most: in
         torch.randint(256, (300, 3, side, side), dtype=torch.uint8, generator=generator),
         torch.randint(10, (300,), generator=generator),
     )
-    training = Training(replace(CONVOLUTIONS, label_noise=0.0), Images.of("cifar10", 10, split, split), 0)
-    batches, whole = list(training._differentiated()), next(training._tests())
+    training = Training(replace(CONVOLUTIONS, label_noise=0.0), Images.of("cifar10", 10, split, split), [0])
+    (member,) = training.members
+    batches, whole = list(member._differentiated()), next(member._tests())
     assert max(len(x) for x, _ in batches) == most < 500
     assert torch.equal(torch.cat([x for x, _ in batches]), whole[0])
 
 
 def test_bfloat16_and_channels_last_train(noise: None) -> None:
     settings = Settings("cpu", bf16=True, channels_last=True)
-    training = Training(replace(CONVOLUTIONS, epochs=1), running.images_of(CONVOLUTIONS, Machine()), 0, settings)
+    training = Training(replace(CONVOLUTIONS, epochs=1), running.images_of(CONVOLUTIONS, Machine()), [0], settings)
     training.run_epoch()
     assert all(p.dtype == torch.float32 for p in training.model.parameters())
-    assert math.isfinite(training.log.epochs[-1]["test_loss"])
+    assert math.isfinite(training.logs[0].epochs[-1]["test_loss"])
 
 
 def test_published_defects_share_one_target_and_crop_test_images(noise: None) -> None:
     method = Method("spectral", base="adamw", norm_scale={"mode": "set"})
     recipe = replace(CONVOLUTIONS, method=method, published=True, start="orthogonal", label_noise=0.0)
     images = running.images_of(CONVOLUTIONS, Machine())
-    training, honest = Training(recipe, images, 0), Training(replace(recipe, published=False), images, 0)
+    training, honest = (Training(one, images, [0]).members[0] for one in (recipe, replace(recipe, published=False)))
     assert len(set(training.log.targets.values())) == 1 < len(set(honest.log.targets.values()))
     assert training.mean != honest.mean == images.mean
     plain, cropped = (next(run._tests())[0] * torch.tensor(run.std).view(3, 1, 1) for run in (honest, training))

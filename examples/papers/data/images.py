@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .reading import Split
@@ -68,18 +69,34 @@ class Images:
         moved = {name: getattr(self, name).to(device) for name in ("train_x", "train_y", "test_x", "test_y")}
         return replace(self, **moved)
 
-    def subset(self, train: int, test: int, seed: int) -> Images:
+    def subset(self, train: int, test: int, seed: int, *, balanced: bool = False) -> Images:
         """``train`` and ``test`` images drawn without replacement. A smaller choice with one seed is part of a larger.
 
+        Args:
+            balanced: as many training images of each class.
+
         Raises:
-            ValueError: a count below 1 or above what there is.
+            ValueError: a count below 1 or above what there is; a balanced choice that the classes do not divide, or
+                that has too few images of one.
         """
         for part, count, x in (("train", train, self.train_x), ("test", test, self.test_x)):
             if not 1 <= count <= len(x):
                 raise ValueError(f"{part} must be 1 to {len(x)} images of {self.name}, got {count}")
         chance = generator(Use.SUBSET, seed)
-        kept, tested = _drawn(self.train_y, chance)[:train], _drawn(self.test_y, chance)[:test]
+        order, tested = _drawn(self.train_y, chance), _drawn(self.test_y, chance)[:test]
+        kept = self._balanced(order, train) if balanced else order[:train]
         return self._with(self.train_x[kept], self.train_y[kept], self.test_x[tested], self.test_y[tested])
+
+    def _balanced(self, order: Tensor, count: int) -> Tensor:
+        """The first of each class, in their order."""
+        each, rest = divmod(count, self.classes)
+        present = torch.bincount(self.train_y, minlength=self.classes)
+        if rest or present.min() < each:
+            raise ValueError(
+                f"train must be a multiple of {self.classes} classes, of {int(present.min())} images each, got {count}"
+            )
+        of_class = F.one_hot(self.train_y[order], self.classes).cumsum(0).gather(1, self.train_y[order, None])[:, 0]
+        return order[of_class <= each]
 
     def validation(self, count: int, seed: int) -> Images:
         """``count`` drawn training images become the test part; the real test part is nowhere in the result.

@@ -17,6 +17,7 @@ class Use(IntEnum):
     LABEL_NOISE = 3
     EPOCH = 4
     EVALUATION = 5
+    NOISE = 6
 
 
 def check_seed(seed: int) -> None:

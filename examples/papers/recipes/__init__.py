@@ -11,14 +11,16 @@ from fnmatch import fnmatchcase
 
 from ..candidates import runnable
 from ..recipe import Recipe
-from . import first, normscale, snr
+from . import first, gradreg, normscale, snr
 
 __all__ = ["TABLES", "find", "names", "rows"]
 
 TABLES = ("snr", "normscale")
 """The papers'."""
 
-_ALL: dict[str, Recipe] = {recipe.name: recipe for made in (snr, normscale, first) for recipe in made.recipes()}
+_ALL: dict[str, Recipe] = {
+    recipe.name: recipe for made in (snr, normscale, gradreg, first) for recipe in made.recipes()
+}
 
 
 def _by_row() -> dict[str, tuple[Recipe, ...]]:
