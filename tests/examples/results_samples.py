@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from papers.methods import Method
-from papers.recipe import Recipe, Scale
-from papers.recipes import find, names
+from papers.recipe import Scale
+from papers.recipes import find
 from papers.results import Row, compact, row_of
 
 LAYERS = ("layers.0.weight", "layers.1.weight", "head.weight")
@@ -26,7 +25,7 @@ def result(name: str, seed: int, scale: Scale = TINY, **last: float) -> dict[str
     direction; ``rise`` is the log of the last test loss over the least before it."""
     asked = {"test": 0.5, "train": 0.6, "test_loss": 2.0, "gradient_norm": 1.0}
     asked |= {"sigma": 2.0, "uneven": 0.1, "rest": 4.0, "rise": 0.0, **last}
-    recipe = recipe_of(name).scaled(scale)
+    recipe = find(name).scaled(scale)
     parts = np.linspace(0, 1, recipe.epochs + 1)
     factors = 1 + asked["uneven"] * np.array([-1.0, 1.0, 0.0]) * math.sqrt(1.5)
     sigma = 1 + parts[:, None] * (asked["sigma"] * factors - 1)
@@ -58,14 +57,6 @@ def result(name: str, seed: int, scale: Scale = TINY, **last: float) -> dict[str
     return {"recipe": recipe.as_dict(), "seed": seed, **about, "epochs": epochs, "layers": layers, "step_ms": 2.0}
 
 
-def recipe_of(name: str) -> Recipe:
-    """That of a table, or one made up for a row of LeNet-5 on MNIST."""
-    if not name.startswith("gradreg/") or names(name):
-        return find(name)
-    method = Method(name.rpartition("/")[2], base="adamw")
-    return Recipe(name=name, data="mnist", model="lenet5", method=method, batch=50, epochs=100, lr=1e-3)
-
-
 def made_row(
     name: str,
     methods: Mapping[str, Last],
@@ -80,5 +71,5 @@ def made_row(
         for method, last in methods.items():
             shaken = {key: value * (1 + shake * random.standard_normal()) for key, value in last.items()}
             runs.append(compact(result(f"{name}/{method}", seed, scale, **shaken)))
-    recipes = [recipe_of(f"{name}/{method}").scaled(scale) for method in methods]
+    recipes = [find(f"{name}/{method}").scaled(scale) for method in methods]
     return row_of(recipes, runs, {method: 1.0 + 0.05 * i for i, method in enumerate(methods)})

@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import pytest
-from papers import claims, results
+from papers import claims
 from papers.claims import Verdict, gradreg
 from papers.claims.section import claims_section
-from papers.published.gradreg import CELLS, SIZES
+from papers.published.gradreg import SIZES
 from papers.results import Row
 
 from tests.examples.results_samples import made_row
 
 SHAKE = 0.0003
 C4 = ("double-back", "spect-reg", "jac-reg", "confidence-penalty")
-
-
-@pytest.fixture(autouse=True)
-def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "recipes_of", lambda name: CELLS)
 
 
 def row(name: str, accuracies: Mapping[str, float], seeds: int = 5, shake: float = SHAKE) -> Row:

@@ -10,27 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
-from papers import results, table
+from papers import table
 from papers.grid_figures import accuracy_by_size, draw_grid
 from papers.grids import GRIDS, Grid, grid_table
 from papers.markdown import label, percent_over_seeds
 from papers.published.gradreg import CELLS, SIZES
 from papers.results import Row
 
-from tests.examples.results_samples import TINY, made_row, recipe_of
+from tests.examples.results_samples import TINY, made_row
 from tests.specopt.test_plots import clashes, texts
 
 C2, C4, C6 = GRIDS["gradreg"]
 OURS = ("snr-adam", "spectral", "cap")
-
-
-@pytest.fixture(autouse=True)
-def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = {
-        row: tuple(recipe_of(f"{row}/{method}") for method in ("none", *cells, *OURS)) for row, cells in CELLS.items()
-    }
-    for module in (table, results):
-        monkeypatch.setattr(module, "recipes_of", lambda name: rows)
 
 
 def row(name: str, accuracies: Mapping[str, float], seeds: int = 3) -> Row:

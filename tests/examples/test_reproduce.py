@@ -419,7 +419,7 @@ def test_the_page_is_what_the_recorded_results_render_and_its_figures_exist(
 
 
 def test_a_block_of_an_unknown_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a table block must be of snr or normscale, got 'digits'"):
+    with pytest.raises(ValueError, match="a table block must be of snr or normscale or gradreg, got 'digits'"):
         page.rendered("<!-- table: digits -->\n<!-- end -->", tmp_path, tmp_path)
     with pytest.raises(ValueError, match="a standing block must be of all, got 'snr'"):
         page.rendered("<!-- standing: snr -->\n<!-- end -->", tmp_path, tmp_path)
@@ -431,7 +431,7 @@ def test_a_block_of_an_unknown_table_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "TABLE must be one of snr, normscale, where --render is not given"),
+        ((), "TABLE must be one of snr, normscale, gradreg, where --render is not given"),
         (("digits",), "invalid choice: 'digits'"),
         (("snr", "--rows", "vgg-cifar11*"), "rows must match one of the table's, got 'snr/vgg-cifar11*'; near: snr/"),
         (("snr", "--methods", "srn"), "methods must match one of the table's, got 'srn'; near: snr"),
