@@ -86,4 +86,4 @@ def here_line(row: Row | None, methods: Sequence[str]) -> list[str]:
     counts = sorted({len(row.of(method)) for method in methods if row.of(method)})
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     accuracies = [[run.last("test_accuracy") for run in row.of(method).values()] for method in methods]
-    return [f"here, {seeds} seeds", *map(percent_over_seeds, accuracies)]
+    return [f"here, {seeds} {'seed' if seeds == '1' else 'seeds'}", *map(percent_over_seeds, accuracies)]

@@ -39,16 +39,16 @@ class Measure:
 
 
 def measures(row: Row) -> list[Measure]:
-    threshold = row.gap_threshold()
+    threshold, extra = row.gap_threshold(), extra_digits(row.name)
     gap = f"gap above {NOTHING if threshold is None else f'{threshold:g}'}"
 
     def gap_here(run: Run) -> float | None:
         return None if threshold is None else run.gap(threshold)
 
     return [
-        Measure("test accuracy", lambda run: run.last("test_accuracy"), ACCURACY, accuracy_digits(row.name)),
-        Measure("test loss", lambda run: run.last("test_loss"), {"paper": lambda cell: (cell.loss, None)}, 2),
-        Measure(gap, gap_here, {"paper": lambda cell: (cell.gap, None)}),
+        Measure("test accuracy", lambda run: run.last("test_accuracy"), ACCURACY, 3 + extra),
+        Measure("test loss", lambda run: run.last("test_loss"), {"paper": lambda cell: (cell.loss, None)}, 2 + extra),
+        Measure(gap, gap_here, {"paper": lambda cell: (cell.gap, None)}, 3 + extra),
         Measure("mean σ₁", lambda run: run.last("sigma_mean"), {"paper": lambda cell: (cell.sigma, None)}, 2),
         Measure("deviation of σ₁", late_deviation, {"paper": lambda cell: (cell.sigma_deviation, None)}, 2),
         Measure("stable rank", lambda run: over_layers(run, "stable_rank"), digits=1),
@@ -57,10 +57,10 @@ def measures(row: Row) -> list[Measure]:
     ]
 
 
-def accuracy_digits(row: str) -> int:
-    """Three; but four where deviations are published, which are small."""
+def extra_digits(row: str) -> int:
+    """One more of accuracies and losses where deviations over runs are published: where they are that small."""
     cells = published.CELLS.get(row, {}).values()
-    return 4 if any(told(cell)[1] is not None for cell in cells for told in ACCURACY.values()) else 3
+    return int(any(told(cell)[1] is not None for cell in cells for told in ACCURACY.values()))
 
 
 NOTES = f"""\

@@ -79,6 +79,7 @@ def test_seeds_that_differ_between_methods_are_told_as_a_range() -> None:
     fewer = replace(there, runs=tuple(run for run in there.runs if run.method == "none" or run.seed < 2))
     lines = cells_of(grid_table(C6, [fewer]))
     assert lines[-1][1] == "here, 2 to 5 seeds"
+    assert cells_of(grid_table(C6, [row("c6", {"none": 0.9}, 1)]))[-1][1] == "here, 1 seed"
 
 
 def test_percent_tells_the_deviation_and_runs_without_a_number() -> None:
@@ -102,6 +103,7 @@ def test_a_rows_own_table_has_paper_replication_and_here_with_deviations() -> No
     found = {line[0]: line for line in lines}
     assert found["SpectReg"][2:4] == ["0.9759 ± 0.0013", "0.9661 ± 0.0067"]
     assert re.fullmatch(r"0\.\d{4} ± 0\.\d{4}", found["SpectReg"][4])
+    assert re.fullmatch(r"\d\.\d{3} ± \d\.\d{3}", found["SpectReg"][5])
     assert found["Norm Scaling (ours)"][1:5] == ["not run", "–", "–", "–"]
     head, *_ = cells_of(table.row_table(row("c4-500", {"none": 0.97})))
     assert head[2:4] == ["test accuracy: replication", "here"]

@@ -418,6 +418,24 @@ def test_the_page_is_what_the_recorded_results_render_and_its_figures_exist(
     assert all((reproduce.PAGE.parent / address).exists() for address in picture.findall(text))
 
 
+def test_rows_of_one_grid_are_reported_recorded_and_rendered_with_its_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "draw_row", lambda row, folder: [])
+    words = ("--rows", "c4-500", "c4-2000", "--seeds", "2", "--record", tmp_path / "kept")
+    report = reproduced(Fake(), tmp_path, *words, table="gradreg")
+    blocks = "\n".join(
+        f"<!-- {block} -->\n<!-- end -->" for block in ("table: gradreg", "claims: gradreg", "standing: all")
+    )
+    rendered = page.rendered(blocks, tmp_path / "kept", tmp_path)
+    for text, folder in ((report, tmp_path / "tiny"), (rendered, tmp_path)):
+        (address,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+        assert address.endswith("gradreg-c4-tiny.png") and (folder / address).exists()
+        assert "### C4: the size of the training set, tiny scale" in text and "- `gradreg/c6`" in text
+        assert "| gradreg (b) | DoubleBack is best at all sizes (C4) | not held | **undecided** (" in text
+        assert "| `gradreg/c4-2000`, tiny scale | cap (ours) |" in text
+
+
 def test_a_block_of_an_unknown_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a table block must be of snr or normscale or gradreg, got 'digits'"):
         page.rendered("<!-- table: digits -->\n<!-- end -->", tmp_path, tmp_path)
