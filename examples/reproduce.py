@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from papers import published, results
+from papers import published, records, results
 from papers.claims.section import claims_section
 from papers.grid_figures import draw_grid
 from papers.grids import Grid
@@ -77,7 +77,7 @@ def checked(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:
             writable(args.record, "--record")
             for recipes in plan.values():
                 methods = {recipe.method.name: results.own_of(recipe.as_dict()) for recipe in recipes}
-                results.recorded(args.record, results.row_of(recipes, how=kept.how), methods)
+                records.recorded(args.record, results.row_of(recipes, how=kept.how), methods)
         writable(args.out, "--out")
         kept.check(plan, args.seeds)
     except ValueError as error:
@@ -162,7 +162,7 @@ def keep(args: argparse.Namespace, plan: Plan, kept: Kept, outcome: Outcome) -> 
     rows, lost = kept.rows(plan, args.seeds), []
     for row in rows if args.record is not None else ():
         try:
-            print(f"Recorded: {results.record(args.record, row)}")
+            print(f"Recorded: {records.record(args.record, row)}")
         except (ValueError, OSError) as error:
             lost.append(str(error))
     try:

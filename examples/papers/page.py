@@ -16,7 +16,8 @@ from .claims.section import claims_section
 from .grid_figures import draw_grid
 from .grids import Grid
 from .recipes import TABLES
-from .results import Row, read_all
+from .records import read_all
+from .results import Row
 from .row_figures import draw_row
 from .standing import standing_section
 from .table import table_section

@@ -74,3 +74,9 @@ def made_row(
             runs.append(compact(result(f"{name}/{method}", seed, scale, **shaken)))
     recipes = [find(f"{name}/{method}").scaled(scale) for method in methods]
     return row_of(recipes, runs, {method: 1.0 + 0.05 * i for i, method in enumerate(methods)})
+
+
+def made(name: str, *runs: tuple[str, int, dict[str, float]], times: dict[str, float] | None = None) -> Row:
+    """Of a method, seed and end for each run."""
+    recipes = [find(f"{name}/{method}").scaled(TINY) for method, _, _ in runs]
+    return row_of(recipes, [compact(result(f"{name}/{method}", seed, **last)) for method, seed, last in runs], times)

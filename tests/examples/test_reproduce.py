@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import reproduce
 import torch
-from papers import checkpoint, page, reproducing, results, running, timing
+from papers import checkpoint, page, records, reproducing, running, timing
 from papers.data import Images, load
 from papers.data.reading import Split
 from papers.kept import Kept
@@ -266,7 +266,7 @@ def test_an_error_in_a_row_is_its_reason_and_the_others_are_run_reported_and_rec
         *(f"{MLP}/{name}" for name in METHODS[:2]),
         *(f"normscale/mlp-7x4000/{name}" for name in METHODS),
     ]
-    assert {row.name: row.methods for row in results.read_all(kept)} == {
+    assert {row.name: row.methods for row in records.read_all(kept)} == {
         MLP: ["none", "frobenius"],
         "normscale/mlp-7x4000": list(METHODS),
     }
@@ -283,7 +283,7 @@ def test_an_interrupt_leaves_the_report_and_record_of_what_is_finished(tmp_path:
     words = ["normscale", "--scale", "tiny", "--out", str(tmp_path), "--record", str(tmp_path / "kept")]
     with pytest.raises(KeyboardInterrupt):
         reproduce.main(words, Tools(train, fake.images, fake.times))
-    assert results.read_all(tmp_path / "kept")[0].methods == ["none", "frobenius"]
+    assert records.read_all(tmp_path / "kept")[0].methods == ["none", "frobenius"]
     assert "| none | 1 |" in (tmp_path / "tiny" / "normscale.md").read_text()
 
 
@@ -476,7 +476,7 @@ def test_what_makes_no_sense_is_told_before_anything_is_run(
 def test_a_record_of_another_protocol_is_told_before_anything_is_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results.record(tmp_path, made_row(MLP, {"none": {}}, scale=replace(SCALES["tiny"], train=512)))
+    records.record(tmp_path, made_row(MLP, {"none": {}}, scale=replace(SCALES["tiny"], train=512)))
     fake = Fake()
     with pytest.raises(SystemExit):
         reproduced(fake, tmp_path / "out", "--rows", "mlp-5*", "--record", tmp_path)
@@ -504,7 +504,7 @@ def test_a_row_is_trained_timed_and_reported_on_real_code(tmp_path: Path, monkey
     text = (out / "tiny-1-epochs" / "normscale.md").read_text()
     lines = [line.split("|") for line in text.splitlines() if line.startswith(("| none |", "| spectral |"))]
     assert [line[2].strip() for line in lines] == ["1", "1"] and lines[0][-2].strip() == "1.00"
-    (row,) = results.read_all(kept)
+    (row,) = records.read_all(kept)
     assert row.methods == ["none", "spectral"] == list(row.times)
     starts = {json.dumps([run.epochs[name][0] for name in ("test_loss", "sigma_mean")]) for run in row.runs}
     assert len(starts) == 1
