@@ -16,16 +16,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from papers import published, results
+from papers import published, records, results
+from papers.claims.section import claims_section
+from papers.grid_figures import draw_grid
+from papers.grids import Grid
 from papers.kept import Kept
 from papers.machine import Machine
-from papers.page import rendered
+from papers.page import addressed, rendered
 from papers.planning import Plan, planned
 from papers.recipe import FULL, SCALES
 from papers.recipes import TABLES
 from papers.reproducing import TOOLS, Outcome, Reproduction, Tools
 from papers.row_figures import draw_row
-from papers.table import claims_section, table_section
+from papers.standing import standing_section
+from papers.table import table_section
 
 RECORDED = Path(__file__).parent / "results"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
@@ -73,7 +77,7 @@ def checked(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:
             writable(args.record, "--record")
             for recipes in plan.values():
                 methods = {recipe.method.name: results.own_of(recipe.as_dict()) for recipe in recipes}
-                results.recorded(args.record, results.row_of(recipes, how=kept.how), methods)
+                records.recorded(args.record, results.row_of(recipes, how=kept.how), methods)
         writable(args.out, "--out")
         kept.check(plan, args.seeds)
     except ValueError as error:
@@ -112,16 +116,20 @@ def report(args: argparse.Namespace, rows: Sequence[results.Row], outcome: Outco
     folder = folder_of(args)
 
     def figures(row: results.Row) -> list[tuple[str, str]]:
-        drawn = draw_row(row, folder / "figures")
-        return [(what, path.relative_to(folder).as_posix()) for what, path in drawn]
+        return addressed(draw_row(row, folder / "figures"), folder)
+
+    def grid_figures(grid: Grid, there: Sequence[results.Row]) -> list[tuple[str, str]]:
+        return addressed(draw_grid(grid, there, folder / "figures"), folder)
 
     unfinished = [f"- `{row}`: {why}" for row, why in outcome.reasons.items() if row in {one.name for one in rows}]
     parts = [
         f"# {published.SOURCES[args.table]}",
-        table_section(args.table, rows, reasons=outcome.reasons, figures=figures),
+        table_section(args.table, rows, reasons=outcome.reasons, figures=figures, grid_figures=grid_figures),
         *(["Not finished:\n\n" + "\n".join(unfinished)] if unfinished else []),
         "## Claims",
         claims_section(args.table, rows),
+        "## Cost and accuracy",
+        standing_section([args.table], rows),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -154,7 +162,7 @@ def keep(args: argparse.Namespace, plan: Plan, kept: Kept, outcome: Outcome) -> 
     rows, lost = kept.rows(plan, args.seeds), []
     for row in rows if args.record is not None else ():
         try:
-            print(f"Recorded: {results.record(args.record, row)}")
+            print(f"Recorded: {records.record(args.record, row)}")
         except (ValueError, OSError) as error:
             lost.append(str(error))
     try:

@@ -1,23 +1,28 @@
 """docs/results.md, whose tables, claims and figures come from recorded results.
 
-A block of the page is ``<!-- table: snr -->``, ``<!-- claims: snr -->`` or ``<!-- search: FILE -->``, and all that
-follows up to ``<!-- end -->``.
+A block of the page is ``<!-- table: snr -->``, ``<!-- claims: snr -->``, ``<!-- standing: all -->`` or
+``<!-- search: FILE -->``, and all that follows up to ``<!-- end -->``.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .claims.section import claims_section
+from .grid_figures import draw_grid
+from .grids import Grid
 from .recipes import TABLES
-from .results import Row, read_all
+from .records import read_all
+from .results import Row
 from .row_figures import draw_row
-from .table import claims_section, table_section
+from .standing import standing_section
+from .table import table_section
 
-BLOCK = re.compile(r"<!-- (?P<kind>table|claims|search): (?P<table>[\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- (?P<kind>table|claims|standing|search): (?P<name>[\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 FIGURES = "results"
 """Folder of figures beside the page."""
 SEARCHES = "search"
@@ -37,19 +42,31 @@ def rendered(page: str, recorded: Path, docs: Path) -> str:
     rows = read_all(recorded)
 
     def figures(row: Row) -> list[tuple[str, str]]:
-        return [(what, path.relative_to(docs).as_posix()) for what, path in draw_row(row, docs / FIGURES)]
+        return addressed(draw_row(row, docs / FIGURES), docs)
+
+    def grid_figures(grid: Grid, there: Sequence[Row]) -> list[tuple[str, str]]:
+        return addressed(draw_grid(grid, there, docs / FIGURES), docs)
+
+    sections: dict[str, Callable[[str], str]] = {
+        "table": lambda table: table_section(table, rows, figures=figures, grid_figures=grid_figures),
+        "claims": lambda table: claims_section(table, rows),
+        "standing": lambda _: standing_section(TABLES, rows),
+        "search": lambda name: search_section(recorded / SEARCHES / f"{name}.json"),
+    }
+    known = {"table": TABLES, "claims": TABLES, "standing": ("all",)}
 
     def block(found: re.Match[str]) -> str:
-        kind, table = found["kind"], found["table"]
-        if kind != "search" and table not in TABLES:
-            raise ValueError(f"a block's table must be one of {', '.join(TABLES)}, got {table!r}")
-        if kind == "search":
-            text = search_section(recorded / SEARCHES / f"{table}.json")
-        else:
-            text = table_section(table, rows, figures=figures) if kind == "table" else claims_section(table, rows)
-        return f"<!-- {kind}: {table} -->\n{text}\n<!-- end -->"
+        kind, name = found["kind"], found["name"]
+        if kind in known and name not in known[kind]:
+            raise ValueError(f"a {kind} block must be of {' or '.join(known[kind])}, got {name!r}")
+        return f"<!-- {kind}: {name} -->\n{sections[kind](name)}\n<!-- end -->"
 
     return BLOCK.sub(block, page)
+
+
+def addressed(drawn: Sequence[tuple[str, Path]], folder: Path) -> list[tuple[str, str]]:
+    """What each figure shows, and its address on a page in ``folder``."""
+    return [(what, path.relative_to(folder).as_posix()) for what, path in drawn]
 
 
 def search_section(path: Path) -> str:

@@ -1,26 +1,23 @@
 """What was run of a row, small enough to be kept: measures by epoch, norms of layers, seeds, hardware and commit.
 
-A file of ``examples/results`` holds one row at one scale and number of epochs. Numbers are rounded to four digits, and
-layers are kept at 41 epochs at most; means over layers at all.
+Numbers are rounded to four digits, and layers are kept at 41 epochs at most; means over layers at all.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from . import published
-from .checkpoint import write_text
 from .data import CLASSES
 from .measures import generalization_gap
-from .recipe import SCALES, Recipe, completed
+from .recipe import SCALES, Recipe
 from .recipes import find, names
+from .recipes import rows as recipes_of
 
 DIGITS = 4
 LAYER_EPOCHS = 41
@@ -41,7 +38,7 @@ class Run:
     seed: int
     epochs: Mapping[str, Values]
     """``COLUMNS``, and ``sigma_mean`` and ``sigma_deviation`` over the layers: a value before training and one after
-    each epoch."""
+    each measured epoch, whose number stands in ``epoch``. Measured are all, or every n-th and the last."""
     layers: Mapping[str, Mapping[str, Any]]
     """By weight: ``LAYER_VALUES`` at ``layer_epochs``, and ``target``."""
     layer_epochs: list[int]
@@ -53,8 +50,14 @@ class Run:
         return self.epochs[name][-1]
 
     def trained(self, name: str) -> Values:
-        """After each epoch, without the value before training."""
+        """After each measured epoch, without the value before training."""
         return self.epochs[name][1:]
+
+    def late(self, name: str, part: float) -> Values:
+        """After those measured epochs that lie in the last ``part`` of the run."""
+        numbers = [float(number or 0) for number in self.trained("epoch")]
+        begin = (1 - part) * numbers[-1]
+        return [value for number, value in zip(numbers, self.trained(name), strict=True) if number > begin]
 
     def best(self, name: str) -> float:
         return max((value for value in self.trained(name) if value is not None), default=0.0)
@@ -65,8 +68,8 @@ class Run:
         return None not in losses and self.best("test_accuracy") > 2 * chance
 
     def gap(self, threshold: float) -> float | None:
-        """The generalization gap: the least of training accuracy less test accuracy over epochs whose test accuracy
-        exceeds ``threshold``; None where none does."""
+        """The generalization gap: the least of training accuracy less test accuracy over measured epochs whose test
+        accuracy exceeds ``threshold``; None where none does."""
         pairs = zip(self.trained("train_accuracy"), self.trained("test_accuracy"), strict=True)
         known = [(train, test) for train, test in pairs if train is not None and test is not None]
         return generalization_gap([train for train, _ in known], [test for _, test in known], threshold)
@@ -100,6 +103,11 @@ class Row:
         return f"{self.scale} scale" if self.size == self.scale else f"{self.scale}, {self.protocol['epochs']} epochs"
 
     @property
+    def table(self) -> str:
+        """Of the paper."""
+        return self.name.partition("/")[0]
+
+    @property
     def methods(self) -> list[str]:
         return list(dict.fromkeys(run.method for run in self.runs))
 
@@ -110,6 +118,11 @@ class Row:
     def of(self, method: str) -> dict[int, Run]:
         """By seed."""
         return {run.seed: run for run in self.runs if run.method == method}
+
+    def accuracies(self, method: str) -> dict[int, float]:
+        """Of the test images after the last epoch, by seed, where finite."""
+        found = {seed: run.last("test_accuracy") for seed, run in self.of(method).items()}
+        return {seed: value for seed, value in found.items() if value is not None}
 
     def gap_threshold(self) -> float | None:
         """The paper's, at its own scale. Else the least over the paper's methods of the mean of their best test
@@ -123,10 +136,24 @@ class Row:
         chance = 1 / CLASSES[self.protocol["data"]]
         best = [
             statistics.fmean(learned)
-            for method in published.METHODS[self.name.partition("/")[0]]
+            for method in published.methods(self.name)
             if (learned := [run.best("test_accuracy") for run in self.of(method).values() if run.learned(chance)])
         ]
         return math.floor(100 * (min(best) - 0.01) + 1e-9) / 100 if best else None
+
+
+def largest_first(rows: Iterable[Row]) -> list[Row]:
+    """By scale; of one scale, its own number of epochs before others, and those from the longest on."""
+    scales = list(SCALES)
+    return sorted(rows, key=lambda row: (scales.index(row.scale), row.size != row.scale, -int(row.protocol["epochs"])))
+
+
+def in_order(table: str, rows: Iterable[Row]) -> list[Row]:
+    """Those of the table that anything was run of, in its order; of one row, the largest size first."""
+    order = list(recipes_of(table))
+    return sorted(
+        (row for row in largest_first(rows) if row.runs and row.name in order), key=lambda row: order.index(row.name)
+    )
 
 
 def compact(result: Mapping[str, Any]) -> Run:
@@ -200,85 +227,6 @@ def protocol_of(recipe: Recipe) -> dict[str, Any]:
 def own_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What a recipe, as a dictionary, does not share with its row."""
     return {key: _plain(recipe[key]) for key in OWN}
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def path_of(folder: Path, row: Row) -> Path:
-    return folder / f"{row.name.replace('/', '-')}-{row.size}.json"
-
-
-def read(path: Path) -> Row:
-    """
-    Raises:
-        ValueError: a file that does not hold a row.
-    """
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-        protocol = {key: value for key, value in completed(plain["protocol"]).items() if key not in OWN}
-        runs = tuple(Run(**{**run, "about": run["about"] | known(run["about"])}) for run in plain["runs"])
-        return Row(**{**plain, "protocol": protocol, "runs": runs})
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} must hold a row's results, as --record writes them, and does not: {error}") from None
-
-
-def known(about: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what a run has of its own, the method as it is written now."""
-    return {"method": completed(about)["method"]} if "method" in about else {}
-
-
-def read_all(folder: Path) -> list[Row]:
-    return [read(path) for path in sorted(folder.glob("*.json"))]
-
-
-def recorded(folder: Path, row: Row, methods: Mapping[str, Mapping[str, Any]]) -> Row | None:
-    """What is recorded of the row at this size, which runs of ``row`` may join.
-
-    Args:
-        methods: what the recipe of each has of its own (:func:`own_of`).
-
-    Raises:
-        ValueError: it is of another protocol, or of other settings of a method.
-    """
-    path = path_of(folder, row)
-    if not path.exists():
-        return None
-    there = read(path)
-    told = [
-        f"{key} {there.protocol.get(key)!r} instead of {value!r}"
-        for key, value in row.protocol.items()
-        if there.protocol.get(key) != value
-    ]
-    told += [
-        f"other settings of {method}"
-        for method, own in methods.items()
-        if any(run.about.get(key) != value for run in there.of(method).values() for key, value in own.items())
-    ]
-    if told:
-        raise ValueError(f"{path} holds runs with {', '.join(told)}: move it away to record these")
-    return there
-
-
-def record(folder: Path, row: Row) -> Path:
-    """Writes the row's file. Runs that it holds already stay, but for those that ``row`` has anew."""
-    there = recorded(folder, row, {run.method: {key: run.about[key] for key in OWN} for run in row.runs})
-    if there is not None:
-        new = {(run.method, run.seed) for run in row.runs}
-        kept = tuple(run for run in there.runs if (run.method, run.seed) not in new)
-        row = replace(row, runs=kept + row.runs, times={**there.times, **row.times})
-    runs = sorted(row.runs, key=lambda run: run.seed)
-    times = {method: float(f"{value:.3g}") for method, value in row.times.items()}
-    path = path_of(folder, row)
-    plain = asdict(replace(row, runs=tuple(runs), times=times))
-    write_text(path, in_lines(plain) + "\n")
-    return path
-
-
-def in_lines(plain: Any) -> str:
-    """JSON with a list of numbers on one line."""
-    text = json.dumps(plain, indent=1, allow_nan=False)
-    return re.sub(r"\[[^\[\]{}\"]*\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ import specopt.plots
 from specopt import SpectralHistory
 from specopt.seeing.history import Record
 
+from .markdown import label
 from .results import Row, Run
-from .table import label
 
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Okabe and Ito's, from dark to light."""
@@ -55,8 +55,8 @@ def draw_row(row: Row, folder: Path) -> list[tuple[str, Path]]:
 def gap_against_gradient_norm(row: Row) -> Figure | None:
     """Training less test accuracy against the gradient norm: a point for each method and epoch, of means over seeds;
     and one for each run after its last epoch. None where nothing is finite."""
-    by_epoch = {label(method): epoch_points(list(row.of(method).values())) for method in row.methods}
-    by_run = {label(method): run_points(list(row.of(method).values())) for method in row.methods}
+    by_epoch = {label(method, row.table): epoch_points(list(row.of(method).values())) for method in row.methods}
+    by_run = {label(method, row.table): run_points(list(row.of(method).values())) for method in row.methods}
     if not (has_point(by_epoch) and has_point(by_run)):
         return None
     figure = Figure(figsize=(13.5, 3.8), layout="constrained")
@@ -75,7 +75,7 @@ def has_point(methods: Mapping[str, Array]) -> bool:
 
 
 def epoch_points(runs: Sequence[Run]) -> Array:
-    """(2, epochs): gradient norms and gaps, means over runs."""
+    """(2, measured epochs): gradient norms and gaps, means over runs."""
     columns = {name: over_runs(runs, name) for name in ("gradient_norm", "train_accuracy", "test_accuracy")}
     gaps = columns["train_accuracy"] - columns["test_accuracy"]
     return np.stack([columns["gradient_norm"].mean(0)[1:], gaps.mean(0)[1:]])
@@ -88,7 +88,7 @@ def run_points(runs: Sequence[Run]) -> Array:
 
 
 def over_runs(runs: Sequence[Run], name: str) -> Array:
-    """(runs, epochs + 1), nan where not finite."""
+    """(runs, measured epochs + 1), nan where not finite."""
     return np.array([numbers(run.epochs[name]) for run in runs])
 
 
@@ -117,9 +117,9 @@ def draw_curves(axes: Axes, row: Row, name: str) -> None:
     for i, method in enumerate(row.methods):
         values = over_runs(list(row.of(method).values()), name)
         mean, deviation = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
-        epochs = np.arange(len(mean))
+        epochs = numbers(next(iter(row.of(method).values())).epochs["epoch"])
         color, style = COLORS[i % len(COLORS)], STYLES[i % len(STYLES)]
-        axes.plot(epochs, mean, color=color, linestyle=style, linewidth=1.4, label=label(method))
+        axes.plot(epochs, mean, color=color, linestyle=style, linewidth=1.4, label=label(method, row.table))
         axes.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0)
         shown += [value for value in mean.tolist() if math.isfinite(value) and value > 0]
     if name.endswith("loss") and shown and max(shown) > 20 * statistics.median(shown):
@@ -151,7 +151,7 @@ def spectral_norms(row: Row) -> Figure | None:
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes, (method, history) in zip(panels, shown.items(), strict=False):
         specopt.plots.spectral_norms(history, ax=axes)
-        axes.set_title(label(method), fontsize=PLAIN)
+        axes.set_title(label(method, row.table), fontsize=PLAIN)
         axes.set_xlabel("epoch", fontsize=PLAIN)
     for empty in panels[len(shown) :]:
         empty.remove()

@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from papers import claims
+from papers import claims, table
 from papers.claims import Verdict, snr, testing
-from papers.claims.testing import Comparison, findings_of, holm, judge, permutation_test, pooled, untested
 from papers.recipe import SCALES, Scale
-from papers.results import Row
+from papers.results import Row, Run
 
 from tests.examples.results_samples import TINY, Last, made_row
 
@@ -28,95 +27,6 @@ def verdict(rows: list[Row], letter: str, *, published: bool = False) -> Verdict
 
 def rows_of(names: tuple[str, ...], methods: Mapping[str, Last], seeds: int = 4) -> list[Row]:
     return [made_row(name, methods, range(seeds)) for name in names]
-
-
-# --- the tests themselves ---------------------------------------------------------------------------------------------
-
-
-def test_a_clear_difference_is_held_and_its_opposite_not_held() -> None:
-    for sign, word in ((1, "held"), (-1, "not held")):
-        found = judge("x (a)", "", "", [Comparison("a", [sign * value for value in (1.0, 1.1, 0.9)])])
-        assert found.verdict == word
-        assert found.findings[0].p is not None and found.findings[0].p < 0.05
-
-
-def test_one_contrary_comparison_is_enough_for_not_held_and_one_open_one_for_undecided() -> None:
-    clear, contrary, open_ = [1.0, 1.1, 0.9], [-1.0, -1.1, -0.9], [1.0, -1.0, 0.5]
-    words = [
-        judge("x (a)", "", "", [Comparison(str(i), values) for i, values in enumerate(some)]).verdict
-        for some in ((clear, clear), (clear, contrary), (clear, open_), (contrary, open_))
-    ]
-    assert words == ["held", "not held", "undecided", "not held"]
-
-
-@pytest.mark.parametrize(
-    ("values", "why"),
-    [
-        ([], "0 of at least 3 seeds"),
-        ([1.0, 1.1], "2 of at least 3 seeds"),
-        ([1.0, 1.0, 1.0], "no spread over seeds"),
-        ([0.0, 0.0, 0.0], "no spread over seeds"),
-        ([1.0, float("inf"), 2.0], "not finite"),
-    ],
-)
-def test_too_few_or_unusable_seeds_decide_nothing_and_say_why(values: list[float], why: str) -> None:
-    assert untested(values) == why
-    found = judge("x (a)", "", "", [Comparison("a", values)])
-    assert found.verdict == "undecided" and why in str(found.findings[0])
-
-
-def test_no_comparison_at_all_is_undecided() -> None:
-    assert judge("x (a)", "", "", []).verdict == "undecided"
-
-
-def test_holm_is_the_step_down_of_bonferroni() -> None:
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.6, 0.7]) == [1.0, 1.0]
-    assert holm([]) == []
-
-
-def test_comparisons_that_cannot_be_made_do_not_count_for_the_correction() -> None:
-    one = Comparison("a", [1.0, 1.1, 0.9])
-    assert findings_of([one, Comparison("b", missing="not run")])[0].p == findings_of([one])[0].p
-    doubled = findings_of([one, one])[0].p
-    alone = findings_of([one])[0].p
-    assert doubled is not None and alone is not None and doubled == pytest.approx(2 * alone)
-
-
-def test_t_test_of_noise_is_false_at_its_level() -> None:
-    random = np.random.default_rng(1)
-    false = sum(findings_of([Comparison("a", random.standard_normal(5).tolist())])[0].sign != 0 for _ in range(1000))
-    assert 30 <= false <= 75
-
-
-def test_permutations_find_order_and_its_reverse_and_nothing_in_one_small_row() -> None:
-    six = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
-    correlation, p = permutation_test([(six, six)])
-    assert correlation == pytest.approx(1) and p < 0.01
-    correlation, p = permutation_test([(six, six[::-1])] * 2)
-    assert correlation == pytest.approx(-1) and p < 0.001
-    correlation, p = permutation_test([(six[:4], six[:4])])
-    assert p == pytest.approx(2 / 24, abs=0.01)
-    assert permutation_test([([1.0, 1.0, 1.0], [1.0, 2.0, 3.0])]) == (0.0, 1.0)
-
-
-def test_pooled_rows_are_one_comparison_of_all_their_values() -> None:
-    found = pooled("x", [Comparison("a", [1.0, 2.0, 3.0]), Comparison("b", [4.0, 5.0, 6.0])])
-    assert (found.what, found.values, found.missing) == ("x", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], "")
-
-
-def test_a_row_that_lacks_values_is_passed_on_by_its_pool() -> None:
-    rows = [
-        Comparison("a", [1.0, 1.1, 0.9]),
-        Comparison("b", [1.0, 1.2]),
-        Comparison("c", missing="no value in 1 of 3"),
-    ]
-    found = pooled("x", rows)
-    assert not found.values and found.missing == "b: 2 of at least 3 seeds; c: no value in 1 of 3"
-    assert judge("x (a)", "", "", [found]).verdict == "undecided"
-
-
-# --- the claims -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("letter", "names"), [("a", snr.LARGE), ("b", (snr.SMALL[0], snr.SMALL[3]))])
@@ -278,13 +188,31 @@ def test_rise_is_of_the_mean_of_the_last_quarter_over_the_least_before_it() -> N
     run = made_row(ALL_NS[0], {"spectral": {}}, [0]).runs[0]
 
     def risen(*losses: float | None) -> float | None:
-        return claims.normscale.rise(replace(run, epochs={**run.epochs, "test_loss": [9.0, *losses]}))
+        epochs = {"epoch": list(range(len(losses) + 1)), "test_loss": [9.0, *losses]}
+        return claims.normscale.rise(replace(run, epochs=epochs))
 
     assert risen(4.0, 3.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0) == pytest.approx(np.log(7 / 2))
     assert risen(4.0, 3.0, 2.0, 1.0) == pytest.approx(np.log(1 / 2))
     assert risen(4.0, None, 2.0, 1.0) == pytest.approx(np.log(1 / 2))
     assert risen(2.0, 3.0) == pytest.approx(np.log(3 / 2))
     assert risen(3.0) is risen(None, 3.0) is None
+
+
+def test_late_epochs_are_told_by_their_number_and_not_by_their_place() -> None:
+    run = made_row(ALL_NS[0], {"spectral": {}}, [0]).runs[0]
+
+    def measured(*numbers: int) -> Run:
+        values = [9.0, *(float(number) for number in numbers)]
+        return replace(run, epochs={"epoch": [0, *numbers], "test_loss": values, "sigma_deviation": values})
+
+    every = measured(*range(1, 9))
+    assert every.late("test_loss", 1 / 4) == [7.0, 8.0] and every.late("test_loss", 1 / 2) == [5.0, 6.0, 7.0, 8.0]
+    assert measured(1, 2, 3, 4, 5).late("test_loss", 1 / 2) == [3.0, 4.0, 5.0]
+    assert measured(25, 50, 75, 100).late("test_loss", 1 / 4) == [100.0]
+    uneven = measured(1, 2, 3, 4, 10, 60, 100)
+    assert uneven.late("test_loss", 1 / 2) == [60.0, 100.0]
+    assert claims.normscale.rise(uneven) == pytest.approx(np.log(100))
+    assert table.late_deviation(uneven) == 80.0
 
 
 def test_a_test_loss_that_is_not_finite_at_the_end_is_no_value() -> None:

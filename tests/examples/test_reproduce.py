@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import reproduce
 import torch
-from papers import checkpoint, page, reproducing, results, running, timing
+from papers import checkpoint, page, records, reproducing, running, timing
 from papers.data import Images, load
 from papers.data.reading import Split
 from papers.kept import Kept
@@ -266,7 +266,7 @@ def test_an_error_in_a_row_is_its_reason_and_the_others_are_run_reported_and_rec
         *(f"{MLP}/{name}" for name in METHODS[:2]),
         *(f"normscale/mlp-7x4000/{name}" for name in METHODS),
     ]
-    assert {row.name: row.methods for row in results.read_all(kept)} == {
+    assert {row.name: row.methods for row in records.read_all(kept)} == {
         MLP: ["none", "frobenius"],
         "normscale/mlp-7x4000": list(METHODS),
     }
@@ -283,7 +283,7 @@ def test_an_interrupt_leaves_the_report_and_record_of_what_is_finished(tmp_path:
     words = ["normscale", "--scale", "tiny", "--out", str(tmp_path), "--record", str(tmp_path / "kept")]
     with pytest.raises(KeyboardInterrupt):
         reproduce.main(words, Tools(train, fake.images, fake.times))
-    assert results.read_all(tmp_path / "kept")[0].methods == ["none", "frobenius"]
+    assert records.read_all(tmp_path / "kept")[0].methods == ["none", "frobenius"]
     assert "| none | 1 |" in (tmp_path / "tiny" / "normscale.md").read_text()
 
 
@@ -418,9 +418,29 @@ def test_the_page_is_what_the_recorded_results_render_and_its_figures_exist(
     assert all((reproduce.PAGE.parent / address).exists() for address in picture.findall(text))
 
 
+def test_rows_of_one_grid_are_reported_recorded_and_rendered_with_its_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "draw_row", lambda row, folder: [])
+    words = ("--rows", "c4-500", "c4-2000", "--seeds", "2", "--record", tmp_path / "kept")
+    report = reproduced(Fake(), tmp_path, *words, table="gradreg")
+    blocks = "\n".join(
+        f"<!-- {block} -->\n<!-- end -->" for block in ("table: gradreg", "claims: gradreg", "standing: all")
+    )
+    rendered = page.rendered(blocks, tmp_path / "kept", tmp_path)
+    for text, folder in ((report, tmp_path / "tiny"), (rendered, tmp_path)):
+        (address,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+        assert address.endswith("gradreg-c4-tiny.png") and (folder / address).exists()
+        assert "### C4: the size of the training set, tiny scale" in text and "- `gradreg/c6`" in text
+        assert "| gradreg (b) | DoubleBack is best at all sizes (C4) | not held | **undecided** (" in text
+        assert "| `gradreg/c4-2000`, tiny scale | cap (ours) |" in text
+
+
 def test_a_block_of_an_unknown_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a block's table must be one of snr, normscale, got 'digits'"):
+    with pytest.raises(ValueError, match="a table block must be of snr or normscale or gradreg, got 'digits'"):
         page.rendered("<!-- table: digits -->\n<!-- end -->", tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="a standing block must be of all, got 'snr'"):
+        page.rendered("<!-- standing: snr -->\n<!-- end -->", tmp_path, tmp_path)
 
 
 # --- what is refused before anything is run ---------------------------------------------------------------------------
@@ -429,7 +449,7 @@ def test_a_block_of_an_unknown_table_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "TABLE must be one of snr, normscale, where --render is not given"),
+        ((), "TABLE must be one of snr, normscale, gradreg, where --render is not given"),
         (("digits",), "invalid choice: 'digits'"),
         (("snr", "--rows", "vgg-cifar11*"), "rows must match one of the table's, got 'snr/vgg-cifar11*'; near: snr/"),
         (("snr", "--methods", "srn"), "methods must match one of the table's, got 'srn'; near: snr"),
@@ -456,7 +476,7 @@ def test_what_makes_no_sense_is_told_before_anything_is_run(
 def test_a_record_of_another_protocol_is_told_before_anything_is_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results.record(tmp_path, made_row(MLP, {"none": {}}, scale=replace(SCALES["tiny"], train=512)))
+    records.record(tmp_path, made_row(MLP, {"none": {}}, scale=replace(SCALES["tiny"], train=512)))
     fake = Fake()
     with pytest.raises(SystemExit):
         reproduced(fake, tmp_path / "out", "--rows", "mlp-5*", "--record", tmp_path)
@@ -484,7 +504,7 @@ def test_a_row_is_trained_timed_and_reported_on_real_code(tmp_path: Path, monkey
     text = (out / "tiny-1-epochs" / "normscale.md").read_text()
     lines = [line.split("|") for line in text.splitlines() if line.startswith(("| none |", "| spectral |"))]
     assert [line[2].strip() for line in lines] == ["1", "1"] and lines[0][-2].strip() == "1.00"
-    (row,) = results.read_all(kept)
+    (row,) = records.read_all(kept)
     assert row.methods == ["none", "spectral"] == list(row.times)
     starts = {json.dumps([run.epochs[name][0] for name in ("test_loss", "sigma_mean")]) for run in row.runs}
     assert len(starts) == 1

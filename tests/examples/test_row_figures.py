@@ -74,6 +74,17 @@ def test_curves_are_means_over_seeds_of_train_and_test() -> None:
         assert figure.axes[axes].get_ylabel() == name.replace("train_", "training ").replace("_", " ")
 
 
+def test_curves_and_norms_stand_at_the_epochs_that_were_measured() -> None:
+    row = made_row("gradreg/c2-baseline", {"none": {}, "cap": {}}, range(2), SCALES["full"])
+    measured = [25 * i for i in range(11)]
+    assert row.protocol["epochs"] == measured[-1]
+    norms = spectral_norms(row)
+    assert norms is not None
+    for axes in (*curves(row).axes, *norms.axes):
+        drawn = [list(np.asarray(line.get_xdata())) for line in axes.lines if len(np.asarray(line.get_xdata())) > 2]
+        assert drawn and all(x == measured for x in drawn)
+
+
 def test_scatter_has_a_point_for_each_method_and_epoch_and_one_for_each_run() -> None:
     row = made_row(VGG, {"vanilla": {}, "snr": {"train": 0.9}}, range(3))
     figure = gap_against_gradient_norm(row)

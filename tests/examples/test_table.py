@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-import pytest
-from papers import member, results, table
-from papers.recipe import FULL, SCALES
+from papers import member, table
+from papers.claims.section import claims_section
 from papers.recipes import find
-from papers.results import Row, compact, row_of, thinned
+from papers.results import Row, compact, row_of
 
-from tests.examples.results_samples import EPOCHS, LAYERS, TINY, made_row, result
+from tests.examples.results_samples import EPOCHS, LAYERS, TINY, made, made_row, result
 
 VGG = "snr/vgg-cifar10-b4096"
 MLP = "normscale/mlp-5x2000"
 
 
 def lines_of(row: Row) -> dict[str, dict[str, str]]:
-    """Cells of the row's table by method and head; "here" belongs to the head before it."""
+    """Cells of the row's table by method and head; "replication" and "here" belong to the head before them."""
     lines = [line.strip("|").split("|") for line in table.row_table(row).splitlines()]
     head, _, *rest = [[cell.strip() for cell in line] for line in lines]
-    heads = [f"{head[i - 1].removesuffix(': paper')}: here" if name == "here" else name for i, name in enumerate(head)]
+    heads: list[str] = []
+    for name in head:
+        heads.append(f"{heads[-1].rpartition(':')[0]}: {name}" if name in ("replication", "here") else name)
     return {line[0]: dict(zip(heads, line, strict=True)) for line in rest}
-
-
-def made(name: str, *runs: tuple[str, int, dict[str, float]], times: dict[str, float] | None = None) -> Row:
-    recipes = [find(f"{name}/{method}").scaled(TINY) for method, _, _ in runs]
-    return row_of(recipes, [compact(result(f"{name}/{method}", seed, **last)) for method, seed, last in runs], times)
 
 
 # --- a row ------------------------------------------------------------------------------------------------------------
@@ -163,7 +157,7 @@ def test_every_line_of_a_table_has_as_many_cells() -> None:
 def test_claims_have_a_verdict_for_each_scale_and_their_comparisons_below() -> None:
     four = {name: {"test": 0.7 if name == "snr" else 0.4} for name in ("vanilla", "weight-decay", "adversarial", "snr")}
     cpu = made_row(VGG, four, scale=replace(TINY, name="cpu"))
-    text = table.claims_section("snr", [made_row(VGG, four, range(1)), cpu])
+    text = claims_section("snr", [made_row(VGG, four, range(1)), cpu])
     line = next(line for line in text.splitlines() if line.startswith("| snr (a) |"))
     assert line.count("**undecided**") == 2
     assert "(0 for, 0 against, 0 open, 12 untested)" in line and "(3 for, 0 against, 0 open, 9 untested)" in line
@@ -174,123 +168,19 @@ def test_claims_have_a_verdict_for_each_scale_and_their_comparisons_below() -> N
 
 def test_what_ours_adds_stands_below_the_claims_where_it_was_run() -> None:
     four = {name: {"test": 0.4} for name in ("vanilla", "weight-decay", "adversarial", "snr")}
-    assert "Ours more accurate" not in table.claims_section("snr", [made_row(VGG, four)])
-    text = table.claims_section("snr", [made_row(VGG, {**four, "cap": {"test": 0.6}})])
+    assert "Ours more accurate" not in claims_section("snr", [made_row(VGG, four)])
+    text = claims_section("snr", [made_row(VGG, {**four, "cap": {"test": 0.6}})])
     assert f"- {VGG} cap: **held** (4 for, 0 against, 0 open, 0 untested)" in text
     assert f"- {VGG}: cap over weight-decay: +0." in text
 
 
 def test_claims_of_nothing_run_are_undecided() -> None:
-    text = table.claims_section("normscale", [])
+    text = claims_section("normscale", [])
     assert text.count("**undecided**") == 5 and "nothing run" in text
 
 
 def test_verdicts_on_published_defects_are_shown_where_they_were_run() -> None:
     stated = {"none": {}, "spectral": {}}
-    assert "published code" not in table.claims_section("normscale", [made_row(MLP, stated)])
-    text = table.claims_section("normscale", [made_row(MLP, {**stated, "none-published": {}})])
+    assert "published code" not in claims_section("normscale", [made_row(MLP, stated)])
+    text = claims_section("normscale", [made_row(MLP, {**stated, "none-published": {}})])
     assert "With the defects of the published code, tiny, 4 epochs: normscale (a): undecided;" in text
-
-
-# --- records ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_record_reads_back_as_it_was_written(tmp_path: Path) -> None:
-    row = made_row(MLP, {"none": {}, "spectral": {}})
-    path = results.record(tmp_path, row)
-    assert path.name == "normscale-mlp-5x2000-tiny-4-epochs.json"
-    (found,) = results.read_all(tmp_path)
-    assert table.row_section(found) == table.row_section(row)
-    assert sorted(found.runs, key=str) == sorted(row.runs, key=str)
-
-
-def test_recording_adds_new_runs_keeps_old_ones_and_replaces_the_same(tmp_path: Path) -> None:
-    results.record(tmp_path, made(VGG, ("vanilla", 0, {"test": 0.5}), ("snr", 0, {}), times={"vanilla": 1.0}))
-    path = results.record(tmp_path, made(VGG, ("vanilla", 0, {"test": 0.6}), ("vanilla", 1, {}), times={"snr": 1.2}))
-    found = results.read(path)
-    assert [(run.method, run.seed) for run in found.runs] == [("snr", 0), ("vanilla", 0), ("vanilla", 1)]
-    assert found.of("vanilla")[0].last("test_accuracy") == 0.6
-    assert found.times == {"vanilla": 1.0, "snr": 1.2}
-
-
-def test_recording_the_same_again_leaves_the_file_as_it_is(tmp_path: Path) -> None:
-    row = made_row(VGG, {"vanilla": {}, "snr": {}})
-    before = results.record(tmp_path, row).read_text()
-    assert results.record(tmp_path, row).read_text() == before
-
-
-def test_runs_of_another_protocol_are_not_mixed_in(tmp_path: Path) -> None:
-    results.record(tmp_path, made_row(VGG, {"vanilla": {}}))
-    larger = made_row(VGG, {"snr": {}}, scale=replace(TINY, train=512))
-    with pytest.raises(ValueError, match=r"tiny-4-epochs.json holds runs with .*train 256 instead of 512"):
-        results.record(tmp_path, larger)
-
-
-def test_a_shorter_run_at_full_scale_is_not_called_full_scale_nor_in_its_way(tmp_path: Path) -> None:
-    shorter, whole = (made_row(VGG, {"snr": {}}, range(3), replace(FULL, epochs=epochs)) for epochs in (20, 200))
-    kept = [results.record(tmp_path, row).name for row in (shorter, whole)]
-    assert kept == ["snr-vgg-cifar10-b4096-full-20-epochs.json", "snr-vgg-cifar10-b4096-full.json"]
-    rows = results.read_all(tmp_path)
-    text = table.table_section("snr", rows)
-    assert text.index(f"### `{VGG}`, full scale") < text.index(f"### `{VGG}`, full, 20 epochs")
-    assert table.claims_section("snr", rows).startswith("| claim |  | full scale | full, 20 epochs |")
-
-
-def test_runs_of_a_method_whose_settings_have_changed_are_not_mixed_in(tmp_path: Path) -> None:
-    results.record(tmp_path, made_row(MLP, {"none": {}, "ours": {}}, range(1)))
-    row = made_row(MLP, {"ours": {}}, [1])
-    changed = {**row.runs[0].about, "method": {**row.runs[0].about["method"], "gain": 3.0}}
-    with pytest.raises(ValueError, match="holds runs with other settings of ours: move it away"):
-        results.record(tmp_path, replace(row, runs=(replace(row.runs[0], about=changed),)))
-    assert len(results.read(results.record(tmp_path, row)).runs) == 3
-
-
-def test_runs_of_another_device_or_precision_are_not_mixed_in(tmp_path: Path) -> None:
-    def row(seed: int, **settings: Any) -> Row:
-        found = result(f"{MLP}/none", seed) | {"settings": settings}
-        return row_of([find(f"{MLP}/none").scaled(TINY)], [compact(found)])
-
-    results.record(tmp_path, row(0, device="cuda:0", bf16=True))
-    for other, told in (
-        (row(1, device="cpu", bf16=True), "device 'cuda' instead of 'cpu'"),
-        (row(1, device="cuda", bf16=False), "precision 'bfloat16' instead of 'float32'"),
-    ):
-        with pytest.raises(ValueError, match=f"holds runs with {told}: move it away"):
-            results.record(tmp_path, other)
-    path = results.record(tmp_path, row(1, device="cuda:1", bf16=True))
-    assert len(results.read(path).runs) == 2
-    with pytest.raises(ValueError, match="one device and precision, got cpu float32; cuda float32"):
-        row_of([find(f"{MLP}/none")], [*row(0, device="cpu").runs, *row(1, device="cuda").runs])
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"runs": [{}]}', '{"runs": []}'])
-def test_a_file_of_something_else_is_named(tmp_path: Path, text: str) -> None:
-    (tmp_path / "x.json").write_text(text)
-    with pytest.raises(ValueError, match=r"x\.json must hold a row's results"):
-        results.read_all(tmp_path)
-
-
-def test_layers_are_kept_at_41_epochs_at_most_the_first_and_last_among_them() -> None:
-    assert thinned(5) == [0, 1, 2, 3, 4] and thinned(41) == list(range(41))
-    for count in (42, 61, 201, 1001):
-        kept = thinned(count)
-        assert len(set(kept)) == 41 and kept[0] == 0 and kept[-1] == count - 1 and kept == sorted(kept)
-    long = compact(result(f"{MLP}/none", 0, replace(TINY, epochs=200)))
-    assert long.layer_epochs == list(range(0, 201, 5))
-    assert len(long.layers["head.weight"]["sigma"]) == 41 and len(long.epochs["sigma_mean"]) == 201
-
-
-def test_a_row_of_200_epochs_is_a_small_file(tmp_path: Path) -> None:
-    row = made_row(MLP, {"none": {}, "spectral": {}}, range(3), scale=replace(TINY, epochs=200))
-    assert results.record(tmp_path, row).stat().st_size < 16_000 * len(row.runs)
-
-
-def test_numbers_are_rounded_to_four_digits_and_lists_stand_on_one_line(tmp_path: Path) -> None:
-    text = results.record(tmp_path, made_row(VGG, {"snr": {"test": 1 / 3}}, range(1))).read_text()
-    assert '"epoch": [0, 1, 2, 3, 4]' in text and "0.33333" not in text
-
-
-def test_protocol_leaves_out_only_what_methods_differ_in() -> None:
-    for scale in SCALES.values():
-        one, other = (results.protocol_of(find(f"{MLP}/{name}").scaled(scale)) for name in ("none", "ours"))
-        assert one == other and "epochs" in one

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from ..results import Row
-from . import normscale, ours, snr
+from . import gradreg, normscale, ours, snr
 from .testing import Finding, Rows, Verdict
 
 __all__ = ["CLAIMS", "Finding", "Verdict", "additions", "verdicts"]
@@ -19,6 +19,7 @@ CLAIMS: dict[str, tuple[Callable[[Rows, str], Verdict], ...]] = {
         normscale.claim_d,
         normscale.claim_e,
     ),
+    "gradreg": (gradreg.claim_a, gradreg.claim_b, gradreg.claim_c, gradreg.claim_d, gradreg.claim_e),
 }
 """Of each paper, in the order of its letters."""
 

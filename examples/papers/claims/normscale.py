@@ -63,13 +63,11 @@ def claim_a(rows: Rows, suffix: str) -> Verdict:
 def rise(run: Run) -> float | None:
     """The log of the mean test loss of the last quarter of the epochs over the least before it; None where the former
     was not finite, or nothing was before."""
-    losses = run.trained("test_loss")
-    begin = len(losses) - math.ceil(len(losses) / 4)
-    before = [loss for loss in losses[:begin] if loss]
-    late = [loss for loss in losses[begin:] if loss]
-    if not before or len(late) < len(losses) - begin:
+    losses, late = run.trained("test_loss"), run.late("test_loss", 1 / 4)
+    before = [loss for loss in losses[: len(losses) - len(late)] if loss]
+    if not before or not all(late):
         return None
-    return math.log(statistics.fmean(late) / min(before))
+    return math.log(statistics.fmean(loss for loss in late if loss) / min(before))
 
 
 def claim_b(rows: Rows, suffix: str) -> Verdict:
@@ -131,8 +129,7 @@ def claim_d(rows: Rows, suffix: str) -> Verdict:
 def uneven(run: Run) -> float | None:
     """The standard deviation of spectral norms over layers, over their mean; in the mean of the last half of the
     epochs."""
-    pairs = list(zip(run.trained("sigma_deviation"), run.trained("sigma_mean"), strict=True))
-    late = pairs[len(pairs) // 2 :]
+    late = list(zip(run.late("sigma_deviation", 1 / 2), run.late("sigma_mean", 1 / 2), strict=True))
     if any(deviation is None or not mean for deviation, mean in late):
         return None
     return statistics.fmean(deviation / mean for deviation, mean in late if deviation is not None and mean)

@@ -7,7 +7,7 @@ from functools import partial
 from .. import published
 from .testing import Rows, Verdict, accuracy, compare, difference, judge
 
-OURS = {"snr": ("snr-adamw", "cap"), "normscale": ("ours",)}
+OURS = {"snr": ("snr-adamw", "cap"), "normscale": ("ours",), "gradreg": ("snr-adam", "spectral", "cap")}
 """By table."""
 
 
@@ -22,7 +22,7 @@ def against_papers(table: str, rows: Rows) -> list[Verdict]:
             f"{row} {method}",
             text,
             test,
-            [compare(rows, row, f"{method} over {other}", better, method, other) for other in published.METHODS[table]],
+            [compare(rows, row, f"{method} over {other}", better, method, other) for other in published.methods(row)],
         )
         for row in rows
         for method in OURS[table]

@@ -3,10 +3,12 @@
 A claim is a set of comparisons. Each is a quantity that the claim says is positive, with a value for each seed: most
 are differences of two methods from the same seed, which share data, batches and start. A comparison is decided by
 Student's t-test of its mean against 0, two-sided, at 5 % after Holm's correction over the comparisons of the claim;
-that of gaps and gradient norms by a permutation test. The claim is
+that of gaps and gradient norms by a permutation test. Where the claim says instead that a difference is small, it
+states a margin, and the mean is tested against the nearer end of ``[-margin, margin]``: significantly inside where the
+mean's 95 % interval lies within the margin, and significantly outside where it lies wholly beyond. The claim is
 
-- **not held** where one comparison is significantly negative;
-- **held** where all are significantly positive, in all rows that the claim names;
+- **not held** where one comparison is significantly negative, or outside its margin;
+- **held** where all are significantly positive, or inside their margins, in all rows that the claim names;
 - **undecided** otherwise, as with fewer than three seeds, rows that were not run, or values that were not finite.
   Values that are alike in all seeds have no spread to test by, and decide nothing.
 """
@@ -27,6 +29,8 @@ LEVEL = 0.05
 SEEDS = 3
 """Fewer decide nothing."""
 PERMUTATIONS = 20_000
+NETWORK = ("model", "model_options")
+"""What a row's protocol says of its network."""
 
 Values = Sequence[float]
 Rows = Mapping[str, Row]
@@ -39,6 +43,8 @@ class Comparison:
     what: str
     values: Values = ()
     missing: str = ""
+    margin: float | None = None
+    """Where the claim says that the mean is no further from 0 than this, in place of positive."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +55,14 @@ class Finding:
     mean: float | None
     p: float | None
     missing: str = ""
+    margin: float | None = None
 
     @property
     def sign(self) -> int:
-        """1 or -1 where significant, else 0."""
+        """1 or -1 where significantly for or against the claim, else 0."""
         if self.p is None or self.mean is None or self.p > LEVEL:
             return 0
-        return 1 if self.mean > 0 else -1
+        return 1 if (self.mean > 0 if self.margin is None else abs(self.mean) < self.margin) else -1
 
     def __str__(self) -> str:
         if self.mean is None:
@@ -89,21 +96,23 @@ def conclude(claim: str, text: str, test: str, findings: Sequence[Finding]) -> V
 
 def findings_of(comparisons: Sequence[Comparison]) -> list[Finding]:
     """Student's t-tests, corrected by Holm over those that could be made."""
-    raw = [t_test(each.values) for each in comparisons]
+    raw = [t_test(each.values, each.margin) for each in comparisons]
     corrected = iter(holm([p for p in raw if p is not None]))
     found = []
     for each, p in zip(comparisons, raw, strict=True):
         mean = statistics.fmean(each.values) if each.values else None
         missing = each.missing or ("" if p is not None else untested(each.values))
-        found.append(Finding(each.what, mean, None if p is None else next(corrected), missing))
+        found.append(Finding(each.what, mean, None if p is None else next(corrected), missing, each.margin))
     return found
 
 
-def t_test(values: Values) -> float | None:
-    """The two-sided p-value of a mean of 0; None of fewer than three values, or of values without spread."""
+def t_test(values: Values, margin: float | None = None) -> float | None:
+    """The two-sided p-value of a mean of 0, or of the nearer one of ``±margin``; None of fewer than three values, or of
+    values without spread."""
     if untested(values):
         return None
-    return float(stats.ttest_1samp(values, 0.0).pvalue)
+    center = 0.0 if margin is None else math.copysign(margin, statistics.fmean(values))
+    return float(stats.ttest_1samp(values, center).pvalue)
 
 
 def untested(values: Values) -> str:
@@ -132,19 +141,42 @@ def holm(p_values: Values) -> list[float]:
 
 def compare(rows: Rows, row: str, what: str, value: Callable[..., float | None], *methods: str) -> Comparison:
     """``value(run of the first method, run of the second, ...)`` of every seed that all methods have."""
+    what = f"{row}: {what}"
     if row not in rows:
-        return Comparison(f"{row}: {what}", missing="not run")
-    by_method = [rows[row].of(method) for method in methods]
-    absent = [method for method, runs in zip(methods, by_method, strict=True) if not runs]
+        return Comparison(what, missing="not run")
+    return paired(what, value, {method: rows[row].of(method) for method in methods})
+
+
+def compare_across(
+    rows: Rows, what: str, value: Callable[..., float | None], one: tuple[str, str], other: tuple[str, str]
+) -> Comparison:
+    """The same of methods in two rows, each ``(row, method)``, which may differ in their network alone: there the same
+    seed is the same training images too."""
+    absent = [row for row, _ in (one, other) if row not in rows]
     if absent:
-        return Comparison(f"{row}: {what}", missing=f"{', '.join(absent)} not run")
-    seeds = sorted(set.intersection(*map(set, by_method)))
-    values = [value(*(runs[seed] for runs in by_method)) for seed in seeds]
+        return Comparison(what, missing=f"{', '.join(absent)} not run")
+    protocols = [rows[row].protocol for row, _ in (one, other)]
+    differing = [key for key in protocols[0] if key not in NETWORK and protocols[0][key] != protocols[1].get(key)]
+    if differing:
+        return Comparison(what, missing=f"{one[0]} and {other[0]} were run with different {', '.join(differing)}")
+    return paired(what, value, {f"{row}/{method}": rows[row].of(method) for row, method in (one, other)})
+
+
+def paired(what: str, value: Callable[..., float | None], runs: Mapping[str, Mapping[int, Run]]) -> Comparison:
+    """Of every seed that all have.
+
+    Args:
+        runs: by what they are of, then by seed, in the order of ``value``'s arguments.
+    """
+    absent = [name for name, found in runs.items() if not found]
+    if absent:
+        return Comparison(what, missing=f"{', '.join(absent)} not run")
+    seeds = sorted(set.intersection(*map(set, runs.values())))
+    values = [value(*(found[seed] for found in runs.values())) for seed in seeds]
     known = [each for each in values if each is not None]
     if len(known) < len(values):
-        lost = len(values) - len(known)
-        return Comparison(f"{row}: {what}", missing=f"no value in {lost} of {len(values)} seeds")
-    return Comparison(f"{row}: {what}", known)
+        return Comparison(what, missing=f"no value in {len(values) - len(known)} of {len(values)} seeds")
+    return Comparison(what, known)
 
 
 def pooled(what: str, comparisons: Sequence[Comparison]) -> Comparison:

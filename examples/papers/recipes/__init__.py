@@ -15,7 +15,7 @@ from . import first, gradreg, normscale, snr
 
 __all__ = ["TABLES", "find", "names", "rows"]
 
-TABLES = ("snr", "normscale")
+TABLES = ("snr", "normscale", "gradreg")
 """The papers'."""
 
 _ALL: dict[str, Recipe] = {

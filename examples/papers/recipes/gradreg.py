@@ -20,7 +20,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from .. import published
 from ..methods import Method
+from ..published.gradreg import SIZES
 from ..recipe import Recipe
 
 BATCHES, BATCH = 10_000, 50
@@ -28,23 +30,6 @@ POINTS = 10
 PER_CLASS = 200
 DECAY = 5e-4
 NETS: dict[str, dict[str, Any]] = {"baseline": {}, "batchnorm": {"batch_norm": True}, "dropout": {"dropout": 0.5}}
-LAMBDAS = {
-    "c2-baseline": {"spect-reg": 0.01, "double-back": 50.0},
-    "c2-batchnorm": {"spect-reg": 0.001, "double-back": 0.001},
-    "c2-dropout": {"spect-reg": 0.01, "double-back": 50.0},
-    "c6": {"spect-reg": 0.03, "jac-reg": 1.0, "frob-reg": 0.03},
-}
-SIZES = {
-    500: (50, 0.03, 0.3, 0.01),
-    1000: (50, 0.03, 0.03, 0.01),
-    2000: (50, 0.03, 1, 0.01),
-    3000: (20, 0.03, 1, 0.01),
-    4000: (20, 0.03, 1, 0.01),
-    5000: (20, 0.003, 1, 0.1),
-    10000: (5, 0.01, 1, 0.1),
-    15000: (2, 0.01, 1, 0.01),
-    20000: (2, 0.001, 0.3, 0.03),
-}
 OURS = (
     Method("snr-adam", base="adam", snr_lambda=0.01),
     Method("spectral", base="adam", norm_scale={"mode": "set"}, target="channels", spared=("head*",)),
@@ -54,21 +39,20 @@ OURS = (
 
 def recipes() -> Iterator[Recipe]:
     for net, options in NETS.items():
-        yield from row(f"c2-{net}", 10 * PER_CLASS, LAMBDAS[f"c2-{net}"], options, balanced=True)
-    yield from row("c6", 10 * PER_CLASS, LAMBDAS["c6"], NETS["dropout"], balanced=True)
-    for size, weights in SIZES.items():
-        names = ("double-back", "spect-reg", "jac-reg", "confidence-penalty")
-        yield from row(f"c4-{size}", size, dict(zip(names, weights, strict=True)), NETS["dropout"])
+        yield from row(f"gradreg/c2-{net}", 10 * PER_CLASS, options, balanced=True)
+    yield from row("gradreg/c6", 10 * PER_CLASS, NETS["dropout"], balanced=True)
+    for size in SIZES:
+        yield from row(f"gradreg/c4-{size}", size, NETS["dropout"])
 
 
-def row(
-    name: str, train: int, lambdas: dict[str, float], net: dict[str, Any], balanced: bool = False
-) -> Iterator[Recipe]:
-    """No regularization, the penalties by name, and ours."""
-    penalized = [Method(each, base="adam", penalty=each, penalty_weight=value) for each, value in lambdas.items()]
+def row(name: str, train: int, net: dict[str, Any], balanced: bool = False) -> Iterator[Recipe]:
+    """No regularization, the report's penalties, and ours."""
+    penalized = [
+        Method(each, base="adam", penalty=each, penalty_weight=value) for each, value in published.LAMBDAS[name].items()
+    ]
     for method in (Method("none", base="adam"), *penalized, *OURS):
         yield Recipe(
-            name=f"gradreg/{name}/{method.name}",
+            name=f"{name}/{method.name}",
             data="mnist",
             model="lenet5",
             model_options=net,

@@ -1,0 +1,132 @@
+"""Where control inside the optimizer's step stands: accuracy and cost of this library's methods beside the best of the
+paper's, row by row."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+from . import published
+from .claims.ours import OURS
+from .claims.testing import SEEDS
+from .markdown import NOTHING, label, markdown_table, percent_over_seeds
+from .recipes import rows as recipes_of
+from .results import Row, in_order
+
+HEAD = ("row", "ours", "accuracy", "best of the paper's", "its accuracy", "difference", "step of ours", "of the best")
+NOTES = """\
+Test accuracy in percent after the last epoch, mean (standard deviation over seeds). The best of the paper's methods is
+the one with the highest mean here, chosen by the same test images, which favours it. Difference: ours less it, in
+percentage points, the mean over seeds that both have, with its 95 % interval from three seeds on; whether ours is ahead
+of every method of the paper is tested below the claims. Step: the time of a training step over that of the row's first
+method."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Of one of ours in a row, beside the best of the paper's."""
+
+    row: Row
+    method: str
+    best: str
+
+    @property
+    def differences(self) -> list[float]:
+        """Ours less the best, in percentage points, of every seed that both have."""
+        ours, theirs = self.row.accuracies(self.method), self.row.accuracies(self.best)
+        return [100 * (ours[seed] - theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+
+    @property
+    def steps(self) -> list[float | None]:
+        """Of ours and of the best, over that of the row's first method; None where not timed."""
+        return [self.row.times.get(method) for method in (self.method, self.best)]
+
+    @property
+    def line(self) -> list[str]:
+        methods = (self.method, self.best)
+        names = [label(method, self.row.table) for method in methods]
+        accuracies = [percent_over_seeds(list(self.row.accuracies(method).values())) for method in methods]
+        return [
+            f"`{self.row.name}`, {self.row.size_in_words}",
+            *(names[0], accuracies[0], names[1], accuracies[1]),
+            difference(self.differences),
+            *(NOTHING if step is None else f"{step:.2f}" for step in self.steps),
+        ]
+
+
+def standing_section(tables: Sequence[str], rows: Sequence[Row]) -> str:
+    """In short, then a line for each of ours in each row that it and one of the paper's methods were run in; then what
+    was not run."""
+    found = [each for table in tables for row in in_order(table, rows) for each in standings(row)]
+    shown = {each.row.name for each in found}
+    absent = [words for table in tables if (words := not_run(table, shown))]
+    parts = [in_short(found), markdown_table([HEAD, *(each.line for each in found)], texts=2), NOTES] if found else []
+    return "\n\n".join([*parts, *([f"Not run: {'; '.join(absent)}."] if absent else [])])
+
+
+def standings(row: Row) -> list[Standing]:
+    """Of each of ours that was run; of none where none of the paper's was."""
+    best = best_published(row)
+    return [] if best is None else [Standing(row, method, best) for method in OURS[row.table] if row.accuracies(method)]
+
+
+def best_published(row: Row) -> str | None:
+    """The paper's method of the highest mean accuracy."""
+    found = {method: row.accuracies(method).values() for method in published.methods(row.name)}
+    means = {method: statistics.fmean(values) for method, values in found.items() if values}
+    return max(means, key=means.__getitem__, default=None)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Student's of the mean, at 95 %; None of fewer than three values."""
+    if len(values) < SEEDS:
+        return None
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    half = error * float(stats.t.ppf(0.975, len(values) - 1))
+    return statistics.fmean(values) - half, statistics.fmean(values) + half
+
+
+def difference(values: Sequence[float]) -> str:
+    """``+0.12 [-0.05, +0.29]``."""
+    if not values:
+        return NOTHING
+    ends = interval(values)
+    return f"{statistics.fmean(values):+.2f}" + ("" if ends is None else f" [{ends[0]:+.2f}, {ends[1]:+.2f}]")
+
+
+def in_short(found: Sequence[Standing]) -> str:
+    """A line for each of ours in each table."""
+    keys = dict.fromkeys((each.row.table, each.method) for each in found)
+    return "\n".join(summary(*key, [each for each in found if (each.row.table, each.method) == key]) for key in keys)
+
+
+def summary(table: str, method: str, found: Sequence[Standing]) -> str:
+    """In how many rows, each at each of its sizes, it is ahead of the best and behind it, and at which cost."""
+    ends = [interval(each.differences) for each in found]
+    ahead = sum(each is not None and each[0] > 0 for each in ends)
+    behind = sum(each is not None and each[1] < 0 for each in ends)
+    ours, best = (span([step for each in found if (step := each.steps[i]) is not None]) for i in (0, 1))
+    return (
+        f"- `{table}`, {label(method, table)}: ahead of the best of the paper's in {ahead} of {len(found)} row(s), "
+        f"behind it in {behind}, by 95 % intervals; step {ours}, that of the best {best}."
+    )
+
+
+def span(steps: Sequence[float]) -> str:
+    if not steps:
+        return "not timed"
+    low, high = f"{min(steps):.2f}", f"{max(steps):.2f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def not_run(table: str, shown: Collection[str]) -> str:
+    """The rows that are not shown, in few words."""
+    rows = list(recipes_of(table))
+    absent = [name.removeprefix(f"{table}/") for name in rows if name not in shown]
+    if len(absent) == len(rows):
+        return f"all {len(rows)} rows of `{table}`"
+    return f"of `{table}` {', '.join(absent)}" if absent else ""
