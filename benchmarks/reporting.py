@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from examples.papers.machine import described
+from examples.papers.runs.machine import described
 
 Report = dict[str, Any]
 

@@ -16,20 +16,21 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from papers import published, records, results
-from papers.claims.section import claims_section
-from papers.grid_figures import draw_grid
-from papers.grids import Grid
-from papers.kept import Kept
-from papers.machine import Machine
-from papers.page import addressed, rendered
-from papers.planning import Plan, planned
+from papers import published
 from papers.recipe import FULL, SCALES
 from papers.recipes import TABLES
-from papers.reproducing import TOOLS, Outcome, Reproduction, Tools
-from papers.row_figures import draw_row
-from papers.standing import standing_section
-from papers.table import table_section
+from papers.runs.machine import Machine
+from papers.tables import records, results
+from papers.tables.claims.section import claims_section
+from papers.tables.grid_figures import draw_grid
+from papers.tables.grids import Grid
+from papers.tables.kept import Kept
+from papers.tables.page import addressed, rendered
+from papers.tables.planning import Plan, planned
+from papers.tables.reproducing import TOOLS, Outcome, Reproduction, Tools
+from papers.tables.row_figures import draw_row
+from papers.tables.standing import standing_section
+from papers.tables.table import table_section
 
 RECORDED = Path(__file__).parent / "results"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"

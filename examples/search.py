@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from papers.candidates import HELD_OUT, candidates
-from papers.checkpoint import reserve, write_text
-from papers.machine import Machine, commit, described
 from papers.recipe import FULL, SCALES, Recipe
 from papers.recipes import find
-from papers.running import Run, images_of
-from papers.timing import time_methods
+from papers.runs.checkpoint import reserve, write_text
+from papers.runs.machine import Machine, commit, described
+from papers.runs.running import Run, images_of
+from papers.runs.timing import time_methods
 
 ROOM = 2**20
 """Bytes for what was found."""

@@ -11,10 +11,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from papers.machine import Machine
 from papers.recipe import FULL, SCALES
 from papers.recipes import find, names
-from papers.running import Run, check_seeds
+from papers.runs.machine import Machine
+from papers.runs.running import Run, check_seeds
 
 COLUMNS = ("seed", "test accuracy", "test loss", "train accuracy", "gradient norm", "largest sigma", "ms a step")
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from papers.recipe import Scale
 from papers.recipes import find
-from papers.results import Row, compact, row_of
+from papers.tables.results import Row, compact, row_of
 
 LAYERS = ("layers.0.weight", "layers.1.weight", "head.weight")
 EPOCHS = 4

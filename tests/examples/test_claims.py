@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from papers import claims, table
-from papers.claims import Verdict, snr, testing
 from papers.recipe import SCALES, Scale
-from papers.results import Row, Run
+from papers.tables import claims, table
+from papers.tables.claims import Verdict, snr, testing
+from papers.tables.results import Row, Run
 
 from tests.examples.results_samples import TINY, Last, made_row
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import pytest
-from papers import claims
-from papers.claims import Verdict, gradreg
-from papers.claims.section import claims_section
 from papers.published.gradreg import SIZES
-from papers.results import Row
+from papers.tables import claims
+from papers.tables.claims import Verdict, gradreg
+from papers.tables.claims.section import claims_section
+from papers.tables.results import Row
 
 from tests.examples.results_samples import made_row
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from papers.claims import testing
-from papers.claims.testing import Comparison, findings_of, holm, judge, permutation_test, pooled, untested
-from papers.results import Row
+from papers.tables.claims import testing
+from papers.tables.claims.testing import Comparison, findings_of, holm, judge, permutation_test, pooled, untested
+from papers.tables.results import Row
 from scipy import stats
 
 from tests.examples.results_samples import made_row

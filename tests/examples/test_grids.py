@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
-from papers import table
-from papers.grid_figures import accuracy_by_size, draw_grid
-from papers.grids import GRIDS, Grid, grid_table
-from papers.markdown import label, percent_over_seeds
 from papers.published.gradreg import CELLS, SIZES
-from papers.results import Row
+from papers.tables import table
+from papers.tables.grid_figures import accuracy_by_size, draw_grid
+from papers.tables.grids import GRIDS, Grid, grid_table
+from papers.tables.markdown import label, percent_over_seeds
+from papers.tables.results import Row
 
 from tests.examples.results_samples import TINY, made_row
 from tests.specopt.test_plots import clashes, texts

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from papers import measures
-from papers.measures import EXACT_SIDE, evaluate, generalization_gap, input_gradient_norms, norms, spectra
 from papers.models import NAMES, build
+from papers.runs import measures
+from papers.runs.measures import EXACT_SIDE, evaluate, generalization_gap, input_gradient_norms, norms, spectra
 from torch import Tensor, nn
 
 import specopt

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from papers import records, results, table
-from papers.claims.section import claims_section
 from papers.recipe import FULL, SCALES
 from papers.recipes import find
-from papers.results import Row, compact, row_of, thinned
+from papers.tables import records, results, table
+from papers.tables.claims.section import claims_section
+from papers.tables.results import Row, compact, row_of, thinned
 
 from tests.examples.results_samples import TINY, made, made_row, result
 

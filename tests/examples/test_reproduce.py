@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 import reproduce
 import torch
-from papers import checkpoint, page, records, reproducing, running, timing
 from papers.data import Images, load
 from papers.data.reading import Split
-from papers.kept import Kept
-from papers.machine import Machine
-from papers.planning import planned
 from papers.recipe import SCALES, Recipe
 from papers.recipes import find
-from papers.reproducing import Reproduction, Tools
-from papers.row_figures import draw_row
+from papers.runs import checkpoint, running, timing
+from papers.runs.machine import Machine
+from papers.tables import page, records, reproducing
+from papers.tables.kept import Kept
+from papers.tables.planning import planned
+from papers.tables.reproducing import Reproduction, Tools
+from papers.tables.row_figures import draw_row
 
 from tests.examples.results_samples import made_row, result
 

@@ -11,8 +11,15 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from papers.recipe import SCALES
 from papers.recipes import find
-from papers.results import Row, compact, row_of
-from papers.row_figures import curves, draw_row, epoch_points, gap_against_gradient_norm, run_points, spectral_norms
+from papers.tables.results import Row, compact, row_of
+from papers.tables.row_figures import (
+    curves,
+    draw_row,
+    epoch_points,
+    gap_against_gradient_norm,
+    run_points,
+    spectral_norms,
+)
 
 from tests.examples.results_samples import made_row, result
 from tests.specopt.test_plots import clashes, texts

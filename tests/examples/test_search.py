@@ -13,10 +13,10 @@ import pytest
 import torch
 from papers.candidates import candidates
 from papers.data import load
-from papers.page import search_section
 from papers.recipe import SCALES
 from papers.recipes import find
-from papers.training import Training
+from papers.runs.training import Training
+from papers.tables.page import search_section
 
 RECIPE = find("digits/mlp/adamw")
 

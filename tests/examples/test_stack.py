@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from papers import checkpoint, running
 from papers.data import Images
 from papers.data.reading import Split
-from papers.machine import Settings
 from papers.methods import Method
 from papers.models import build
 from papers.recipe import Recipe
-from papers.running import Run
-from papers.stack import Stack
-from papers.training import Training
+from papers.runs import checkpoint, running
+from papers.runs.machine import Settings
+from papers.runs.running import Run
+from papers.runs.stack import Stack
+from papers.runs.training import Training
 from torch import Tensor, nn
 
 DECAYED = {"weight_decay": 1e-2, "decayed": "convolutions"}

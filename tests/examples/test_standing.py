@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from papers import standing
 from papers.published.gradreg import CELLS
-from papers.results import Row
+from papers.tables import standing
+from papers.tables.results import Row
 from scipy import stats
 
 from tests.examples.results_samples import made_row

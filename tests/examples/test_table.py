@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from papers import member, table
-from papers.claims.section import claims_section
 from papers.recipes import find
-from papers.results import Row, compact, row_of
+from papers.runs import member
+from papers.tables import table
+from papers.tables.claims.section import claims_section
+from papers.tables.results import Row, compact, row_of
 
 from tests.examples.results_samples import EPOCHS, LAYERS, TINY, made, made_row, result
 

@@ -18,17 +18,17 @@ from typing import Any
 
 import pytest
 import torch
-from papers import checkpoint, machine, running
 from papers.data import Images, load
 from papers.data.reading import Split
-from papers.log import Log, finite
-from papers.machine import Machine, Settings
 from papers.methods import Method
 from papers.objective import Batch
 from papers.recipe import SCALES, Recipe
-from papers.running import Run
-from papers.timing import time_methods
-from papers.training import Training
+from papers.runs import checkpoint, machine, running
+from papers.runs.log import Log, finite
+from papers.runs.machine import Machine, Settings
+from papers.runs.running import Run
+from papers.runs.timing import time_methods
+from papers.runs.training import Training
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]

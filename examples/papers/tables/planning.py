@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from .recipe import Recipe, Scale
-from .recipes import rows as recipes_of
+from ..recipe import Recipe, Scale
+from ..recipes import rows as recipes_of
 
 Plan = Mapping[str, tuple[Recipe, ...]]
 """Recipes by row, in the order to run them."""

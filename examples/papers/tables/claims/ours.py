@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from .. import published
+from ... import published
 from .testing import Rows, Verdict, accuracy, compare, difference, judge
 
 OURS = {"snr": ("snr-adamw", "cap"), "normscale": ("ours",), "gradreg": ("snr-adam", "spectral", "cap")}

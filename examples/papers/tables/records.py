@@ -9,8 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import write_text
-from .recipe import completed
+from ..recipe import completed
+from ..runs.checkpoint import write_text
 from .results import OWN, Row, Run
 
 

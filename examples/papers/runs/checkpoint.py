@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
+from ..recipe import Recipe
 from .machine import Settings
-from .recipe import Recipe
 
 NAME, RESULT = "checkpoint.pt", "result.json"
 """Of a run that goes on, and of one that is finished."""

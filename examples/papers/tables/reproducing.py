@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from .data import Images
+from ..data import Images
+from ..recipe import FULL, Recipe
+from ..runs.machine import Machine
+from ..runs.running import Run, images_of
+from ..runs.timing import OutOfTime, in_time, time_methods
 from .kept import Kept
-from .machine import Machine
 from .planning import Plan
-from .recipe import FULL, Recipe
-from .running import Run, images_of
-from .timing import OutOfTime, in_time, time_methods
 
 TIMED_STEPS = 30
 TOO_LATE = "the budget ended before"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from .. import published
+from ... import published
 from ..markdown import label
 from ..results import Row, in_order, largest_first
 from . import Verdict, additions, verdicts

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import published
-from .data import CLASSES
-from .measures import generalization_gap
-from .recipe import SCALES, Recipe
-from .recipes import find, names
-from .recipes import rows as recipes_of
+from .. import published
+from ..data import CLASSES
+from ..recipe import SCALES, Recipe
+from ..recipes import find, names
+from ..recipes import rows as recipes_of
+from ..runs.measures import generalization_gap
 
 DIGITS = 4
 LAYER_EPOCHS = 41
@@ -157,7 +157,7 @@ def in_order(table: str, rows: Iterable[Row]) -> list[Row]:
 
 
 def compact(result: Mapping[str, Any]) -> Run:
-    """Of what :func:`papers.running.train` gives back."""
+    """Of what :func:`papers.runs.running.train` gives back."""
     recipe, rows = result["recipe"], result["epochs"]
     sigmas = [[layer["sigma"][i] for layer in result["layers"].values()] for i in range(len(rows))]
     epochs = {name: [rounded(row[name]) for row in rows] for name in COLUMNS}

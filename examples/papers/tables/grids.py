@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from . import published
+from .. import published
+from ..published.gradreg import SIZES
 from .markdown import NOT_RUN, NOTHING, label, markdown_table, percent, percent_over_seeds
-from .published.gradreg import SIZES
 from .results import Row
 
 

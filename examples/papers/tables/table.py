@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import published
+from .. import published
+from ..published import Cell
+from ..recipes import rows as recipes_of
+from ..runs.member import GRADIENTS, TRAIN_EVALUATED
 from .grids import GRIDS, NOTES_OF_GRIDS, Grid, grid_table
 from .markdown import NOT_RUN, NOTHING, folded, label, markdown_table, over_seeds, spread
-from .member import GRADIENTS, TRAIN_EVALUATED
-from .published import Cell
-from .recipes import rows as recipes_of
 from .results import Row, Run, in_order, largest_first
 
 Pictures = Sequence[tuple[str, str]]

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .data import Images
+from ..data import Images
+from ..objective import Batch
+from ..recipe import Recipe
 from .machine import Settings, deterministic
-from .objective import Batch
-from .recipe import Recipe
 from .training import Training
 
 COLD = 22

@@ -9,7 +9,7 @@ import math
 import statistics
 from functools import partial
 
-from .. import published
+from ... import published
 from ..results import Run
 from .testing import Rows, Verdict, accuracy, compare, difference, final_gap, judge
 

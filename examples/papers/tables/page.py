@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..recipes import TABLES
 from .claims.section import claims_section
 from .grid_figures import draw_grid
 from .grids import Grid
-from .recipes import TABLES
 from .records import read_all
 from .results import Row
 from .row_figures import draw_row

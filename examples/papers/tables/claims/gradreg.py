@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from ..published.gradreg import C4_METHODS, SIZES
+from ...published.gradreg import C4_METHODS, SIZES
 from ..results import Run
 from .testing import Comparison, Rows, Verdict, accuracy, compare, compare_across, difference, judge
 

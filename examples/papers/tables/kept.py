@@ -9,11 +9,11 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint
-from .machine import Machine
+from ..recipe import Recipe, completed
+from ..recipes import rows as recipes_of
+from ..runs import checkpoint
+from ..runs.machine import Machine
 from .planning import Plan
-from .recipe import Recipe, completed
-from .recipes import rows as recipes_of
 from .results import Row, compact, how_of, in_words, row_of
 
 

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+from ..data import Images
+from ..data.seeding import Use, generator
+from ..methods import groups_of, optimizer_of
+from ..objective import Batch, Objective
+from ..recipe import Recipe
 from .checkpoint import identity_of
-from .data import Images
-from .data.seeding import Use, generator
 from .log import Log
 from .machine import Settings
 from .member import Member
-from .methods import groups_of, optimizer_of
-from .objective import Batch, Objective
-from .recipe import Recipe
 from .stack import merged, networks_of
 
 EPOCHS_OF_A_SEED = 1_000_003

@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from specopt.plots import style
 
-from . import published
+from .. import published
 from .grids import Grid
 from .markdown import label
 from .results import Row

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import Batches, Images, evaluation
-from .data.batches import Batch
+from ..data import Batches, Images, evaluation
+from ..data.batches import Batch
+from ..methods import start_orthogonal
+from ..models import build
+from ..recipe import Recipe
 from .log import Log
 from .machine import Settings
 from .measures import Norms, evaluate, input_gradient_norms, norms, spectra
-from .methods import start_orthogonal
-from .models import build
-from .recipe import Recipe
 
 EXAMPLES = 2
 """Images of the forward that records the layers' sizes."""

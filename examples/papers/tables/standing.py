@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from . import published
+from .. import published
+from ..recipes import rows as recipes_of
 from .claims.ours import OURS
 from .claims.testing import SEEDS
 from .markdown import NOTHING, label, markdown_table, percent_over_seeds
-from .recipes import rows as recipes_of
 from .results import Row, in_order
 
 HEAD = ("row", "ours", "accuracy", "best of the paper's", "its accuracy", "difference", "step of ours", "of the best")

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from functools import partial
 
-from .. import published
+from ... import published
 from ..results import Row, Run
 from .testing import (
     SEEDS,

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..data import Images, load
+from ..recipe import Recipe, completed
 from . import checkpoint
 from .board import Board, board_of
-from .data import Images, load
 from .figures import draw_run
 from .log import Log, finite
 from .machine import Machine, commit, described, deterministic
 from .member import Member
-from .recipe import Recipe, completed
 from .training import Training
 
 LARGEST_SEED = 2**31 - 1
