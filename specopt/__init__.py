@@ -6,7 +6,7 @@ Swap the optimizer class, and every weight matrix' largest singular value is reg
 
 from typing import TYPE_CHECKING
 
-from . import init, operators
+from . import init, operators, penalties
 from .adamw import NormScaleAdamW
 from .certify import Certificate, CertificateRow, certify
 from .groups import param_groups
@@ -38,6 +38,7 @@ __all__ = [
     "init",
     "operators",
     "param_groups",
+    "penalties",
     "record_shapes",
     "spectral_report",
     "unwrap",

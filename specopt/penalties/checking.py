@@ -1,0 +1,114 @@
+"""What the penalties take: errors that name the parameter, what it was, and what it may be."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_differentiable() -> None:
+    """Raises:
+    RuntimeError: gradients are off."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("penalties differentiate, and cannot be called under torch.inference_mode()")
+    if not torch.is_grad_enabled():
+        raise RuntimeError("penalties differentiate, and cannot be called under torch.no_grad()")
+
+
+def check_inputs(inputs: Any, *, given_logits: bool = False) -> None:
+    """That a gradient by them can be taken; with given logits, they have to require it already.
+
+    Raises:
+        TypeError: no tensor of floating point numbers.
+        ValueError: no sample, from inference mode, or no gradient where one was to be required.
+    """
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"inputs must be a tensor, got {type(inputs).__name__}")
+    if not inputs.is_floating_point():
+        raise TypeError(f"inputs must be of floating point numbers, for a gradient by them, got {inputs.dtype}")
+    if inputs.dim() == 0 or len(inputs) == 0:
+        raise ValueError(f"inputs must be (B, ...) with at least one sample, got {tuple(inputs.shape)}")
+    if inputs.is_inference():
+        raise ValueError("inputs must not come from torch.inference_mode(): clone them outside of it")
+    if given_logits and not inputs.requires_grad:
+        raise ValueError(
+            "inputs must require grad where output is logits: compute these from inputs.requires_grad_(), "
+            "or give the model as output"
+        )
+
+
+def check_logits(logits: Any, inputs: Tensor | None) -> None:
+    """Raises:
+    TypeError: no tensor of floating point numbers.
+    ValueError: not (B, C) with B the inputs' samples and at least one class."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"output must be, or compute, one tensor of logits (B, C), got {type(logits).__name__}")
+    if not logits.is_floating_point():
+        raise TypeError(f"output must be logits of floating point numbers, got {logits.dtype}")
+    if logits.dim() != 2 or logits.numel() == 0:
+        raise ValueError(
+            f"output must be logits (B, C) with at least one sample and one class, got {tuple(logits.shape)}"
+        )
+    if inputs is not None and (inputs.dim() == 0 or len(inputs) != len(logits)):
+        raise ValueError(f"output has {len(logits)} samples, but inputs are {tuple(inputs.shape)}")
+
+
+def check_targets(targets: Any, inputs: Tensor, *, classes: bool) -> None:
+    """That there is one for each sample; with ``classes``, the index of one.
+
+    Raises:
+        TypeError: no tensor, or not int64.
+        ValueError: a wrong shape.
+    """
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets must be a tensor, got {type(targets).__name__}")
+    if targets.dim() == 0 or len(targets) != len(inputs):
+        raise ValueError(f"targets must be as many as inputs, {len(inputs)}, got {tuple(targets.shape)}")
+    if classes and targets.dtype != torch.int64:
+        raise TypeError(f"targets must be class indices of torch.int64, or loss= be given, got {targets.dtype}")
+    if classes and targets.dim() != 1:
+        raise ValueError(f"targets must be (B,) class indices, or loss= be given, got {tuple(targets.shape)}")
+
+
+def check_classes(targets: Tensor, logits: Tensor) -> None:
+    """That class indices are among the logits'. On a CPU alone: elsewhere it would wait for the device, on which
+    torch's own cross entropy checks them.
+
+    Raises:
+        ValueError: an index out of range.
+    """
+    if targets.device.type != "cpu":
+        return
+    least, most = (int(bound) for bound in targets.aminmax())
+    if least < 0 or most >= logits.shape[1]:
+        wrong = least if least < 0 else most
+        raise ValueError(f"targets must be class indices from 0 to {logits.shape[1] - 1}, got {wrong}")
+
+
+def check_losses(losses: Any, logits: Tensor) -> None:
+    """Raises:
+    ValueError: what ``loss`` returned is not a number a sample that depends on the logits."""
+    if not isinstance(losses, Tensor) or losses.shape != logits.shape[:1]:
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(f"loss must return a loss a sample, shape ({len(logits)},), got {got}")
+    if not losses.requires_grad:
+        raise ValueError("loss must return what depends on the logits by operations with a gradient")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises:
+    ValueError: not an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def check_number(name: str, value: Any, most: float = math.inf) -> None:
+    """Raises:
+    ValueError: not a finite number from 0 to ``most``."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= most or not math.isfinite(value):
+        expected = "of at least 0" if most == math.inf else f"from 0 to {most:g}"
+        raise ValueError(f"{name} must be a finite number {expected}, got {value!r}")

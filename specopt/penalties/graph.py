@@ -1,0 +1,109 @@
+"""Logits, the inputs they were computed from, and the autograd graph between the two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+
+from .checking import check_differentiable, check_inputs, check_logits
+
+Output = Tensor | Callable[[Tensor], Tensor]
+"""Logits (B, C), or what computes them from inputs."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    logits: Tensor
+    """(B, C), of float32 or float64."""
+    inputs: Tensor
+    """(B, ...), which require grad."""
+    nodes: tuple[Node, ...]
+    """Through which a gradient flows from the logits to the inputs."""
+
+    def derivatives(self, cotangents: Tensor) -> Tensor:
+        """``z_k^T J(x_i)``, of shape (K, B, ...), for cotangents z (K, B, C): differentiable by all that logits and
+        cotangents depend on. One backward pass, vectorized over k by torch's vmap.
+
+        Samples that depend on each other give ``Σ_j z_jk^T ∂g(x_j)/∂x_i``.
+        """
+        if len(cotangents) == 1:  # without vmap, for which some operations have no rule
+            return torch.autograd.grad(self.logits, self.inputs, cotangents[0], create_graph=True)[0][None]
+        return torch.autograd.grad(self.logits, self.inputs, cotangents, create_graph=True, is_grads_batched=True)[0]
+
+    def mean_square(self, gradients: Tensor) -> Tensor:
+        """``1/B Σ_i`` of the squares of gradients (K, B, ...), in the logits' precision."""
+        return gradients.to(self.logits.dtype).square().sum() / len(self.logits)
+
+
+def graph_of(output: Output, inputs: Tensor) -> Graph:
+    """Runs ``output`` on a copy of the inputs where it is a callable.
+
+    Raises:
+        TypeError: inputs or logits that are no tensors of floating point numbers.
+        ValueError: inputs without a sample, from inference mode, or that the logits do not depend on; logits that are
+            not (B, C).
+        RuntimeError: gradients are off.
+    """
+    check_differentiable()
+    check_inputs(inputs, given_logits=isinstance(output, Tensor))
+    if not isinstance(output, Tensor):
+        inputs = inputs.detach().requires_grad_()
+    logits = logits_of(output, inputs)
+    nodes = _between(logits, inputs) if logits.requires_grad else ()
+    if not nodes:
+        raise ValueError(
+            "output does not depend on inputs by operations with a gradient: "
+            "logits are to be computed from inputs.requires_grad_(), with gradients on and without detach()"
+        )
+    return Graph(logits, inputs, nodes)
+
+
+def logits_of(output: Output, inputs: Tensor | None) -> Tensor:
+    """In float32, or float64 where they are of that; what ``output`` gives for the inputs where it is a callable.
+
+    Raises:
+        TypeError, ValueError: no callable, or not logits (B, C) of floating point numbers.
+    """
+    if isinstance(output, Tensor):
+        logits = output
+    elif not callable(output):
+        raise TypeError(f"output must be logits or a callable that computes them, got {type(output).__name__}")
+    elif inputs is None:
+        raise ValueError("inputs must be given where output is a callable")
+    else:
+        logits = output(inputs)
+    check_logits(logits, inputs)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    if not torch.amp.autocast_mode.is_autocast_available(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _between(logits: Tensor, inputs: Tensor) -> tuple[Node, ...]:
+    """Nodes of the graph from which the inputs are reached, that of the inputs among them; none if they are not."""
+    start, end = get_gradient_edge(logits), get_gradient_edge(inputs)
+    target = end.node, end.output_nr  # a node may have outputs beside the inputs
+    reaches: dict[Node, bool] = {}
+    open_nodes: list[Node] = [start.node]
+    while open_nodes:
+        node = open_nodes[-1]
+        edges = [(source, output) for source, output in node.next_functions if source is not None]
+        unseen = [] if node in reaches else [source for source, _ in edges if source not in reaches]
+        reaches[node] = not unseen and any(edge == target or reaches[edge[0]] for edge in edges)
+        if unseen:
+            open_nodes.extend(unseen)
+        else:
+            open_nodes.pop()
+    found = [node for node, reached in reaches.items() if reached]
+    return (*found, end.node) if found or (start.node, start.output_nr) == target else ()
