@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .checking import check_classes, check_count, check_differentiable, check_inputs, check_losses, check_targets
+from .checking import (
+    check_classes,
+    check_count,
+    check_differentiable,
+    check_losses,
+    check_projections,
+    check_targets,
+)
 from .graph import Output, graph_of, without_autocast
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -46,8 +53,7 @@ def double_backprop(output: Output, inputs: Tensor, targets: Tensor, *, loss: Lo
     Raises:
         TypeError, ValueError, RuntimeError: what no such gradient can be taken of, by name.
     """
-    check_differentiable()
-    check_inputs(inputs, given_logits=isinstance(output, Tensor))
+    check_differentiable(inputs, output)
     check_targets(targets, inputs, classes=loss is cross_entropy)
     graph = graph_of(output, inputs)
     with without_autocast(graph.logits.device):
@@ -102,7 +108,7 @@ def spect_reg(
             the draw.
     """
     check_count("projections", projections)
-    _check_projections(z, per_sample, projections, generator)
+    _check_draw(z, per_sample, projections, generator)
     graph = graph_of(output, inputs)
     with without_autocast(graph.logits.device):
         cotangents = _drawn(graph.logits, per_sample, projections, generator) if z is None else _given(z, graph.logits)
@@ -149,17 +155,15 @@ def _given(z: Tensor, logits: Tensor) -> Tensor:
     return z if z.dim() == 3 else z.expand(1, samples, classes)
 
 
-def _check_projections(z: object, per_sample: bool, projections: int, generator: object) -> None:
+def _check_draw(z: Tensor | None, per_sample: bool, projections: int, generator: Generator | None) -> None:
+    """Raises:
+    TypeError: another type.
+    ValueError: z, and an option of what it takes the place of."""
     if generator is not None and not isinstance(generator, Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if z is None:
         return
-    if not isinstance(z, Tensor) or not z.is_floating_point():
-        raise TypeError(
-            f"z must be a tensor of floating point numbers, got {z.dtype if isinstance(z, Tensor) else z!r}"
-        )
-    if z.is_inference():
-        raise ValueError("z must not come from torch.inference_mode(): clone it outside of it")
+    check_projections(z)
     options = {"per_sample": per_sample, "projections": projections > 1, "generator": generator is not None}
     given = [name for name, differs in options.items() if differs]
     if given:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from .checking import check_differentiable, check_inputs, check_logits
+from .checking import check_differentiable, check_logits
 
 Output = Tensor | Callable[[Tensor], Tensor]
 """Logits (B, C), or what computes them from inputs."""
@@ -44,13 +44,12 @@ def graph_of(output: Output, inputs: Tensor) -> Graph:
     """Runs ``output`` on a copy of the inputs where it is a callable.
 
     Raises:
+        RuntimeError: gradients are off.
         TypeError: inputs or logits that are no tensors of floating point numbers.
         ValueError: inputs without a sample, from inference mode, or that the logits do not depend on; logits that are
             not (B, C).
-        RuntimeError: gradients are off.
     """
-    check_differentiable()
-    check_inputs(inputs, given_logits=isinstance(output, Tensor))
+    check_differentiable(inputs, output)
     if not isinstance(output, Tensor):
         inputs = inputs.detach().requires_grad_()
     logits = logits_of(output, inputs)
