@@ -27,13 +27,18 @@ class Graph:
 
     def derivatives(self, cotangents: Tensor) -> Tensor:
         """``z_k^T J(x_i)``, of shape (K, B, ...), for cotangents z (K, B, C): differentiable by all that logits and
-        cotangents depend on. One backward pass, vectorized over k by torch's vmap.
+        cotangents depend on. One backward pass, vectorized over k by torch.func.vmap: ``is_grads_batched`` of
+        autograd.grad is an older one, which loops over k in convolutions, pooling and batch norm.
 
         Samples that depend on each other give ``Σ_j z_jk^T ∂g(x_j)/∂x_i``.
         """
+
+        def product(z: Tensor) -> Tensor:
+            return torch.autograd.grad(self.logits, self.inputs, z, create_graph=True)[0]
+
         if len(cotangents) == 1:  # without vmap, for which some operations have no rule
-            return torch.autograd.grad(self.logits, self.inputs, cotangents[0], create_graph=True)[0][None]
-        return torch.autograd.grad(self.logits, self.inputs, cotangents, create_graph=True, is_grads_batched=True)[0]
+            return product(cotangents[0])[None]
+        return torch.func.vmap(product)(cotangents)
 
     def mean_square(self, gradients: Tensor) -> Tensor:
         """``1/B Σ_i`` of the squares of gradients (K, B, ...), in the logits' precision."""
