@@ -38,7 +38,8 @@ class Graph:
 
         if len(cotangents) == 1:  # without vmap, for which some operations have no rule
             return product(cotangents[0])[None]
-        return torch.func.vmap(product)(cotangents)
+        # what a model that is itself checkpointed computes again is one mask for all k, that of its forward
+        return torch.func.vmap(product, randomness="same")(cotangents)
 
     def mean_square(self, gradients: Tensor) -> Tensor:
         """``1/B Σ_i`` of the squares of gradients (K, B, ...), in the logits' precision."""

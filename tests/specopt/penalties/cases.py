@@ -62,8 +62,9 @@ def frobenius(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
 
 
 def gradients(value: Tensor, module: nn.Module) -> list[Tensor]:
-    """By every parameter; zeros by those that do not count."""
-    return list(torch.autograd.grad(value, list(module.parameters()), materialize_grads=True))
+    """By every parameter; zeros by those that do not count, and by none of a constant."""
+    params = list(module.parameters())
+    return list(torch.autograd.grad(value, params, materialize_grads=True)) if params and value.requires_grad else []
 
 
 def assert_same(value: Tensor, other: Tensor, module: nn.Module) -> None:

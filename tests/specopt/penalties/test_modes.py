@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from specopt.penalties import adversarial, confidence_penalty, double_backprop, frob_reg, jac_reg, spect_reg
 from tests.specopt.penalties.cases import assert_same, images, labels, lenet, smooth_net
@@ -69,6 +70,18 @@ def test_dropout_has_one_mask_in_the_output_and_in_its_gradient(name: str) -> No
     logits = net(x)
     assert_same(found, by_sums(name, logits, x), net)
     assert torch.equal(after, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_model_that_is_checkpointed_computes_its_mask_again(name: str) -> None:
+    """Its forward runs again within the derivative: there, for all classes, under the mask that it had."""
+    net = lenet(dropout=0.5).double()
+    x = images(4, 1, 12, 12)
+    torch.manual_seed(3)
+    expected = PENALTIES[name](net, x)
+    torch.manual_seed(3)
+    found = PENALTIES[name](lambda x: checkpoint(net, x, use_reentrant=False), x)
+    assert_same(found, expected, net)
 
 
 @pytest.mark.parametrize("name", EVERY)

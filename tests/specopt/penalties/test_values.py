@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from specopt.penalties import confidence_penalty, cross_entropy, double_backprop, frob_reg, jac_reg, spect_reg
 from tests.specopt.penalties.cases import CLASSES, assert_same, frobenius, images, jacobians, labels, lenet, smooth_net
@@ -20,8 +21,31 @@ NETS = {
     "one class": (lambda: smooth_net(1), (3, 1, 4, 4), 1),
     "vectors": (lambda: nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 4)).double(), (3, 5), 4),
     "numbers": (lambda: nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 3), nn.Tanh()).double(), (5,), 3),
+    "identity": (lambda: nn.Sequential(nn.Identity()), (3, 4), 4),
+    "layer norm": (
+        lambda: nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 7), nn.SiLU(), nn.Linear(7, 4)).double(),
+        (3, 5),
+        4,
+    ),
+    "attention": (lambda: Sequences(nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)), (2, 3, 6), 4),
+    "recurrent": (lambda: Sequences(nn.GRU(6, 6, batch_first=True)), (2, 3, 6), 4),
     "eval-mode norm": (lambda: lenet(norm=True).double().eval(), (3, 1, 12, 12), 10),
 }
+
+
+class Sequences(nn.Module):
+    """Logits of the mean over positions; attention by the kernel that has second derivatives."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.head = body.double(), nn.Linear(6, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            found = self.body(x)
+        states: Tensor = found[0] if isinstance(found, tuple) else found
+        logits: Tensor = self.head(states.mean(1))
+        return logits
 
 
 def probabilities(net: nn.Module, x: Tensor) -> Tensor:
