@@ -76,7 +76,9 @@ def spect_reg(
 
     Its expectation over z is :func:`frob_reg`, since ``E[z zᵀ] = I``; with ``normalized`` it is ``frob_reg / C``. The
     standard deviation of a single sample's term is ``√2 ‖J Jᵀ‖_F``. A z for the whole batch has the samples err alike;
-    one for each sample, or more projections, averages over them.
+    one for each sample, or more projections, averages over them. Where samples depend on each other (batch norm in
+    training mode) only one z for the batch has this expectation: with one for each sample it is the mean over i of
+    ``Σ_j ‖∂g(x_j)/∂x_i‖_F²``, without the products of different j.
 
     Source: Varga, Csiszárik and Zombori, "Gradient Regularization Improves Accuracy of Discriminative Models" (arXiv
     1712.09936), SpectReg. Their code names ``slopes_i = ‖zᵀ J_g(x_i)‖₂``, with one z a batch that is not normalized;

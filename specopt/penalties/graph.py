@@ -18,6 +18,8 @@ Output = Tensor | Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Graph:
+    """What a gradient of logits by inputs passes through."""
+
     logits: Tensor
     """(B, C), of float32 or float64."""
     inputs: Tensor

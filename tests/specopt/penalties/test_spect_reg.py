@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from specopt.penalties import frob_reg, spect_reg
-from tests.specopt.penalties.cases import images, smooth_net
+from tests.specopt.penalties.cases import images, lenet, smooth_net
 
 CLASSES, SAMPLES = 5, 3
 
@@ -43,6 +43,26 @@ def test_the_expectation_is_frob_reg_or_a_class_th_of_it(
     error = draws.std().item() / math.sqrt(len(draws))
     assert error < 0.01 * exact
     assert abs(draws.mean().item() - exact) < 4 * error
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_projections_on_every_class_add_up_to_frob_reg(training: bool) -> None:
+    net, x = lenet(norm=True).double().train(training), images(SAMPLES, 1, 12, 12)
+    each = torch.stack([spect_reg(net, x, z=unit) for unit in torch.eye(10, dtype=torch.float64)])
+    torch.testing.assert_close(each.sum(), frob_reg(net, x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_projections_on_every_class_of_every_sample_add_up_to_frob_reg_only_where_samples_do_not_mix(
+    training: bool,
+) -> None:
+    net, x = lenet(norm=True).double().train(training), images(SAMPLES, 1, 12, 12)
+    units = torch.eye(SAMPLES * 10, dtype=torch.float64).view(-1, SAMPLES, 10)
+    inputs = x.clone().requires_grad_()
+    rows = [torch.autograd.grad(logit, inputs, retain_graph=True)[0] for logit in net(inputs).flatten()]
+    found = len(units) * spect_reg(net, x, z=units)
+    torch.testing.assert_close(found, torch.stack(rows).square().sum() / SAMPLES)
+    assert torch.allclose(found, frob_reg(net, x)) is not training
 
 
 def test_the_standard_deviation_of_a_term_is_that_of_the_docstring() -> None:
