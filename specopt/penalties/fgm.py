@@ -90,7 +90,7 @@ def adversarial(
         graph = graph_of(model, inputs)
     with without_autocast(graph.logits.device):
         losses = losses_of(loss, graph.logits, targets)
-        (gradient,) = torch.autograd.grad(losses.sum(), graph.inputs, retain_graph=alpha is not None)
+        gradient = graph.gradient(losses.sum(), differentiable=False, retain=alpha is not None)
     moved = inputs.detach() + fgm_step(gradient, epsilon)
     logits = logits_of(model, moved)
     with without_autocast(logits.device):

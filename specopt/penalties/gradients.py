@@ -58,8 +58,7 @@ def double_backprop(output: Output, inputs: Tensor, targets: Tensor, *, loss: Lo
     graph = graph_of(output, inputs)
     with without_autocast(graph.logits.device):
         losses = losses_of(loss, graph.logits, targets)
-        (gradient,) = torch.autograd.grad(losses.sum(), graph.inputs, create_graph=True)
-        return graph.mean_square(gradient)
+        return graph.mean_square(graph.gradient(losses.sum()))
 
 
 def spect_reg(

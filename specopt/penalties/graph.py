@@ -15,6 +15,11 @@ from .checking import check_differentiable, check_logits
 Output = Tensor | Callable[[Tensor], Tensor]
 """Logits (B, C), or what computes them from inputs."""
 
+INDEPENDENT = (
+    "output does not depend on inputs by operations with a gradient: "
+    "logits are to be computed from inputs.requires_grad_(), with gradients on and without detach()"
+)
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -24,8 +29,21 @@ class Graph:
     """(B, C), of float32 or float64."""
     inputs: Tensor
     """(B, ...), which require grad."""
-    nodes: tuple[Node, ...]
-    """Through which a gradient flows from the logits to the inputs."""
+
+    def gradient(
+        self, value: Tensor, cotangents: Tensor | None = None, *, differentiable: bool = True, retain: bool = True
+    ) -> Tensor:
+        """Of what was computed from the logits, by the inputs. The graph stays if it is to be retained.
+
+        Raises:
+            ValueError: the one does not depend on the other.
+        """
+        (found,) = torch.autograd.grad(
+            value, self.inputs, cotangents, retain_graph=retain, create_graph=differentiable, allow_unused=True
+        )
+        if found is None:
+            raise ValueError(INDEPENDENT)
+        return found
 
     def derivatives(self, cotangents: Tensor) -> Tensor:
         """``z_k^T J(x_i)``, of shape (K, B, ...), for cotangents z (K, B, C): differentiable by all that logits and
@@ -36,7 +54,7 @@ class Graph:
         """
 
         def product(z: Tensor) -> Tensor:
-            return torch.autograd.grad(self.logits, self.inputs, z, create_graph=True)[0]
+            return self.gradient(self.logits, z)
 
         if len(cotangents) == 1:  # without vmap, for which some operations have no rule
             return product(cotangents[0])[None]
@@ -54,20 +72,15 @@ def graph_of(output: Output, inputs: Tensor) -> Graph:
     Raises:
         RuntimeError: gradients are off.
         TypeError: inputs or logits that are no tensors of floating point numbers.
-        ValueError: inputs without a sample, from inference mode, or that the logits do not depend on; logits that are
-            not (B, C).
+        ValueError: inputs without a sample or from inference mode; logits that are not (B, C) or have no gradient.
     """
     check_differentiable(inputs, output)
     if not isinstance(output, Tensor):
         inputs = inputs.detach().requires_grad_()
     logits = logits_of(output, inputs)
-    nodes = _between(logits, inputs) if logits.requires_grad else ()
-    if not nodes:
-        raise ValueError(
-            "output does not depend on inputs by operations with a gradient: "
-            "logits are to be computed from inputs.requires_grad_(), with gradients on and without detach()"
-        )
-    return Graph(logits, inputs, nodes)
+    if not logits.requires_grad:
+        raise ValueError(INDEPENDENT)
+    return Graph(logits, inputs)
 
 
 def logits_of(output: Output, inputs: Tensor | None) -> Tensor:
@@ -97,9 +110,9 @@ def without_autocast(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _between(logits: Tensor, inputs: Tensor) -> tuple[Node, ...]:
-    """Nodes of the graph from which the inputs are reached, that of the inputs among them; none if they are not."""
-    start, end = get_gradient_edge(logits), get_gradient_edge(inputs)
+def nodes_of(graph: Graph) -> tuple[Node, ...]:
+    """Nodes between the logits and the inputs, that of the inputs among them; none if these are not reached."""
+    start, end = get_gradient_edge(graph.logits), get_gradient_edge(graph.inputs)
     target = end.node, end.output_nr  # a node may have outputs beside the inputs
     reaches: dict[Node, bool] = {}
     open_nodes: list[Node] = [start.node]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .checking import check_count
-from .graph import Graph, Output, graph_of, without_autocast
+from .graph import Graph, Output, graph_of, nodes_of, without_autocast
 
 BUDGET = 2**31
 """Bytes that the gradients of all classes may take, unless told otherwise."""
@@ -117,6 +117,6 @@ def check_budget(graph: Graph, classes: int, max_bytes: int) -> None:
 def class_bytes(graph: Graph) -> int:
     """Of the gradients of one class: those that flow into the nodes of the graph, kept for the backward pass, and as
     many in the backward pass itself."""
-    flowing = (metadata for node in graph.nodes for metadata in node._input_metadata)
+    flowing = (metadata for node in nodes_of(graph) for metadata in node._input_metadata)
     once: int = sum(math.prod(gradient.shape) * gradient.dtype.itemsize for gradient in flowing)
     return 2 * once
