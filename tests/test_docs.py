@@ -10,7 +10,9 @@ import pytest
 import torch
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = [DOCS / name for name in ("training.md", "seeing.md", "certificates.md", "operators.md", "guide.md")]
+PAGES = [
+    DOCS / name for name in ("training.md", "seeing.md", "certificates.md", "operators.md", "penalties.md", "guide.md")
+]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -9,31 +9,25 @@ import torch
 from torch import Tensor
 
 
-def check_differentiable() -> None:
-    """Raises:
-    RuntimeError: gradients are off."""
+def check_differentiable(inputs: Any, output: object) -> None:
+    """That a gradient by the inputs can be taken; where the output is logits, they have to require it already.
+
+    Raises:
+        RuntimeError: gradients are off.
+        TypeError: inputs that are no tensor of floating point numbers.
+        ValueError: inputs without a sample, from inference mode, or without the gradient that was to be required.
+    """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("penalties differentiate, and cannot be called under torch.inference_mode()")
     if not torch.is_grad_enabled():
         raise RuntimeError("penalties differentiate, and cannot be called under torch.no_grad()")
-
-
-def check_inputs(inputs: Any, *, given_logits: bool = False) -> None:
-    """That a gradient by them can be taken; with given logits, they have to require it already.
-
-    Raises:
-        TypeError: no tensor of floating point numbers.
-        ValueError: no sample, from inference mode, or no gradient where one was to be required.
-    """
-    if not isinstance(inputs, Tensor):
-        raise TypeError(f"inputs must be a tensor, got {type(inputs).__name__}")
-    if not inputs.is_floating_point():
-        raise TypeError(f"inputs must be of floating point numbers, for a gradient by them, got {inputs.dtype}")
+    if not is_floating(inputs):
+        raise TypeError(f"inputs must be a tensor of floating point numbers, got {kind(inputs)}")
     if inputs.dim() == 0 or len(inputs) == 0:
         raise ValueError(f"inputs must be (B, ...) with at least one sample, got {tuple(inputs.shape)}")
     if inputs.is_inference():
         raise ValueError("inputs must not come from torch.inference_mode(): clone them outside of it")
-    if given_logits and not inputs.requires_grad:
+    if isinstance(output, Tensor) and not inputs.requires_grad:
         raise ValueError(
             "inputs must require grad where output is logits: compute these from inputs.requires_grad_(), "
             "or give the model as output"
@@ -44,10 +38,8 @@ def check_logits(logits: Any, inputs: Tensor | None) -> None:
     """Raises:
     TypeError: no tensor of floating point numbers.
     ValueError: not (B, C) with B the inputs' samples and at least one class."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"output must be, or compute, one tensor of logits (B, C), got {type(logits).__name__}")
-    if not logits.is_floating_point():
-        raise TypeError(f"output must be logits of floating point numbers, got {logits.dtype}")
+    if not is_floating(logits):
+        raise TypeError(f"output must be, or compute, one tensor of floating point logits (B, C), got {kind(logits)}")
     if logits.dim() != 2 or logits.numel() == 0:
         raise ValueError(
             f"output must be logits (B, C) with at least one sample and one class, got {tuple(logits.shape)}"
@@ -64,7 +56,7 @@ def check_targets(targets: Any, inputs: Tensor, *, classes: bool) -> None:
         ValueError: a wrong shape.
     """
     if not isinstance(targets, Tensor):
-        raise TypeError(f"targets must be a tensor, got {type(targets).__name__}")
+        raise TypeError(f"targets must be a tensor, got {kind(targets)}")
     if targets.dim() == 0 or len(targets) != len(inputs):
         raise ValueError(f"targets must be as many as inputs, {len(inputs)}, got {tuple(targets.shape)}")
     if classes and targets.dtype != torch.int64:
@@ -92,10 +84,20 @@ def check_losses(losses: Any, logits: Tensor) -> None:
     """Raises:
     ValueError: what ``loss`` returned is not a number a sample that depends on the logits."""
     if not isinstance(losses, Tensor) or losses.shape != logits.shape[:1]:
-        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else kind(losses)
         raise ValueError(f"loss must return a loss a sample, shape ({len(logits)},), got {got}")
     if not losses.requires_grad:
         raise ValueError("loss must return what depends on the logits by operations with a gradient")
+
+
+def check_projections(z: Any) -> None:
+    """Raises:
+    TypeError: no tensor of floating point numbers.
+    ValueError: from inference mode."""
+    if not is_floating(z):
+        raise TypeError(f"z must be a tensor of floating point numbers, got {kind(z)}")
+    if z.is_inference():
+        raise ValueError("z must not come from torch.inference_mode(): clone it outside of it")
 
 
 def check_count(name: str, value: Any) -> None:
@@ -112,3 +114,12 @@ def check_number(name: str, value: Any, most: float = math.inf) -> None:
     if not number or not 0 <= value <= most or not math.isfinite(value):
         expected = "of at least 0" if most == math.inf else f"from 0 to {most:g}"
         raise ValueError(f"{name} must be a finite number {expected}, got {value!r}")
+
+
+def is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def kind(value: Any) -> str:
+    """Of a tensor its dtype, of anything else its type."""
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

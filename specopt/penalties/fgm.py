@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..recording import GENERATORS
-from .checking import check_differentiable, check_inputs, check_number, check_targets
+from .checking import check_differentiable, check_number, check_targets, is_floating, kind
 from .gradients import Loss, cross_entropy, losses_of
 from .graph import graph_of, logits_of, without_autocast
 
@@ -31,9 +31,8 @@ def fgm_step(gradient: Tensor, epsilon: float) -> Tensor:
         ValueError: no sample; epsilon that is not a finite number of at least 0.
     """
     check_number("epsilon", epsilon)
-    if not isinstance(gradient, Tensor) or not gradient.is_floating_point():
-        got = gradient.dtype if isinstance(gradient, Tensor) else type(gradient).__name__
-        raise TypeError(f"gradient must be a tensor of floating point numbers, got {got}")
+    if not is_floating(gradient):
+        raise TypeError(f"gradient must be a tensor of floating point numbers, got {kind(gradient)}")
     if gradient.dim() == 0 or gradient.numel() == 0:
         raise ValueError(f"gradient must be (B, ...) with at least one number, got {tuple(gradient.shape)}")
     g = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32))
@@ -85,14 +84,13 @@ def adversarial(
         check_number("alpha", alpha, most=1.0)
     if isinstance(model, Tensor) or not callable(model):
         raise TypeError(f"model must be a callable that computes logits, got {type(model).__name__}")
-    check_differentiable()
-    check_inputs(inputs)
+    check_differentiable(inputs, model)
     check_targets(targets, inputs, classes=loss is cross_entropy)
     with _random_state_put_back(inputs.device):
         graph = graph_of(model, inputs)
     with without_autocast(graph.logits.device):
         losses = losses_of(loss, graph.logits, targets)
-        (gradient,) = torch.autograd.grad(losses.sum(), graph.inputs, retain_graph=alpha is not None)
+        gradient = graph.gradient(losses.sum(), differentiable=False, retain=alpha is not None)
     moved = inputs.detach() + fgm_step(gradient, epsilon)
     logits = logits_of(model, moved)
     with without_autocast(logits.device):

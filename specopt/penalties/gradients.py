@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .checking import check_classes, check_count, check_differentiable, check_inputs, check_losses, check_targets
+from .checking import (
+    check_classes,
+    check_count,
+    check_differentiable,
+    check_losses,
+    check_projections,
+    check_targets,
+)
 from .graph import Output, graph_of, without_autocast
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -46,14 +53,12 @@ def double_backprop(output: Output, inputs: Tensor, targets: Tensor, *, loss: Lo
     Raises:
         TypeError, ValueError, RuntimeError: what no such gradient can be taken of, by name.
     """
-    check_differentiable()
-    check_inputs(inputs, given_logits=isinstance(output, Tensor))
+    check_differentiable(inputs, output)
     check_targets(targets, inputs, classes=loss is cross_entropy)
     graph = graph_of(output, inputs)
     with without_autocast(graph.logits.device):
         losses = losses_of(loss, graph.logits, targets)
-        (gradient,) = torch.autograd.grad(losses.sum(), graph.inputs, create_graph=True)
-        return graph.mean_square(gradient)
+        return graph.mean_square(graph.gradient(losses.sum()))
 
 
 def spect_reg(
@@ -70,7 +75,9 @@ def spect_reg(
 
     Its expectation over z is :func:`frob_reg`, since ``E[z zᵀ] = I``; with ``normalized`` it is ``frob_reg / C``. The
     standard deviation of a single sample's term is ``√2 ‖J Jᵀ‖_F``. A z for the whole batch has the samples err alike;
-    one for each sample, or more projections, averages over them.
+    one for each sample, or more projections, averages over them. Where samples depend on each other (batch norm in
+    training mode) only one z for the batch has this expectation: with one for each sample it is the mean over i of
+    ``Σ_j ‖∂g(x_j)/∂x_i‖_F²``, without the products of different j.
 
     Source: Varga, Csiszárik and Zombori, "Gradient Regularization Improves Accuracy of Discriminative Models" (arXiv
     1712.09936), SpectReg. Their code names ``slopes_i = ‖zᵀ J_g(x_i)‖₂``, with one z a batch that is not normalized;
@@ -102,7 +109,7 @@ def spect_reg(
             the draw.
     """
     check_count("projections", projections)
-    _check_projections(z, per_sample, projections, generator)
+    _check_draw(z, per_sample, projections, generator)
     graph = graph_of(output, inputs)
     with without_autocast(graph.logits.device):
         cotangents = _drawn(graph.logits, per_sample, projections, generator) if z is None else _given(z, graph.logits)
@@ -149,17 +156,15 @@ def _given(z: Tensor, logits: Tensor) -> Tensor:
     return z if z.dim() == 3 else z.expand(1, samples, classes)
 
 
-def _check_projections(z: object, per_sample: bool, projections: int, generator: object) -> None:
+def _check_draw(z: Tensor | None, per_sample: bool, projections: int, generator: Generator | None) -> None:
+    """Raises:
+    TypeError: another type.
+    ValueError: z, and an option of what it takes the place of."""
     if generator is not None and not isinstance(generator, Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if z is None:
         return
-    if not isinstance(z, Tensor) or not z.is_floating_point():
-        raise TypeError(
-            f"z must be a tensor of floating point numbers, got {z.dtype if isinstance(z, Tensor) else z!r}"
-        )
-    if z.is_inference():
-        raise ValueError("z must not come from torch.inference_mode(): clone it outside of it")
+    check_projections(z)
     options = {"per_sample": per_sample, "projections": projections > 1, "generator": generator is not None}
     given = [name for name, differs in options.items() if differs]
     if given:

@@ -10,30 +10,56 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from .checking import check_differentiable, check_inputs, check_logits
+from .checking import check_differentiable, check_logits
 
 Output = Tensor | Callable[[Tensor], Tensor]
 """Logits (B, C), or what computes them from inputs."""
 
+INDEPENDENT = (
+    "output does not depend on inputs by operations with a gradient: "
+    "logits are to be computed from inputs.requires_grad_(), with gradients on and without detach()"
+)
+
 
 @dataclass(frozen=True)
 class Graph:
+    """What a gradient of logits by inputs passes through."""
+
     logits: Tensor
     """(B, C), of float32 or float64."""
     inputs: Tensor
     """(B, ...), which require grad."""
-    nodes: tuple[Node, ...]
-    """Through which a gradient flows from the logits to the inputs."""
+
+    def gradient(
+        self, value: Tensor, cotangents: Tensor | None = None, *, differentiable: bool = True, retain: bool = True
+    ) -> Tensor:
+        """Of what was computed from the logits, by the inputs. The graph stays if it is to be retained.
+
+        Raises:
+            ValueError: the one does not depend on the other.
+        """
+        (found,) = torch.autograd.grad(
+            value, self.inputs, cotangents, retain_graph=retain, create_graph=differentiable, allow_unused=True
+        )
+        if found is None:
+            raise ValueError(INDEPENDENT)
+        return found
 
     def derivatives(self, cotangents: Tensor) -> Tensor:
         """``z_k^T J(x_i)``, of shape (K, B, ...), for cotangents z (K, B, C): differentiable by all that logits and
-        cotangents depend on. One backward pass, vectorized over k by torch's vmap.
+        cotangents depend on. One backward pass, vectorized over k by torch.func.vmap: ``is_grads_batched`` of
+        autograd.grad is an older one, which loops over k in convolutions, pooling and batch norm.
 
         Samples that depend on each other give ``Σ_j z_jk^T ∂g(x_j)/∂x_i``.
         """
+
+        def product(z: Tensor) -> Tensor:
+            return self.gradient(self.logits, z)
+
         if len(cotangents) == 1:  # without vmap, for which some operations have no rule
-            return torch.autograd.grad(self.logits, self.inputs, cotangents[0], create_graph=True)[0][None]
-        return torch.autograd.grad(self.logits, self.inputs, cotangents, create_graph=True, is_grads_batched=True)[0]
+            return product(cotangents[0])[None]
+        # what a model that is itself checkpointed computes again is one mask for all k, that of its forward
+        return torch.func.vmap(product, randomness="same")(cotangents)
 
     def mean_square(self, gradients: Tensor) -> Tensor:
         """``1/B Σ_i`` of the squares of gradients (K, B, ...), in the logits' precision."""
@@ -44,23 +70,17 @@ def graph_of(output: Output, inputs: Tensor) -> Graph:
     """Runs ``output`` on a copy of the inputs where it is a callable.
 
     Raises:
-        TypeError: inputs or logits that are no tensors of floating point numbers.
-        ValueError: inputs without a sample, from inference mode, or that the logits do not depend on; logits that are
-            not (B, C).
         RuntimeError: gradients are off.
+        TypeError: inputs or logits that are no tensors of floating point numbers.
+        ValueError: inputs without a sample or from inference mode; logits that are not (B, C) or have no gradient.
     """
-    check_differentiable()
-    check_inputs(inputs, given_logits=isinstance(output, Tensor))
+    check_differentiable(inputs, output)
     if not isinstance(output, Tensor):
         inputs = inputs.detach().requires_grad_()
     logits = logits_of(output, inputs)
-    nodes = _between(logits, inputs) if logits.requires_grad else ()
-    if not nodes:
-        raise ValueError(
-            "output does not depend on inputs by operations with a gradient: "
-            "logits are to be computed from inputs.requires_grad_(), with gradients on and without detach()"
-        )
-    return Graph(logits, inputs, nodes)
+    if not logits.requires_grad:
+        raise ValueError(INDEPENDENT)
+    return Graph(logits, inputs)
 
 
 def logits_of(output: Output, inputs: Tensor | None) -> Tensor:
@@ -90,9 +110,9 @@ def without_autocast(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _between(logits: Tensor, inputs: Tensor) -> tuple[Node, ...]:
-    """Nodes of the graph from which the inputs are reached, that of the inputs among them; none if they are not."""
-    start, end = get_gradient_edge(logits), get_gradient_edge(inputs)
+def nodes_of(graph: Graph) -> tuple[Node, ...]:
+    """Nodes between the logits and the inputs, that of the inputs among them; none if these are not reached."""
+    start, end = get_gradient_edge(graph.logits), get_gradient_edge(graph.inputs)
     target = end.node, end.output_nr  # a node may have outputs beside the inputs
     reaches: dict[Node, bool] = {}
     open_nodes: list[Node] = [start.node]

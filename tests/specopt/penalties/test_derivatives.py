@@ -1,0 +1,42 @@
+"""First and second derivatives of the penalties, by finite differences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call
+
+from specopt.penalties import confidence_penalty, double_backprop, frob_reg, jac_reg, spect_reg
+from tests.specopt.penalties.cases import CLASSES, images, labels, smooth_net
+
+SAMPLES = 2
+ONE, SEVERAL = images(CLASSES, seed=2), images(2, SAMPLES, CLASSES, seed=3)
+PENALTIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "double_backprop": lambda logits, x: double_backprop(logits, x, labels(SAMPLES)),
+    "spect_reg": lambda logits, x: spect_reg(logits, x, z=ONE),
+    "spect_reg, several normalized": lambda logits, x: spect_reg(logits, x, z=SEVERAL, normalized=True),
+    "frob_reg": frob_reg,
+    "frob_reg in chunks": lambda logits, x: frob_reg(logits, x, chunk=2),
+    "jac_reg": jac_reg,
+    "jac_reg in chunks": lambda logits, x: jac_reg(logits, x, chunk=1),
+    "confidence_penalty": confidence_penalty,
+    "confidence_penalty, published": lambda logits, _: confidence_penalty(logits, reduction="sum", eps=1e-6),
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_first_and_second_derivatives_by_inputs_and_weights_equal_finite_differences(name: str) -> None:
+    net = smooth_net()
+    names, weights = zip(*net.named_parameters(), strict=True)
+    x = images(SAMPLES, 1, 4, 4).requires_grad_()
+
+    def penalty(x: Tensor, *values: Tensor) -> Tensor:
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        return PENALTIES[name](functional_call(net, dict(zip(names, values, strict=True)), (x,)), x)
+
+    copies = [weight.detach().clone().requires_grad_() for weight in weights]
+    assert gradcheck(penalty, (x, *copies))
+    assert gradgradcheck(penalty, (x, *copies))
