@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .columns import in_columns
 from .deciding import Decided, Overrides, decide
 from .reading import Kind
 from .recording import LayerShapes
@@ -44,9 +45,7 @@ class ParamGroups(list[dict[str, Any]]):
     def table(self) -> str:
         """A line for each parameter: name, shape, matrices, view, target, and why."""
         rows = [("name", "shape", "matrices", "view", "target", "why"), *map(_row, self.decisions)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+        return in_columns(rows)
 
     def __str__(self) -> str:
         return self.table()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from ..columns import in_columns
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ class Certificate:
     def table(self) -> str:
         """A line for each row, then the network's bound."""
         head = ("name", "kind", "shape", "bound", "matrix bound", "tracked", "of", "ratio", "how")
-        lines = _aligned([head, *map(_cells, self.rows)])
-        return "\n".join([*lines, "", *self._ending()])
+        return "\n".join([in_columns([head, *map(_cells, self.rows)]), "", *self._ending()])
 
     def _ending(self) -> list[str]:
         given = "any sizes" if self.inputs is None else ", ".join(map(str, self.inputs))
@@ -105,9 +105,3 @@ def _cells(row: CertificateRow) -> tuple[str, ...]:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.6g}"
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
+from ..columns import in_columns
 from .naming import distinct, shortened
 
 NAME_WIDTH = 40
@@ -58,16 +59,7 @@ class SpectralReport(list[SpectralRow]):
         head = ["name", "shape", "sigma", "target", "residual", "stable rank", "Frobenius", *lower, ""]
         names = shortened([row.name for row in self], name_width)
         rows = [head, *(_cells(name, row, len(lower)) for name, row in zip(names, self, strict=True))]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        left = (0, 1, *range(7, len(head)))
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i in left else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+        return in_columns(rows, left=(0, 1, *range(7, len(head))))
 
     def __str__(self) -> str:
         return self.table()
