@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 ADVERSARIAL_SHARE = 0.5
 """alpha: the weight of the clean loss beside that of the perturbed inputs."""
+BUDGET = 2**31
+"""Bytes that the gradients of all classes may take, for each network."""
 PUBLISHED_EPS = 1e-6
 """Inside the logarithm of the published confidence penalty."""
 
@@ -41,14 +43,16 @@ class Batch:
 PENALTIES: dict[str, Callable[[Tensor, Tensor, Batch], Tensor]] = {
     "double-back": lambda logits, images, batch: penalties.double_backprop(logits, images, batch.labels),
     "spect-reg": lambda logits, images, batch: penalties.spect_reg(logits, images, z=batch.projection),
-    "frob-reg": lambda logits, images, batch: penalties.frob_reg(logits, images),
-    "jac-reg": lambda logits, images, batch: penalties.jac_reg(logits, images),
+    "frob-reg": lambda logits, images, batch: penalties.frob_reg(logits, images, max_bytes=batch.networks * BUDGET),
+    "jac-reg": lambda logits, images, batch: penalties.jac_reg(logits, images, max_bytes=batch.networks * BUDGET),
     # the published one is a sum over the batch, and all here are means
     "confidence-penalty": lambda logits, images, batch: (
         batch.size * penalties.confidence_penalty(logits, images, eps=PUBLISHED_EPS)
     ),
 }
 """By name, of logits and the images that they were made from."""
+DERIVATIVES = ("double-back", "spect-reg", "frob-reg", "jac-reg")
+"""Those whose gradient is a second derivative."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Objective:
     adversarial training, with ``g`` the gradient of the clean loss by ``x``, is
     ``alpha L(x) + (1 - alpha) L(x + epsilon g / ||g||_2)``, image by image, the step taken as a constant.
     There the backward of ``alpha L(x)`` gives g as well, and ends before the second forward: the graphs of the two are
-    never held together.
+    never held together. Dropout has the same masks in both.
 
     Args:
         weights: which get gradients.
@@ -86,7 +90,8 @@ class Objective:
 
     def _adversarial(self, batch: Batch) -> None:
         images = batch.images.detach().requires_grad_()
-        self._backward(images, batch, ADVERSARIAL_SHARE, [*self.weights, images])
+        with torch.random.fork_rng([images.device] if images.is_cuda else []):  # dropout draws the same masks twice
+            self._backward(images, batch, ADVERSARIAL_SHARE, [*self.weights, images])
         assert images.grad is not None
         moved = images.detach() + penalties.fgm_step(images.grad, self.method.adversarial)
         self._backward(moved, batch, 1 - ADVERSARIAL_SHARE, self.weights)

@@ -90,3 +90,18 @@ def test_filters_alone_decay_where_the_method_says_so(base: str, rule: dict[str,
     assert {name for name, value in found.items() if value} == {"conv1.weight", "conv2.weight"}
     assert len(found) == 8 and set(found.values()) == {0.0, 5e-4}
     assert isinstance(optimizer, {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[base])
+
+
+def test_adversarial_training_drops_the_same_units_in_both_forwards_and_draws_once(images: Tensor) -> None:
+    net = build("lenet5", (1, 16, 16), 10, scale=0.2, dropout=0.5).double()
+    seen: list[Tensor] = []
+    net.dropout.register_forward_hook(lambda _, inputs, output: seen.append((output == 0) & (inputs[0] != 0)))  # type: ignore[union-attr]
+    torch.manual_seed(3)
+    Objective(Method("adversarial", adversarial=1e-9), net, list(net.parameters())).fill_gradients(
+        Batch(images, LABELS)
+    )
+    after = torch.rand(1)
+    assert len(seen) == 2 and torch.equal(*seen) and seen[0].any()
+    torch.manual_seed(3)
+    net(images)
+    assert torch.equal(torch.rand(1), after)

@@ -197,7 +197,7 @@ def test_seeds_are_trained_together_and_those_that_are_there_are_not_trained_aga
 def test_a_damaged_checkpoint_of_seeds_trained_together_is_told_before_anything_is_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "tiny" / MLP / "none" / "seeds-0-1" / "checkpoint.pt"
+    path = tmp_path / "tiny" / MLP / "none" / "seeds-0..1" / "checkpoint.pt"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"no archive")
     fake = Fake()

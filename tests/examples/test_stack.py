@@ -16,7 +16,7 @@ from papers.data.reading import Split
 from papers.methods import Method
 from papers.models import build
 from papers.recipe import Recipe
-from papers.runs import checkpoint, running
+from papers.runs import checkpoint, folders, running
 from papers.runs.machine import Settings
 from papers.runs.running import Run
 from papers.runs.stack import Stack
@@ -187,12 +187,128 @@ def test_seeds_that_stop_together_after_each_epoch_end_in_the_results_of_ones_th
 def test_finished_seeds_are_read_and_the_others_trained(in_place: None, tmp_path: Path) -> None:
     first = Run(RECIPE, [1], tmp_path).finish(show=False)
     run = Run(RECIPE, (0, 1, 2), tmp_path)
-    assert run.training.seeds == (0, 2) and run.folder.name == "seeds-0-2"
+    assert run.training.seeds == (0, 2) and run.folder.name == "seeds-0,2"
     results = run.finish(show=False)
     assert first is not None and results is not None
     assert [result["seed"] for result in results] == [0, 1, 2]
     assert json.loads(json.dumps(results[1])) == json.loads(json.dumps(first[0]))
     assert not hasattr(Run(RECIPE, (0, 1, 2), tmp_path), "training")
+
+
+def test_a_deadline_between_points_loses_nothing(
+    in_place: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(RECIPE, epochs=4, points=1)
+    whole = Run(recipe, (0, 1), tmp_path / "whole").finish(show=False)
+    epoch, begun, clock = Training.run_epoch, list[int](), [0.0]
+
+    def run_epoch(self: Training, bar: Any) -> None:
+        begun.append(self.epochs_done)
+        epoch(self, bar)
+        clock[0] += 1
+
+    monkeypatch.setattr(Training, "run_epoch", run_epoch)
+    monkeypatch.setattr(running.time, "monotonic", lambda: clock[0])
+    again = None
+    while again is None and len(begun) < 8:
+        again = Run(recipe, (0, 1), tmp_path / "stopped").finish(show=False, deadline=clock[0] + 0.5)
+    assert begun == [0, 1, 2, 3] and again is not None and whole is not None
+    assert [{**one, "step_ms": 0} for one in again] == [{**one, "step_ms": 0} for one in whole]
+
+
+def test_a_run_is_saved_between_points_as_time_goes_by(
+    in_place: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(checkpoint, "save", lambda _, state: saved.append(state["epochs_done"]))
+    recipe = replace(RECIPE, epochs=4, points=1)
+    Run(recipe, [0], tmp_path / "seldom").finish(show=False)
+    monkeypatch.setattr(running, "SAVED_EVERY", 0.0)
+    Run(recipe, [0], tmp_path / "often").finish(show=False)
+    assert saved == [4, 1, 2, 3, 4]
+
+
+def stopped(recipe: Recipe, seeds: Sequence[int], folder: Path, epochs: int) -> Run:
+    """Runs that were begun and left by a process that ended."""
+    run = Run(recipe, seeds, folder)
+    for _ in range(epochs):
+        run.training.run_epoch()
+    checkpoint.save(run.folder, run.training.state())
+    return run
+
+
+@pytest.mark.parametrize("asked", [(0, 1, 2), (1, 0), (1,)])
+def test_seeds_that_were_begun_together_go_on_together_whatever_is_asked_for(
+    asked: tuple[int, ...], in_place: None, tmp_path: Path
+) -> None:
+    stopped(RECIPE, (0, 1), tmp_path, 3)
+    run = Run(RECIPE, asked, tmp_path)
+    assert run.parts == [(0, 1), *([(2,)] if 2 in asked else [])] and run.training.epochs_done == 3
+    results = run.finish(show=False)
+    assert results is not None and [result["seed"] for result in results] == list(asked)
+    whole = Run(RECIPE, (0, 1), tmp_path / "whole").finish(show=False)
+    assert whole is not None
+    last = json.loads((tmp_path / RECIPE.name / "seed-1" / "result.json").read_text())
+    assert last["epochs"] == whole[1]["epochs"]
+
+
+def test_seeds_killed_between_their_results_are_not_trained_again(
+    in_place: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = Run._keep
+
+    def killed(self: Run, member: Any, show: bool) -> None:
+        if member.seed == 1:
+            raise KeyboardInterrupt
+        keep(self, member, show)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_keep", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Run(RECIPE, (0, 1, 2), tmp_path).finish(show=False)
+    run = Run(RECIPE, (0, 1, 2), tmp_path)
+    assert set(run.results) == {0} and run.training.epochs_done == RECIPE.epochs
+    assert run.finish(show=False) is not None
+
+
+@pytest.mark.parametrize("asked", [(0,), (0, 1, 2), (1, 0)])
+def test_without_resume_nothing_that_was_begun_is_written_over(
+    asked: tuple[int, ...], in_place: None, tmp_path: Path
+) -> None:
+    stopped(RECIPE, (0, 1), tmp_path, 1)
+    with pytest.raises(ValueError, match=r"seeds-0\.\.1 holds a run already: --resume"):
+        Run(RECIPE, asked, tmp_path, resume=False)
+    Run(RECIPE, [2], tmp_path, resume=False)
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(in_place: None, tmp_path: Path) -> None:
+    run, other = Run(RECIPE, (0, 1), tmp_path), Run(RECIPE, [1], tmp_path)
+    with (
+        folders.locked([run.place(seed) for seed in (0, 1)]),
+        pytest.raises(OSError, match="another process trains there"),
+    ):
+        other.finish(show=False)
+    assert other.finish(show=False) is not None
+
+
+@pytest.mark.parametrize(
+    ("seeds", "name"),
+    [((3,), "seed-3"), ((1, 0), "seeds-0..1"), ((7, 0, 1, 2, 9), "seeds-0..2,7,9"), (range(100), "seeds-0..99")],
+)
+def test_folders_have_the_seeds_for_name(seeds: Sequence[int], name: str) -> None:
+    assert folders.name_of(seeds) == name and folders.seeds_of(name) == tuple(sorted(seeds))
+
+
+def test_a_folder_that_is_no_runs_has_no_seeds_and_too_many_seeds_have_no_folder(tmp_path: Path) -> None:
+    assert [folders.seeds_of(name) for name in ("seeds", "seed-", "figures", "seed-1-2", "seed-1.2")] == [()] * 5
+    with pytest.raises(ValueError, match="100 seeds that are no range are too many"):
+        folders.folder_of(RECIPE, range(0, 200, 2), tmp_path)
+
+
+@pytest.mark.parametrize("method", METHODS[2:6], ids=lambda method: method.name)
+def test_second_derivatives_of_a_compiled_network_are_refused(method: Method, images: Images) -> None:
+    with pytest.raises(ValueError, match="compile must be off for"):
+        Training(recipe_of(method), images, [0], Settings("cpu", compile=True))
 
 
 def test_a_run_is_measured_and_kept_at_its_points_alone(in_place: None, tmp_path: Path) -> None:

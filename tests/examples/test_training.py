@@ -23,7 +23,7 @@ from papers.data.reading import Split
 from papers.methods import Method
 from papers.objective import Batch
 from papers.recipe import SCALES, Recipe
-from papers.runs import checkpoint, machine, running
+from papers.runs import checkpoint, folders, machine, running
 from papers.runs.log import Log, finite
 from papers.runs.machine import Machine, Settings
 from papers.runs.running import Run
@@ -189,7 +189,7 @@ def test_run_that_is_there_is_not_written_over_without_resume(tmp_path: Path) ->
 
 def test_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     one_epoch(recipe_of(SNR), tmp_path)
-    file = tmp_path / "digits/mlp/snr/seed-0" / checkpoint.NAME
+    file = tmp_path / "digits/mlp/snr/seed-0" / folders.CHECKPOINT
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read"):
         Run(recipe_of(SNR), [0], tmp_path)
@@ -223,8 +223,8 @@ def test_checkpoint_stays_whole_where_its_successor_cannot_be_written(
     monkeypatch.setattr(torch, "save", fails)
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(tmp_path, {"epochs_done": 2})
-    assert torch.load(tmp_path / checkpoint.NAME) == {"epochs_done": 1}
-    assert [file.name for file in tmp_path.iterdir()] == [checkpoint.NAME]
+    assert torch.load(tmp_path / folders.CHECKPOINT) == {"epochs_done": 1}
+    assert [file.name for file in tmp_path.iterdir()] == [folders.CHECKPOINT]
 
 
 # --- what is refused before training ----------------------------------------------------------------------------------
@@ -309,10 +309,10 @@ def test_seed_that_cannot_be_run_fails_before_the_first_is_trained(
 ) -> None:
     folder = tmp_path / "digits/mlp/snr/seed-7"
     folder.mkdir(parents=True)
-    (folder / checkpoint.NAME).write_text("of another")
+    (folder / folders.CHECKPOINT).write_text("of another")
     told = refusal(monkeypatch, capsys, "--recipe", "digits/mlp/snr", "--seeds", "0", "7", "--out", tmp_path)
     assert f"{folder} holds a run already" in told
-    assert not (tmp_path / "digits/mlp/snr/seed-0" / checkpoint.NAME).exists()
+    assert not (tmp_path / "digits/mlp/snr/seed-0" / folders.CHECKPOINT).exists()
 
 
 def test_room_is_made_for_the_logs_of_all_epochs(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_room_is_made_for_the_logs_of_all_epochs(tmp_path: Path) -> None:
     for _ in range(recipe.epochs):
         run.training.run_epoch()
     run.finish(show=False)
-    written = sum(file.stat().st_size for file in run.folder.iterdir() if file.name != checkpoint.NAME)
+    written = sum(file.stat().st_size for file in run.folder.iterdir() if file.name != folders.CHECKPOINT)
     model = run.training.model
     assert checkpoint.size_of(model, recipe.epochs) - checkpoint.size_of(model, 0) > written
 

@@ -15,24 +15,18 @@ import torch
 from torch import nn
 
 from ..recipe import Recipe
+from .folders import CHECKPOINT, RESULT
 from .machine import Settings
 
-NAME, RESULT = "checkpoint.pt", "result.json"
-"""Of a run that goes on, and of one that is finished."""
 BESIDE = 2**20
 """Bytes for figures and TensorBoard's files."""
 LOGGED = 2**10
 """Bytes of an epoch's values of a layer in log.json, layers.csv, result.json and checkpoints, with some to spare."""
 
 
-def folder_of(recipe: Recipe, seeds: Sequence[int], folder: Path) -> Path:
-    """Of runs that are trained at once, in that of all: ``seed-0``, or ``seeds-0-1-2``."""
-    return folder / recipe.name / f"seed{'s' * (len(seeds) > 1)}-{'-'.join(map(str, seeds))}"
-
-
 def identity_of(recipe: Recipe, seeds: Sequence[int], settings: Settings) -> dict[str, Any]:
     """What a run's checkpoint and result must agree with, as plain values."""
-    seed = seeds[0] if len(seeds) == 1 else list(seeds)
+    seed = seeds[0] if len(seeds) == 1 else sorted(seeds)
     return {"recipe": recipe.as_dict(), "seed": seed, "settings": asdict(settings)}
 
 
@@ -91,7 +85,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save(folder: Path, state: Mapping[str, Any]) -> None:
-    with replacing(folder / NAME) as beside:
+    with replacing(folder / CHECKPOINT) as beside:
         torch.save(dict(state), beside)
 
 
@@ -107,7 +101,7 @@ def load(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises:
         ValueError: the file is damaged, or of another run; names what differs.
     """
-    path = folder / NAME
+    path = folder / CHECKPOINT
     if not path.exists():
         return None
     try:

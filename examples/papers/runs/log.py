@@ -32,7 +32,7 @@ class Log:
     """Of each weight matrix, a value for each row of ``epochs``."""
     targets: dict[str, float] = field(default_factory=dict)
     step_ms: list[float] = field(default_factory=list)
-    """Milliseconds a training step, the mean of each epoch."""
+    """Milliseconds a training step, the mean of each epoch; of seeds that are trained at once, each one's share."""
 
     def add(self, row: Mapping[str, float], layers: Mapping[str, Mapping[str, float]]) -> None:
         self.epochs.append(dict(row))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..data import Images, load
 from ..recipe import Recipe, completed
-from . import checkpoint
+from . import checkpoint, folders
 from .board import Board, board_of
 from .figures import draw_run
 from .log import Log, finite
@@ -23,14 +23,17 @@ from .machine import Machine, commit, described, deterministic
 from .member import Member
 from .training import Training
 
+SAVED_EVERY = 60.0
+"""Seconds."""
 LARGEST_SEED = 2**31 - 1
 """Times a million epochs it still fits a generator's 64 bits."""
 
 
 class Run:
     """A recipe from several seeds, each in its folder ``folder/<recipe's name>/seed-<seed>``: logs, figures and result.
-    Those that are not finished are trained at once; their checkpoint is in the seed's folder where it is one seed, else
-    in a folder of their own.
+    Those that are not finished are trained at once, with their checkpoint in the seed's folder where it is one seed,
+    else in one of all, such as ``seeds-0..2``. Seeds that were begun together go on together, and first, with all that
+    were begun with them.
 
     Args:
         folder: of all runs.
@@ -53,33 +56,48 @@ class Run:
     ) -> None:
         check_seeds(seeds)
         self.commit = commit()  # the tree may change while a run trains
-        self.recipe, self.seeds, self.settings = recipe, tuple(seeds), machine.settings
-        self.folders = {seed: checkpoint.folder_of(recipe, [seed], folder) for seed in seeds}
-        self.results = self._finished()
+        self.recipe, self.seeds, self.runs, self.machine = recipe, tuple(seeds), folder, machine
+        if not resume:
+            self._check_nothing_there()
+        self.results = {seed: result for seed in seeds if (result := self._finished(seed)) is not None}
         left = [seed for seed in seeds if seed not in self.results]
-        if left:
-            self.folder = checkpoint.folder_of(recipe, left, folder)
-        for there in {self.folder, *self.folders.values()} if left else self.folders.values():
-            if not resume and ((there / checkpoint.NAME).exists() or (there / checkpoint.RESULT).exists()):
-                raise ValueError(f"{there} holds a run already: --resume goes on with it")
-        if left:
-            self.training = self._prepared(left, images_of(recipe, machine))
+        self.parts = folders.parts_of(left, folders.begun(recipe, folder))
+        for part in self.parts[1:]:
+            self._state(part)  # which fails where it would fail after hours of the first
+        if self.parts:
+            self.training = self._prepared(self.parts[0])
+
+    def place(self, *seeds: int) -> Path:
+        return folders.folder_of(self.recipe, seeds, self.runs)
+
+    @property
+    def folder(self) -> Path:
+        """Of the checkpoint of what is trained now."""
+        return self.place(*self.training.seeds)
+
+    def _check_nothing_there(self) -> None:
+        there = [(seed,) for seed in folders.finished(self.recipe, self.runs)]
+        for some in (*folders.begun(self.recipe, self.runs), *there):
+            if set(some) & set(self.seeds):
+                raise ValueError(f"{self.place(*some)} holds a run already: --resume goes on with it")
 
     def _identity(self, seeds: Sequence[int]) -> dict[str, Any]:
-        return checkpoint.identity_of(self.recipe, seeds, self.settings)
+        return checkpoint.identity_of(self.recipe, seeds, self.machine.settings)
 
-    def _finished(self) -> dict[int, dict[str, Any]]:
-        found = {seed: finished(there, self._identity([seed])) for seed, there in self.folders.items()}
-        return {seed: result for seed, result in found.items() if result is not None}
+    def _finished(self, seed: int) -> dict[str, Any] | None:
+        return finished(self.place(seed), self._identity([seed]))
 
-    def _prepared(self, seeds: Sequence[int], images: Images) -> Training:
+    def _state(self, seeds: Sequence[int]) -> dict[str, Any] | None:
+        return checkpoint.load(self.place(*seeds), self._identity(seeds))
+
+    def _prepared(self, seeds: Sequence[int]) -> Training:
         deterministic()
-        training = Training(self.recipe, images, seeds, self.settings)
+        training = Training(self.recipe, images_of(self.recipe, self.machine), seeds, self.machine.settings)
         size = sum(checkpoint.size_of(member.model, self.recipe.epochs) for member in training.members)
-        checkpoint.reserve(self.folder, size)
+        checkpoint.reserve(self.place(*seeds), size)
         for seed in seeds:
-            self.folders[seed].mkdir(parents=True, exist_ok=True)
-        state = checkpoint.load(self.folder, self._identity(seeds))
+            self.place(seed).mkdir(parents=True, exist_ok=True)
+        state = self._state(seeds)
         if state is not None:
             training.load(state)
         return training
@@ -93,30 +111,35 @@ class Run:
 
         Returns:
             What result.json holds, by seed; None where the deadline came first, and another call goes on.
+
+        Raises:
+            OSError: another process trains in one of the folders.
         """
-        if len(self.results) < len(self.seeds):
-            if not self._to_the_end(show, deadline):
-                return None
-            for member in self.training.members:
-                self._keep(member, show)
+        while self.parts:
+            if self.training.seeds != self.parts[0]:
+                self.training = self._prepared(self.parts[0])
+            with folders.locked([self.place(seed) for seed in self.training.seeds]):
+                if not self._to_the_end(show, deadline):
+                    return None
+                for member in self.training.members:
+                    self._keep(member, show)
+            del self.parts[0]
         return [self.results[seed] for seed in self.seeds]
 
     def _keep(self, member: Member, show: bool) -> None:
-        there = self.folders[member.seed]
+        there = self.place(member.seed)
         if show:
             draw_run(member.log, there)  # before the result, with which a run is finished
         about = self._identity([member.seed]) | {"commit": self.commit, "together": list(self.training.seeds)}
-        found = result_of(member.log, self.settings.device, about)
-        checkpoint.write_text(there / checkpoint.RESULT, json.dumps(found, indent=1, allow_nan=False))
+        found = result_of(member.log, self.machine.settings.device, about)
+        checkpoint.write_text(there / folders.RESULT, json.dumps(found, indent=1, allow_nan=False))
         self.results[member.seed] = found
 
     def _to_the_end(self, show: bool, deadline: float | None) -> bool:
-        """Whether it came there before the deadline. After each measured epoch the checkpoint, then the logs, are on
-        the disk."""
+        """Whether it came there before the deadline. The checkpoint is on the disk after each measured epoch, with the
+        logs, after each ``SAVED_EVERY`` seconds, and when the deadline comes."""
         training, recipe = self.training, self.recipe
-        boards = [
-            board_of(self.folders[each.seed], each.log, training.epochs_done) for each in training.members if show
-        ]
+        boards = [board_of(self.place(each.seed), each.log, training.epochs_done) for each in training.members if show]
         with tqdm(
             total=recipe.epochs * training.steps,
             initial=training.epochs_done * training.steps,
@@ -125,12 +148,18 @@ class Run:
             disable=None if show else True,
         ) as bar:
             self._show(boards)
+            saved, at = training.epochs_done, time.monotonic()
             while training.epochs_done < recipe.epochs:
-                if deadline is not None and time.monotonic() > deadline:
+                late = deadline is not None and time.monotonic() > deadline
+                if saved < training.epochs_done and (late or time.monotonic() > at + SAVED_EVERY):
+                    checkpoint.save(self.folder, training.state())
+                    saved, at = training.epochs_done, time.monotonic()
+                if late:
                     return False
                 training.run_epoch(bar)
                 if training.epochs_done in recipe.measured:
                     checkpoint.save(self.folder, training.state())
+                    saved, at = training.epochs_done, time.monotonic()
                     self._write(bar)
                     self._show(boards)
         self._write(bar)
@@ -143,7 +172,7 @@ class Run:
 
     def _write(self, bar: tqdm[Any]) -> None:
         for member in self.training.members:
-            member.log.write(self.folders[member.seed])
+            member.log.write(self.place(member.seed))
         last = [log.epochs[-1] for log in self.training.logs]
         bar.set_postfix(
             {part: f"{statistics.fmean(row[f'{part}_accuracy'] for row in last):.4f}" for part in ("test", "train")}
@@ -176,7 +205,7 @@ def finished(run: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         wanted = json.loads(json.dumps(identity))
         differing = list(checkpoint.differences(wanted, {name: found.get(name) for name in wanted}))
         if differing:
-            raise ValueError(f"{run / checkpoint.RESULT} is of another run: {'; '.join(differing)}")
+            raise ValueError(f"{run / folders.RESULT} is of another run: {'; '.join(differing)}")
     return found
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..data import Images
 from ..data.seeding import Use, generator
 from ..methods import groups_of, optimizer_of
-from ..objective import Batch, Objective
+from ..objective import DERIVATIVES, Batch, Objective
 from ..recipe import Recipe
 from .checkpoint import identity_of
 from .log import Log
@@ -32,9 +32,16 @@ class Training:
     Everything random comes from the seed and the number of the epoch, so a run that goes on from a checkpoint repeats
     the one that was never stopped. Several seeds train as many networks at once, each as if it were alone, by one
     forward, one backward and one step: the same to rounding, but for dropout, whose masks they draw in another way.
+
+    Raises:
+        ValueError: a recipe that fits no data, or a penalty on derivatives of a compiled network.
     """
 
     def __init__(self, recipe: Recipe, images: Images, seeds: Sequence[int], settings: Settings = Settings()) -> None:
+        if settings.compile and recipe.method.penalty in DERIVATIVES:
+            raise ValueError(
+                f"compile must be off for {recipe.name}: torch differentiates what it has compiled once, not twice"
+            )
         self.recipe, self.settings, self.seeds = recipe, settings, tuple(seeds)
         self.members = [Member(recipe, images, seed, settings) for seed in self.seeds]
         models = [member.model for member in self.members]
@@ -78,7 +85,7 @@ class Training:
             self.step(batch)
             if bar is not None:
                 bar.update()
-        taken = 1e3 * (self._now() - start) / self.steps
+        taken = 1e3 * (self._now() - start) / self.steps / len(self.seeds)
         self.epochs_done += 1
         for log in self.logs:
             log.step_ms.append(taken)

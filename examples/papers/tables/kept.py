@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..recipe import Recipe, completed
 from ..recipes import rows as recipes_of
-from ..runs import checkpoint
+from ..runs import checkpoint, folders
 from ..runs.machine import Machine
 from .planning import Plan
 from .results import Row, compact, how_of, in_words, row_of
@@ -36,11 +36,11 @@ class Kept:
         Raises:
             ValueError: it is damaged, of another recipe, or computed on another type of device or in another precision.
         """
-        run = checkpoint.folder_of(recipe, [seed], self.folder)
+        run = folders.folder_of(recipe, [seed], self.folder)
         found = checkpoint.read_result(run)
         if found is None:
             return None
-        path = run / checkpoint.RESULT
+        path = run / folders.RESULT
         try:
             there, how = completed(found["recipe"]), how_of(found["settings"])
         except (ValueError, TypeError, KeyError) as error:
@@ -101,12 +101,13 @@ class Kept:
             ValueError: results, checkpoints or times that are damaged or of other settings, all of them.
         """
         lost = []
-        for recipe, some in product(chain.from_iterable(plan.values()), self.machine.at_once(seeds)):
+        for recipe in chain.from_iterable(plan.values()):
             try:
-                missing = self.missing(recipe, some)
-                if missing:
-                    identity = checkpoint.identity_of(recipe, missing, self.machine.settings)
-                    checkpoint.load(checkpoint.folder_of(recipe, missing, self.folder), identity)
+                missing = set(self.missing(recipe, range(seeds)))
+                for some in folders.begun(recipe, self.folder):
+                    if missing & set(some):
+                        identity = checkpoint.identity_of(recipe, some, self.machine.settings)
+                        checkpoint.load(folders.folder_of(recipe, some, self.folder), identity)
             except (ValueError, OSError) as error:
                 lost.append(str(error))
         for row in plan:
