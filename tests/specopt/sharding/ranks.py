@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import multiprocessing
 import os
@@ -19,6 +20,9 @@ from torch.distributed.tensor import DTensor
 TIMEOUT = timedelta(seconds=60)
 """A rank that waits for one that has failed gives up after it."""
 
+PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor", "specopt"]
+"""Imported once, by the server that all ranks are forked from: it takes seconds, and ranks are many."""
+
 
 def run(world: int, function: Callable[..., Any], *args: Any, folder: Path) -> list[Any]:
     """``function(*args)`` on every rank, and its results by rank. The function is one of a module: processes import it.
@@ -26,20 +30,23 @@ def run(world: int, function: Callable[..., Any], *args: Any, folder: Path) -> l
     Raises:
         AssertionError: with the traceback of the rank that failed first.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     processes = [context.Process(target=_rank, args=(rank, world, folder, function, args)) for rank in range(world)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    failures = sorted(folder.glob("failed-*"), key=lambda path: path.stat().st_mtime_ns)
-    if failures:
-        raise AssertionError(f"{failures[0].name}:\n{failures[0].read_text()}")
+    crashed = [path for path in sorted(folder.glob("crashed-*")) if path.read_text()]
+    failed = sorted(folder.glob("failed-*"), key=lambda path: path.stat().st_mtime_ns)
+    for path in [*crashed, *failed][:1]:
+        raise AssertionError(f"{path.name}:\n{path.read_text()}")
     assert all(process.exitcode == 0 for process in processes), "a rank has died"
     return [torch.load(folder / f"result-{rank}", weights_only=False) for rank in range(world)]
 
 
 def _rank(rank: int, world: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    faulthandler.enable((folder / f"crashed-{rank}").open("w"))
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     try:
