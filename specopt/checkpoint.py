@@ -127,10 +127,7 @@ def _check_matrix(matrix: Matrix, name: str) -> None:
         if key in (LEFT, RIGHT) and matrix.flipped and _has_shape(matrix.state.get(key), (ANY, 1)):
             shape = (rows + columns - shape[0], 1)  # a first triplet goes by the matrix as it is read
         if key in (BLOCK, PROBE) and _has_shape(matrix.state.get(key), (rows, ANY)):
-            shape = (
-                rows,
-                ANY,
-            )  # of a weight that is, or was, cut up by columns: whoever reads it otherwise starts cold
+            shape = (rows, ANY)  # of a weight that is, or was, cut up by columns: read otherwise it starts cold
         _check(matrix.param, matrix.state, key, shape, name)
     step = matrix.state.get(STEP, 0)
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:

@@ -63,13 +63,13 @@ def _fits(matrix: ShardedMatrix, key: str) -> bool:
     value, width = matrix.state.get(key), matrix.columns + probe_columns(matrix.block)
     if not isinstance(value, Tensor) or is_distributed(value) != is_kept_in_pieces(matrix, key):
         return False
-    length, places = _side(matrix, key)
+    length, places = _rows(matrix, key)
     local, dtype = local_of(value), kernels.accumulation_dtype(matrix.param.dtype)
     rows = count_of(places) if is_kept_in_pieces(matrix, key) else length
     return (tuple(value.shape), len(local), value.dtype) == ((length, width), rows, dtype)
 
 
-def _side(matrix: ShardedMatrix, key: str) -> tuple[int, slice | Tensor]:
+def _rows(matrix: ShardedMatrix, key: str) -> tuple[int, slice | Tensor]:
     """Of the blocks of a side, their length and this rank's places."""
     cut = matrix.cut if key == LEFT else matrix.cut.mT
     return cut.shape[0], cut.rows
@@ -99,7 +99,7 @@ def _store(matrix: ShardedMatrix, key: str, block: Tensor) -> None:
     if not is_kept_in_pieces(matrix, key):
         matrix.state[key] = block
         return
-    matrix.state[key] = matrix.in_pieces(block[_side(matrix, key)[1]].clone(), block.shape)
+    matrix.state[key] = matrix.in_pieces(block[_rows(matrix, key)[1]].clone(), block.shape)
 
 
 def step(matrices: Sequence[ShardedMatrix]) -> Exchange[First]:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import specopt
 from benchmarks.collectives import Collectives
-from specopt.tracker.common import STATS, STEP, Stat
+from specopt.tracker.common import BLOCK, STATS, STEP, Stat
 from tests.specopt.helpers import with_spectrum
 from tests.specopt.sharding.cases import KINDS
 from tests.specopt.sharding.ranks import run
@@ -48,6 +48,11 @@ def sent() -> dict[str, Any]:
             with Collectives() as made:
                 optimizer.step()
             found[kind].append([tuple(call) for call in made.calls])
+        if kind == "set":
+            block = optimizer.state[params[0]][BLOCK].clone()
+            with Collectives() as made:
+                optimizer.state_dict()
+            found["taken up"] = not torch.equal(optimizer.state[params[0]][BLOCK], block), made.count
     return found
 
 
@@ -67,6 +72,10 @@ PRODUCTS = ("allreduce_", SINGLE * (30 + 30) * (K + A), torch.float32)
 
 def test_a_step_of_pairs_sends_gram_matrices_and_then_returned_products(sums: dict[str, Any]) -> None:
     assert sums["set"][1:] == [[GRAMS, PRODUCTS]] * 4
+
+
+def test_what_is_on_its_way_after_a_step_is_taken_up_by_state_dict(sums: dict[str, Any]) -> None:
+    assert sums["taken up"] == (True, 0)
 
 
 def test_a_conditional_pair_adds_one_sum_of_each_kind(sums: dict[str, Any]) -> None:
