@@ -13,6 +13,7 @@ from specopt import kernels
 from specopt.kernels import Penalty
 
 from .session import Gate
+from .sharding.cut import is_distributed
 from .tracker.common import PREFIX
 from .views import Matrix
 
@@ -65,7 +66,11 @@ def gradients(replaced: Mapping[Tensor, Tensor | None]) -> Iterator[None]:
 def penalized(matrices: Sequence[Matrix], penalty: Penalty, gate: Gate) -> dict[Tensor, Tensor]:
     """By parameter a copy of its gradient with the penalty of its matrices added, at the scale that it has."""
     copies = {matrix.param: torch.empty_like(matrix.param) for matrix in matrices}
-    torch._foreach_copy_(list(copies.values()), [cast(Tensor, param.grad) for param in copies])
+    if is_distributed(matrices[0].param):
+        for param, copy in copies.items():
+            copy.copy_(cast(Tensor, param.grad))  # which may be cut up otherwise
+    else:
+        torch._foreach_copy_(list(copies.values()), [cast(Tensor, param.grad) for param in copies])
     views = [matrix.view_of(copies[matrix.param]) for matrix in matrices]
     coefficients = penalty.coefficients * gate.gradient_scale(penalty.coefficients)
     kernels.rank_updates_(views, coefficients[:, None], penalty.lefts, penalty.rights)

@@ -121,11 +121,13 @@ def _check_matrix(matrix: Matrix, name: str) -> None:
     Raises:
         ValueError: it is not, naming the parameter, its shape and what was found.
     """
-    rows, columns = matrix.weight.mT.shape if matrix.flipped else matrix.weight.shape
+    rows, columns = matrix.sizes[::-1] if matrix.flipped else matrix.sizes
     shapes = {STATS: (len(Stat),), LEFT: (rows, ANY), **dict.fromkeys((BLOCK, PROBE, RIGHT), (columns, ANY))}
     for key, shape in shapes.items():
         if key in (LEFT, RIGHT) and matrix.flipped and _has_shape(matrix.state.get(key), (ANY, 1)):
             shape = (rows + columns - shape[0], 1)  # a first triplet goes by the matrix as it is read
+        if key in (BLOCK, PROBE) and _has_shape(matrix.state.get(key), (rows, ANY)):
+            shape = (rows, ANY)  # of a weight that is, or was, cut up by columns: read otherwise it starts cold
         _check(matrix.param, matrix.state, key, shape, name)
     step = matrix.state.get(STEP, 0)
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -23,8 +24,15 @@ from .checkpoint import guarded
 from .groups import resolve
 from .options import plain
 from .rules.operator import OPERATOR, OperatorSession, check_kernels, geometries_in, kernels_of
-from .session import Gate, OnDevice, Rule
+from .session import Gate, OnDevice, Rule, Session
 from .settling import adopt, refuse_target_of_off, settle
+from .sharding import exchange
+from .sharding.checking import check_sharded
+from .sharding.cut import is_distributed, local_of
+from .sharding.sessions import ShardedSession
+from .sharding.sessions import begin as sharded_session
+from .sharding.sessions import has_state as sharded_state
+from .sharding.views import ShardedMatrix
 from .telling import names_in, tell_of_first_steps, warn_of_unclear
 from .tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, Kept, rounding_seeds
 from .tracker.device import runs_on
@@ -56,6 +64,8 @@ class Batch:
     """Their base update is made by our passes, not by torch."""
     base: OnDeviceBase | None = None
     """That update, where a pass on the device makes it."""
+    is_sharded: bool = False
+    """They are cut up over ranks, and need what :mod:`specopt.sharding` sums over these."""
     copied: list[Matrix] = field(default_factory=list)
     """Those of the matrices that are read through a copy."""
 
@@ -110,11 +120,13 @@ class SpectralOptimizer(Mixin):
             param_group.update({name: plain(merged[name]) for name in self.rule.names})
         self._base.add_param_group(param_group)
         group = self.param_groups[-1]
+        names = self.names()
         for param in group["params"]:
             check_readable(param, group)
+            check_sharded(param, group, self.rule, names[param])
         if "target" in self.rule.names:
             adopt(group, self.names)
-        check_kernels(group, self.names())
+        check_kernels(group, names)
 
     # torch declares two overloads, one of them without a closure
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -135,6 +147,7 @@ class SpectralOptimizer(Mixin):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._take_up()
         workspace: dict[Any, Any] = self.__dict__.setdefault("_workspace", {})
         if compiling and not workspace.setdefault("told of compiling", False):
             workspace["told of compiling"] = True
@@ -149,15 +162,17 @@ class SpectralOptimizer(Mixin):
     def _controlled_step(self, gate: Gate) -> None:
         same = gate.workspace.get("signature") == self._signature()[0]
         batches: list[Batch] = gate.workspace["batches"] if same else self._batches()
-        settled = same or all(self.rule.has_state(matrix) for batch in batches for matrix in batch.matrices)
+        settled = same or all(self._has_state(matrix) for batch in batches for matrix in batch.matrices)
         seeds = [rounding_seeds(batch.matrices) for batch in batches]
         # our passes skip on the device; what torch makes has to be undone there
         kept = [Kept(batch.matrices) for batch in batches if gate.is_undecided and not batch.base]
-        sessions = []
+        sessions: list[Session | ShardedSession] = []
         for batch in batches:
             refresh_copies(batch.copied)
             base = batch.base.refresh() if batch.base else None
-            sessions.append(self.rule.begin(batch.matrices, replace(gate, base=base, settled=same)))
+            begin = partial(sharded_session, self.rule) if batch.is_sharded else self.rule.begin
+            sessions.append(begin(batch.matrices, replace(gate, base=base, settled=same)))
+        exchange.run(session.before() for session in sessions if isinstance(session, ShardedSession))
         convolutions = OperatorSession(kernels_of(self), self.rule.names, gate)
         with ExitStack() as stack:
             for batch, session, chances in zip(batches, sessions, seeds, strict=True):
@@ -174,9 +189,15 @@ class SpectralOptimizer(Mixin):
             stack.enter_context(gradients(convolutions.gradients))
             seen = [matrix.param for batch in batches if not batch.ours for matrix in batch.matrices]
             self._blind_step([*seen, *(kernel.param for kernel in convolutions.kernels)])
-        for batch, session in zip(batches, sessions, strict=True):
-            with written_back(batch.copied) if batch.copied and session.writes else nullcontext():
-                session.finish()
+        with ExitStack() as stack:
+            for batch, session in zip(batches, sessions, strict=True):
+                if batch.copied and session.writes:
+                    stack.enter_context(written_back(batch.copied))
+                if not isinstance(session, ShardedSession):
+                    session.finish()
+            sharded = [session.after() for session in sessions if isinstance(session, ShardedSession)]
+            if sharded:
+                gate.workspace["due"] = exchange.run(sharded)
         convolutions.finish()
         for state in kept:
             state.put_back(cast(Tensor, gate.found_inf).reshape(()) != 0)
@@ -186,6 +207,16 @@ class SpectralOptimizer(Mixin):
             self._complete_state()
             signature, held = self._signature()
             gate.workspace.update(batches=batches, signature=signature if settled else None, held=held)
+
+    def _take_up(self) -> None:
+        """What the last step has left to be summed over ranks: the state is complete then."""
+        due: exchange.Due | None = self.__dict__.get("_workspace", {}).pop("due", None)
+        if due is not None:
+            with torch.no_grad(), self._without_autocast():
+                due.finish()
+
+    def _has_state(self, matrix: Matrix) -> bool:
+        return sharded_state(self.rule, matrix) if isinstance(matrix, ShardedMatrix) else self.rule.has_state(matrix)
 
     def _signature(self) -> tuple[list[Any], list[Any]]:
         """What the batches were made from: while it stays, so do they. And what has its id in it, to be held with it,
@@ -212,12 +243,14 @@ class SpectralOptimizer(Mixin):
                     for t in (param, grad)
                     if t is not None
                 ]
-                signature.append((id(param), param.data_ptr(), layouts, id(self.state.get(param)), *map(id, kept)))
+                signature.append(
+                    (id(param), local_of(param).data_ptr(), layouts, id(self.state.get(param)), *map(id, kept))
+                )
         return signature, held
 
     def _is_ours(self, matrix: Matrix) -> bool:
         """Whether the base update of a matrix is made by our passes, or by torch."""
-        if not self.base_is_known or not updates.is_plain(matrix):
+        if not self.base_is_known or is_distributed(matrix.param) or not updates.is_plain(matrix):
             return False
         if runs_on(matrix):
             return self.rule.has_state(matrix) and self.rule.takes_along(matrix)
@@ -263,14 +296,19 @@ class SpectralOptimizer(Mixin):
 
     def _batches(self) -> list[Batch]:
         batches: dict[Any, Batch] = {}
+        names = self.names()
         for matrix in self.matrices():
             if not self.rule.is_on(matrix.group):
                 continue
-            ours, fused = self._is_ours(matrix), self.rule.is_fused(matrix)
+            is_sharded = isinstance(matrix, ShardedMatrix)
+            if is_sharded:
+                check_sharded(matrix.param, matrix.group, self.rule, names[matrix.param])
+            ours, fused = self._is_ours(matrix), self.rule.is_fused(matrix) and not is_sharded
             kind: tuple[Any, ...] = (kernels.accumulation_dtype(matrix.param.dtype), matrix.complete)
             if fused:
                 kind = (matrix.param.dtype,)
-            batch = batches.setdefault((matrix.param.device, ours, *kind, self.rule.sort(matrix)), Batch([], ours))
+            kind += (is_sharded, is_distributed(matrix.param), self.rule.sort(matrix))
+            batch = batches.setdefault((matrix.param.device, ours, *kind), Batch([], ours, is_sharded=is_sharded))
             batch.matrices.append(matrix)
             if matrix.copy is not None:
                 batch.copied.append(matrix)
@@ -297,6 +335,7 @@ class SpectralOptimizer(Mixin):
 
     def forget(self) -> None:
         """Drops what the rule keeps in the states of the parameters."""
+        self._take_up()
         for param in [param for param, state in self.state.items() if isinstance(state, dict)]:
             state = self.state[param]
             for key in own_entries(state):
@@ -313,6 +352,12 @@ class SpectralOptimizer(Mixin):
             for name, value in self._own_options().items():
                 group.setdefault(name, value)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the base's. Of weights that are cut up over ranks every rank has its part."""
+        self._take_up()
+        found: dict[str, Any] = self._base.state_dict(*args, **kwargs)
+        return found
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As the base's; but what a rule stored keeps its precision (the base casts it to the parameter's dtype), and a
         state that cannot be meant is refused before any of it is taken up.
@@ -323,6 +368,7 @@ class SpectralOptimizer(Mixin):
         Raises:
             ValueError: state of a weight of another shape, or an option that makes no sense.
         """
+        self._take_up()
         with guarded(self):
             self._base.load_state_dict(state_dict)
 
@@ -332,5 +378,5 @@ class SpectralOptimizer(Mixin):
 
 
 SpectralOptimizer.front = SpectralOptimizer
-IN_FRONT = ("step", "add_param_group", "load_state_dict", "__setstate__")
+IN_FRONT = ("step", "add_param_group", "state_dict", "load_state_dict", "__setstate__")
 """What :class:`SpectralOptimizer` does otherwise than the base."""

@@ -34,6 +34,10 @@ class Controlled(Protocol):
         """As ``(out, in, *kernel)``."""
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the whole piece, where it is sharded."""
+
+    @property
     def suffix(self) -> str:
         """What follows the parameter's name."""
 

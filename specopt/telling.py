@@ -82,7 +82,7 @@ def tell_of_first_steps(optimizer: SpectralOptimizer, ratios: Iterable[tuple[Seq
 
 
 def _warn_of_first_steps(far: Sequence[tuple[Controlled, float]], names: Mapping[Tensor, str]) -> None:
-    listed = ", ".join(f"{names[m.param]}{m.suffix} {tuple(m.piece.shape)}: {r:.3g}" for m, r in far[:4])
+    listed = ", ".join(f"{names[m.param]}{m.suffix} {m.shape}: {r:.3g}" for m, r in far[:4])
     warnings.warn(
         f"the first step moves {len(far)} weight(s) whose norm is not within [0.5, 2] of its target "
         f"(norm / target: {listed}{', ...' if len(far) > 4 else ''}). Start from specopt.init.scaled_orthogonal_, "

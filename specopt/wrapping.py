@@ -25,6 +25,7 @@ from .rules.operator import check_kernels
 from .session import Rule
 from .settling import adopt, refuse_target_of_off
 from .sgd import SNRSGD
+from .sharding.checking import check_sharded
 from .telling import names_in, warn_of_unclear
 from .views import Matrix, check_readable
 
@@ -73,6 +74,7 @@ def wrap(optimizer: AnyOptimizer, rule: AnyRule) -> AnyOptimizer:
         check_kernels(group, names)
         for param in group["params"]:
             check_readable(param, group)
+            check_sharded(param, group, rule, names[param])
         if "target" in rule.names:
             refuse_target_of_off(given, rule.names)
             adopt(group, lambda: names_in(merged))

@@ -65,6 +65,10 @@ class Kernel:
         part = self.param.detach().narrow(0, 0, self.param.shape[0] // self.geometry.groups)
         return part.transpose(0, 1) if self.geometry.transposed else part
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.piece.shape)
+
 
 def geometries_in(group: Mapping[str, Any]) -> dict[int, Geometry]:
     """By ``id`` of the parameter, what a group controls as operators."""

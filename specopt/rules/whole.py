@@ -44,14 +44,7 @@ class _Whole:
             restart(matrix, norm)
         stats = gather_stats(self.matrices)
         valid = self.change(stats)
-        stats[:, Stat.SIGMA] = torch.nan  # no singular value is known
-        stats[:, Stat.VALID] = valid.to(stats.dtype)
-        stats[:, Stat.COUNT] += 1
-        scatter_stats(self.matrices, stats)
-        for matrix in self.matrices:
-            for key in (BLOCK, PROBE, LEFT, RIGHT):  # of an earlier time under another rule: they follow no longer
-                matrix.state.pop(key, None)
-            matrix.state[STEP] += 1
+        finish_whole(self.matrices, stats, valid)
 
     def change(self, stats: Tensor) -> Tensor:
         """Changes the weights; returns where they are finite (B,)."""
@@ -67,9 +60,24 @@ class FrobeniusScaled(_Whole):
         return norm.isfinite()
 
 
-def frobenius_factors(matrices: Sequence[Matrix], stats: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
-    """``‖W‖_F``, and what the weights are to be scaled by (B,)."""
-    norm = kernels.frobenius_norms([matrix.weight for matrix in matrices])
+def finish_whole(matrices: Sequence[Matrix], stats: Tensor, valid: Tensor) -> None:
+    """The state that such a step leaves, ``valid`` (B,) telling which matrices are finite."""
+    stats[:, Stat.SIGMA] = torch.nan  # no singular value is known
+    stats[:, Stat.VALID] = valid.to(stats.dtype)
+    stats[:, Stat.COUNT] += 1
+    scatter_stats(matrices, stats)
+    for matrix in matrices:
+        for key in (BLOCK, PROBE, LEFT, RIGHT):  # of an earlier time under another rule: they follow no longer
+            matrix.state.pop(key, None)
+        matrix.state[STEP] += 1
+
+
+def frobenius_factors(
+    matrices: Sequence[Matrix], stats: Tensor, gate: Gate, norm: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``‖W‖_F``, where that is not given, and what the weights are to be scaled by (B,)."""
+    if norm is None:
+        norm = kernels.frobenius_norms([matrix.weight for matrix in matrices])
     target = targets_of(matrices, stats)
     change = distance(norm, target, norm.isfinite(), down_only(matrices, norm, target, stats))
     tell_first(matrices, beginners(matrices), norm, target, change != 0, gate)

@@ -14,6 +14,7 @@ from ..control import SpectralOptimizer
 from ..rules import NormScale, find, targets_of
 from ..rules.operator import Kernel, kernels_of, measured, target_of
 from ..session import Controlled
+from ..sharding.checking import check_whole
 from ..tracker.common import STATS, Stat
 from ..tracker.measure import LARGEST, measure_spectrum, ritz_values
 from ..views import Matrix
@@ -49,6 +50,7 @@ def spectral_report(optimizer: Optimizer, top: int = 8) -> SpectralReport:
 def _report(optimizer: SpectralOptimizer, top: int) -> SpectralReport:
     operators = _operator_rows(optimizer)
     matrices = list(optimizer.matrices(with_grad=False))
+    check_whole((matrix.param for matrix in matrices), "spectral_report")
     if not matrices:
         return SpectralReport(operators)
     stats, (grams, scales) = measure_spectrum(matrices)
@@ -73,7 +75,7 @@ def _row(name: str, matrix: Matrix, values: Sequence[float], spectrum: Sequence[
     sigma = spectrum[0]
     return SpectralRow(
         name=name,
-        shape=tuple(matrix.piece.shape),
+        shape=matrix.shape,
         sigma=sigma,
         target=None if target != target else target,
         residual=residual,

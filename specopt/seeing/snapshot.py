@@ -16,6 +16,7 @@ from specopt import kernels
 from ..control import SpectralOptimizer
 from ..rules.operator import Kernel, has_state, kernels_of
 from ..session import Controlled
+from ..sharding.checking import check_whole
 from ..tracker.common import STATS, HostCopy, Stat, has_stats
 from ..views import Matrix
 from .history import QUANTITIES, Array, Record
@@ -52,6 +53,7 @@ class Snapshot:
         """Of the step just made. Enqueues a few small operations for each device and dtype, whatever the number of
         matrices, and none that waits; ``weights`` and ``gradients`` add a read of each."""
         matrices = [m for m in optimizer.matrices(with_grad=False) if optimizer.rule.is_on(m.group)]
+        check_whole((matrix.param for matrix in matrices), "a SpectralMonitor")
         operators = kernels_of(optimizer, with_grad=False)
         parts = []
         for places in _buckets(matrices):

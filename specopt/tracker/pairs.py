@@ -187,7 +187,7 @@ def _exact(matrices: Sequence[Matrix], stats: Tensor, correct: Correct, rank: in
     stats[:, Stat.SIGMA] = triplets.sigma[:, 0]
     change = correct(Found(triplets.sigma, valid, stats))
     _apply(change, matrices, triplets)
-    _record(stats, triplets, change, valid)
+    record(stats, triplets, change, valid)
     stats[:, Stat.RESIDUAL] = torch.where(valid, 0.0, stats[:, Stat.RESIDUAL])
     stats[:, Stat.PAIRS] = 0.5
     return _largest(triplets, change.added, rank + 1) if keep_first else None
@@ -235,7 +235,7 @@ def _tracked(
     kept = work.turned() if keep_first else None
     work.next_basis(change.added, valid)
     work.keep_probes(valid)
-    _record(stats, work.triplets, change, valid)
+    record(stats, work.triplets, change, valid)
     stats[:, Stat.RESIDUAL] = torch.where(valid, first, stats[:, Stat.RESIDUAL])
     stats[:, Stat.PAIRS] = pairs
     return kept
@@ -315,7 +315,8 @@ def _apply(change: Change, matrices: Sequence[Matrix], triplets: Triplets) -> No
         triplets.sigma.mul_(change.factor[:, None])
 
 
-def _record(stats: Tensor, triplets: Triplets, change: Change, valid: Tensor) -> None:
+def record(stats: Tensor, triplets: Triplets, change: Change, valid: Tensor) -> None:
+    """What a step has found and left, into its stats."""
     after = Change(change.added).of(triplets.sigma)
     stats[:, Stat.TOP] = torch.where(valid, after.abs().amax(1), stats[:, Stat.TOP])
     stats[:, Stat.VALID] = valid.to(stats.dtype)

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from specopt.kernels import MAX_COLUMNS
 
+from ..sharding.cut import is_distributed
 from .part_state import PartState
 from .parts import parse, piece, piece_shape, pieces
 
@@ -55,7 +56,8 @@ def check_readable(param: Tensor, group: Mapping[str, Any]) -> None:
         )
     if is_controlled(param, group):
         view = parse(group["view"])
-        _readable(pieces(param.detach(), view)[0], copies=view.moves_dimensions)
+        whole = torch.empty_strided(param.shape, param.stride(), device="meta") if is_distributed(param) else param
+        readable(pieces(whole.detach(), view)[0], copies=view.moves_dimensions)
 
 
 def matrix_view(tensor: Tensor, like: Tensor | None = None) -> Tensor:
@@ -80,7 +82,7 @@ def matrix_view(tensor: Tensor, like: Tensor | None = None) -> Tensor:
         ) from None
 
 
-def _readable(part: Tensor, *, copies: bool) -> bool:
+def readable(part: Tensor, *, copies: bool) -> bool:
     """Whether a piece is a matrix where it lies. A transposed conv's is one in channels-last memory alone, so with
     ``copies`` another has to be read through a copy."""
     try:
@@ -119,6 +121,11 @@ class Matrix:
     def shape(self) -> tuple[int, ...]:
         """``(out, in, *kernel)``; where the parameter is sharded, of the whole of it."""
         return piece_shape(tuple(self.param.shape), parse(self.group["view"]))[1]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Rows and columns of the whole matrix, as it is read."""
+        return self.weight.shape[0], self.weight.shape[1]
 
     @property
     def complete(self) -> bool:
@@ -196,6 +203,10 @@ def matrices_of(
     Complete where the smaller side is at most twice the block: one product as wide as that side costs no more than a
     pair of products with the block, and leaves nothing to be missed.
     """
+    if is_distributed(param):
+        from ..sharding.views import matrices_of_distributed
+
+        return matrices_of_distributed(param, group, state, columns, place)
     view = parse(group["view"])
     parts = pieces(param.detach(), view)
     if len(parts) == 1:
@@ -217,7 +228,7 @@ def _matrix(
     copies: bool,
     place: int = 0,
 ) -> Matrix:
-    copy = None if _readable(found, copies=copies) else found.clone(memory_format=torch.contiguous_format)
+    copy = None if readable(found, copies=copies) else found.clone(memory_format=torch.contiguous_format)
     view = matrix_view(found if copy is None else copy)
     limit = min(2 * block_of(group), MAX_COLUMNS)
     flipped = view.shape[0] < view.shape[1] and view.shape[0] <= limit

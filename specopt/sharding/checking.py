@@ -1,0 +1,73 @@
+"""What cannot be controlled on shards: said where a group is added, and again where its options have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..rules.compose import Compose
+from ..rules.operator import geometries_in
+from ..views import is_controlled
+from .cut import cutting_groups, is_distributed
+
+if TYPE_CHECKING:
+    from ..session import Rule
+
+INSTEAD = "or put it into a group with spectral=False"
+
+
+def check_whole(params: Iterable[Tensor], what: str) -> None:
+    """
+    Raises:
+        ValueError: a parameter of which a rank has a part only, for what reads whole weights.
+    """
+    for param in params:
+        if is_distributed(param) and cutting_groups(param):
+            raise ValueError(
+                f"{what} reads whole weights, got one of shape {tuple(param.shape)} that is cut up over ranks: take "
+                "what the last step has found of it, optimizer.state[param]['spectral_stats'], or a copy of the model "
+                "with full_tensor() of its parameters"
+            )
+
+
+def check_sharded(param: Tensor, group: Mapping[str, Any], rule: Rule, name: str) -> None:
+    """Whether a parameter that is cut up over ranks can be controlled as its group asks for.
+
+    Raises:
+        ValueError: it cannot, naming it and what to do.
+    """
+    if group["spectral"] and param.ndim == 1 and getattr(param, "_fsdp_flattened", False):
+        raise ValueError(
+            f"parameter {name} is a flattened shard of FullyShardedDataParallel, {param.numel()} numbers of which no "
+            "matrix can be made: use torch.distributed.fsdp.fully_shard (FSDP2), whose parameters keep their shape, "
+            + INSTEAD
+        )
+    if not is_distributed(param) or not group["spectral"]:
+        return
+    if any(placement.is_partial() for placement in param.placements):
+        raise ValueError(
+            f"parameter {name} must be cut up (Shard) or repeated (Replicate), got the placements {param.placements}: "
+            "sum it up with redistribute"
+        )
+    if not cutting_groups(param):
+        return
+    shape = tuple(param.shape)
+    if id(param) in geometries_in(group):
+        raise ValueError(
+            f"conv must be 'matrix' for the sharded {name} of shape {shape}, got 'operator': an operator's norm is "
+            f"followed on whole kernels; leave the convolutions out of fully_shard, {INSTEAD}"
+        )
+    if not is_controlled(param, group):
+        return
+    if group.get("rank") == "full":
+        raise ValueError(
+            f"rank must be a number for the sharded {name} of shape {shape}, got 'full': all singular values take "
+            f"products of whole matrices; take rank=16 or less, {INSTEAD}"
+        )
+    if isinstance(rule, Compose):
+        raise ValueError(
+            f"rule must be one rule for the sharded {name} of shape {shape}, got {rule!r}: take the one that matters "
+            f"most, {INSTEAD}"
+        )

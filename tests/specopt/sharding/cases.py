@@ -1,0 +1,60 @@
+"""Optimizers and weights for tests of shards, and steps of sharded and whole weights side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+import specopt
+from tests.specopt.helpers import with_spectrum
+from tests.specopt.sharding.twins import Gap, Twins
+
+FEW: dict[str, Any] = {"block": 8, "max_passes": 4}
+"""So few columns that a matrix with 17 rows and columns is tracked; and passes that a short test has time for."""
+SNR: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "snr_lambda": 0.1}
+KINDS: dict[str, Callable[[Any], Any]] = {
+    "snr": lambda groups: specopt.SNRSGD(groups, **SNR, **FEW),
+    "set": lambda groups: specopt.NormScaleAdamW(groups, lr=1e-2, **FEW),
+    "initial": lambda groups: specopt.NormScaleAdamW(groups, lr=1e-2, target="initial", **FEW),
+    "cap of rank 2": lambda groups: specopt.NormScaleAdamW(groups, lr=1e-2, mode="cap", rank=2, **FEW),
+    "rescale": lambda groups: specopt.NormScaleAdamW(groups, lr=1e-2, mode="rescale", **FEW),
+    "frobenius": lambda groups: specopt.NormScaleAdamW(groups, lr=1e-2, norm="frobenius"),
+    "decay": lambda groups: specopt.wrap(torch.optim.RMSprop(groups, lr=1e-2), specopt.SpectralDecay(1.0, **FEW)),
+}
+SCALED = ("set", "cap of rank 2", "rescale", "frobenius")
+PAIRED = ("set", "initial", "cap of rank 2", "rescale", "decay")
+SHAPES = [(40, 30), (37, 29), (30, 40), (2, 50), (50, 2), (1, 24), (24, 6, 3, 3), (18, 18)]
+"""Tracked ones, one that no number of ranks divides, short ones of which some rank of four has nothing, a kernel."""
+
+
+def is_turned(shape: tuple[int, ...], kind: str, placements: Sequence[Placement]) -> bool:
+    """Whether the tracker of pairs reads it transposed."""
+    tracked = min(shape[0], math.prod(shape[1:])) > 2 * FEW["block"]
+    by_columns = Shard(1) in placements and all(place in (Shard(1), Replicate()) for place in placements)
+    return kind in PAIRED and tracked and by_columns
+
+
+def twin_steps(
+    kind: str, mesh: Any, placements: Sequence[Placement], steps: int, dtype: torch.dtype, shapes: Any = SHAPES
+) -> list[list[Gap]]:
+    """By step and weight how a sharded and an unsharded optimizer differ, and the sharded one."""
+    generator = torch.Generator().manual_seed(steps)
+    weights = [with_spectrum(shape, dtype, 0.2, generator) for shape in shapes]
+    turned = [is_turned(shape, kind, placements) for shape in shapes]
+    options = {"target": [1.0 + i / 8 for i in range(len(weights))]} if kind in SCALED else {}
+    twins = Twins.of(KINDS[kind], weights, mesh, placements, turned, **options)
+    found = []
+    for _ in range(steps):
+        twins.give([0.1 * torch.randn(shape, generator=generator).to(dtype) for shape in shapes])
+        found.append(twins.step())
+    assert all(param.to_local().isfinite().all() for param in twins.sharded if isinstance(param, DTensor))
+    return found
+
+
+def judged(gaps: list[list[Gap]], shapes: Any = SHAPES) -> dict[Any, Gap]:
+    """The worst of every weight that came out otherwise, by step and shape."""
+    return {(step, shapes[i]): gap for step, row in enumerate(gaps) for i, gap in enumerate(row) if not gap.is_close}

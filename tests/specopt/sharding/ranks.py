@@ -1,0 +1,80 @@
+"""Ranks of a process group on this machine, over gloo: one function run by all of them, and what each returns."""
+
+from __future__ import annotations
+
+import faulthandler
+import hashlib
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+TIMEOUT = timedelta(seconds=60)
+"""A rank that waits for one that has failed gives up after it."""
+
+PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor", "specopt"]
+"""Imported once, by the server that all ranks are forked from: it takes seconds, and ranks are many."""
+
+
+def run(world: int, function: Callable[..., Any], *args: Any, folder: Path) -> list[Any]:
+    """``function(*args)`` on every rank, and its results by rank. The function is one of a module: processes import it.
+
+    Raises:
+        AssertionError: with the traceback of the rank that failed first.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    processes = [context.Process(target=_rank, args=(rank, world, folder, function, args)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    crashed = [path for path in sorted(folder.glob("crashed-*")) if path.read_text()]
+    failed = sorted(folder.glob("failed-*"), key=lambda path: path.stat().st_mtime_ns)
+    for path in [*crashed, *failed][:1]:
+        raise AssertionError(f"{path.name}:\n{path.read_text()}")
+    assert all(process.exitcode == 0 for process in processes), "a rank has died"
+    return [torch.load(folder / f"result-{rank}", weights_only=False) for rank in range(world)]
+
+
+def _rank(rank: int, world: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    faulthandler.enable((folder / f"crashed-{rank}").open("w"))
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    try:
+        store = dist.FileStore(str(folder / "store"), world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+        torch.save(function(*args), folder / f"result-{rank}")
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        (folder / f"failed-{rank}").write_text(traceback.format_exc())
+        os._exit(1)  # the others are in a collective that will not come: no exit handler waits for them here
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Of the bits of tensors; of a sharded one, of the part that lies here."""
+    seen = hashlib.sha256()
+    for tensor in tensors:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        seen.update(local.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return seen.hexdigest()
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Weights and state of an optimizer, in the order of its groups."""
+    found: list[Tensor] = []
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            found.append(param)
+            state = optimizer.state.get(param, {})
+            found += [state[key] for key in sorted(state) if isinstance(state[key], Tensor)]
+    return found

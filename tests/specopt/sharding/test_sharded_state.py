@@ -1,0 +1,107 @@
+"""The state of sharded weights: saved by some ranks, it is loaded by others."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import specopt
+from specopt.tracker.common import STATS, STEP, Stat
+from tests.specopt.sharding.ranks import run
+from tests.specopt.sharding.twins import wholes
+
+FEW: dict[str, Any] = {"block": 8, "max_passes": 4}
+KINDS: dict[str, Callable[[Any], Any]] = {
+    "snr": lambda groups: specopt.SNRSGD(groups, lr=0.05, momentum=0.9, snr_lambda=0.05, **FEW),
+    "set": lambda groups: specopt.NormScaleAdamW(groups, lr=2e-3, **FEW),
+}
+BEFORE, AFTER = 3, 3
+"""Steps up to the checkpoint, and beyond it."""
+
+
+def model_of(kind: str, *, seed: int = 0) -> tuple[nn.Module, Any]:
+    """A model, sharded where there are ranks to share it, and its optimizer."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(30, 37), nn.Tanh(), nn.Linear(37, 22), nn.Tanh(), nn.Linear(22, 3))
+    if dist.get_world_size() > 1:
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return model, KINDS[kind](specopt.param_groups(model))
+
+
+def train(model: nn.Module, optimizer: Any, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        inputs, labels = torch.randn(8, 30, generator=generator), torch.randint(3, (8,), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+
+
+def weights(model: nn.Module) -> list[torch.Tensor]:
+    return [weight.clone() for weight in wholes(list(model.parameters()))]
+
+
+def save(folder: Path) -> dict[str, Any]:
+    """Trains, saves half-way, and goes on: the weights at the checkpoint and at the end."""
+    warnings.simplefilter("ignore")
+    found = {}
+    for kind in KINDS:
+        model, optimizer = model_of(kind)
+        train(model, optimizer, range(BEFORE))
+        half = weights(model)
+        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        checkpoint.save(states, checkpoint_id=folder / kind)
+        assert all(map(torch.equal, weights(model), half)), "saving has moved a weight"
+        train(model, optimizer, range(BEFORE, BEFORE + AFTER))
+        found[kind] = half, weights(model)
+    return found
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """Loads that and goes on from there, another model of this many ranks."""
+    warnings.simplefilter("ignore")
+    found = {}
+    for kind in KINDS:
+        model, optimizer = model_of(kind, seed=1)
+        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        checkpoint.load(states, checkpoint_id=folder / kind)
+        set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+        half = weights(model)
+        param = next(iter(model.parameters()))
+        counts = optimizer.state[param][STEP], float(optimizer.state[param][STATS][Stat.COUNT])
+        train(model, optimizer, range(BEFORE, BEFORE + AFTER))
+        found[kind] = half, weights(model), counts
+    return found
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("saved")
+    found: dict[str, Any] = run(4, save, folder, folder=tmp_path_factory.mktemp("ranks"))[0]
+    return folder, found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_checkpoint_of_four_ranks_goes_on_where_it_was_on_fewer(
+    saved: tuple[Path, dict[str, Any]], world: int, tmp_path: Path
+) -> None:
+    folder, found = saved
+    for rank in run(world, load, folder, folder=tmp_path):
+        for kind in KINDS:
+            half, end, counts = rank[kind]
+            assert counts == (BEFORE, BEFORE)
+            for mine, theirs in zip(half, found[kind][0], strict=True):
+                assert torch.equal(mine, theirs), "loading has changed a weight"
+            for mine, theirs in zip(end, found[kind][1], strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
