@@ -48,12 +48,27 @@ def test_ours_stands_beside_the_best_published_method_of_its_row_with_the_interv
     assert len(head) == len(line)
 
 
-def test_differences_are_of_seeds_that_both_have() -> None:
-    there = row("c6", none=(0.9, 0.9, 0.9, 0.9), cap=(0.91, 0.92))
-    assert cells_of(section(there))[-1][5] == "+1.50"
-    apart = replace(there, runs=tuple(run for run in there.runs if (run.seed < 2) == (run.method == "cap")), times={})
-    assert cells_of(section(apart))[-1][5:] == ["–", "–", "–"]
-    assert "step not timed, that of the best not timed." in section(apart)
+def test_differences_and_the_accuracy_of_the_best_are_of_the_seeds_of_ours() -> None:
+    there = row("c2-dropout", none=(0.9, 0.9, 0.1, 0.1), cap=(0.91, 0.92))
+    assert cells_of(section(there))[-1][2:6] == ["91.50 (0.71)", "none", "90.00 (0.00)", "+1.50"]
+
+
+def test_a_method_of_one_lucky_seed_is_not_the_best() -> None:
+    lucky = row("c2-dropout", none=(0.96, 0.97, 0.98), spect_reg=(0.99,), cap=(0.97, 0.98, 0.99))
+    assert cells_of(section(lucky))[-1][3:5] == ["none", "97.00 (1.00)"]
+    beside = row("c2-dropout", none=(0.96, 0.97, 0.98), spect_reg=(0.95, 0.96, 0.97, 0.999), cap=(0.97, 0.98, 0.99))
+    assert cells_of(section(beside))[-1][3] == "none"
+
+
+def test_where_no_method_of_the_paper_has_all_seeds_of_ours_nothing_is_compared() -> None:
+    there = row("c2-dropout", none=(0.9, 0.9), spect_reg=(0.9,), cap=(0.91, 0.92, 0.93))
+    assert cells_of(section(there))[-1][1:7] == ["cap (ours)", "92.00 (1.00)", "not enough seeds", "–", "–", "1.10"]
+    assert section(there).startswith(
+        "- `gradreg`, cap (ours): ahead of the best of the paper's in 0 of 0 row(s), behind it in 0, by 95 % "
+        "intervals; not enough seeds in 1; step 1.10, that of the best not timed."
+    )
+    apart = replace(there, runs=tuple(run for run in there.runs if (run.seed < 2) == (run.method == "none")), times={})
+    assert cells_of(section(apart))[-1][3:] == ["not enough seeds", "–", "–", "–", "–"]
 
 
 def test_a_method_of_ours_is_never_the_best() -> None:
