@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import pytest
+import reproduce
 from papers.published.gradreg import SIZES
 from papers.tables import claims
-from papers.tables.claims import Verdict, gradreg
+from papers.tables.claims import Verdict, gradreg, testing
 from papers.tables.claims.section import claims_section
 from papers.tables.results import Row
+from scipy import stats
 
 from tests.examples.results_samples import made_row
 
@@ -73,6 +75,18 @@ def test_sizes_not_run_are_told_and_leave_a_claim_undecided_where_none_contradic
         str(each).startswith("gradreg/c4-20000: ") and str(each).endswith(": not run") for each in found.findings
     )
     assert verdict(sizes(*contrary[letter], at=(500,)), letter).verdict == "not held"
+
+
+def test_the_power_that_the_page_tells_of_claims_of_27_comparisons_is_that_of_their_tests() -> None:
+    def held(seeds: int, lead: float) -> float:
+        """Where differences over their deviation are ``lead``: the noncentral t beyond the test's quantile."""
+        beyond = stats.t.ppf(1 - testing.LEVEL / 2, seeds - 1)
+        return float(stats.nct.sf(beyond, seeds - 1, lead * seeds**0.5)) ** 27
+
+    told = " ".join(reproduce.PAGE.read_text(encoding="utf-8").split())
+    assert f"10 seeds would find all of them in {held(10, 1):.1%}".replace("%", " % of cases, and 5 in less") in told
+    assert held(5, 1) < 1e-9
+    assert f"were each 0.3 points, in {held(10, 1.5):.0%} and in {held(5, 1.5):.2%}.".replace("%", " %") in told
 
 
 def leads(small: float, large: float) -> list[Row]:
