@@ -12,7 +12,7 @@ from scipy import stats
 
 from .. import published
 from ..recipes import rows as recipes_of
-from .claims.ours import OURS
+from .claims.ours import ours_of
 from .claims.testing import SEEDS
 from .markdown import NOTHING, label, markdown_table, percent_over_seeds
 from .results import Row, in_order
@@ -72,14 +72,16 @@ def standing_section(tables: Sequence[str], rows: Sequence[Row]) -> str:
     shown = {each.row.name for each in found}
     absent = [words for table in tables if (words := not_run(table, shown))]
     parts = [in_short(found), markdown_table([HEAD, *(each.line for each in found)], texts=2), NOTES] if found else []
-    return "\n\n".join([*parts, *([f"Not run: {'; '.join(absent)}."] if absent else [])])
+    return "\n\n".join([*parts, *([f"Rows with ours that were not run: {'; '.join(absent)}."] if absent else [])])
 
 
 def standings(row: Row) -> list[Standing]:
     """Of each of ours that was run; of none where none of the paper's was."""
     if not any(row.accuracies(method) for method in published.methods(row.name)):
         return []
-    return [Standing(row, method, best_published(row, method)) for method in OURS[row.table] if row.accuracies(method)]
+    return [
+        Standing(row, method, best_published(row, method)) for method in ours_of(row.name) if row.accuracies(method)
+    ]
 
 
 def best_published(row: Row, ours: str) -> str | None:
@@ -140,9 +142,9 @@ def span(steps: Sequence[float]) -> str:
 
 
 def not_run(table: str, shown: Collection[str]) -> str:
-    """The rows that are not shown, in few words."""
-    rows = list(recipes_of(table))
+    """The rows that have ours and are not shown, in few words."""
+    rows = [name for name in recipes_of(table) if ours_of(name)]
     absent = [name.removeprefix(f"{table}/") for name in rows if name not in shown]
     if len(absent) == len(rows):
-        return f"all {len(rows)} rows of `{table}`"
+        return f"all {len(rows)} of `{table}`"
     return f"of `{table}` {', '.join(absent)}" if absent else ""

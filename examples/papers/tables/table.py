@@ -11,7 +11,7 @@ from .. import published
 from ..published import Cell
 from ..recipes import rows as recipes_of
 from ..runs.member import GRADIENTS, TRAIN_EVALUATED
-from .grids import GRIDS, NOTES_OF_GRIDS, Grid, grid_table
+from .grids import GRIDS, NOTES_OF_GRIDS, Grid, grid_table, lending_note, lent
 from .markdown import NOT_RUN, NOTHING, folded, label, markdown_table, over_seeds, spread
 from .results import Row, Run, in_order, largest_first
 
@@ -211,10 +211,12 @@ def grid_sections(
     found = []
     for size in dict.fromkeys(row.size_in_words for row in largest_first(own)):
         there = [row for row in own if row.size_in_words == size]
+        full = [lent(grid, row, run) for row in there]
         shown = pictures(grid_figures(grid, there))
         each = "\n\n".join(row_section(row, () if shown else figures(row)) for row in there)
         head = f"### {grid.title}, {size}"
-        found.append("\n\n".join([head, grid_table(grid, there), *shown, folded("All measures, row by row", each)]))
+        about = [*lending_note(grid, there, full), *shown]
+        found.append("\n\n".join([head, grid_table(grid, full), *about, folded("All measures, row by row", each)]))
     return found
 
 
