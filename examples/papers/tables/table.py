@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import published
+from ..data import CLASSES
 from ..published import Cell
 from ..recipes import rows as recipes_of
 from ..runs.member import GRADIENTS, TRAIN_EVALUATED
@@ -141,11 +142,12 @@ def published_number(measure: Measure, source: str, cell: Cell | None) -> str:
 def facts(row: Row) -> str:
     """Seeds, schedule, images, network, hardware, versions and commit."""
     protocol, about = row.protocol, [run.about for run in row.runs]
+    train = trained_on(protocol)
     options = ", ".join(f"{name} {value:g}" for name, value in protocol["model_options"].items())
     parts = [
         f"seeds {', '.join(map(str, row.seeds))}",
         f"{protocol['epochs']} epochs of batches of {protocol['batch']}",
-        f"{images(protocol['train'], 'training')} and {images(protocol['test'], 'test')} images of {protocol['data']}",
+        f"{images(train, 'training')} and {images(protocol['test'], 'test')} images of {protocol['data']}",
         f"{protocol['model']}{f' ({options})' if options else ''}",
     ]
     if protocol.get("balanced"):
@@ -156,6 +158,13 @@ def facts(row: Row) -> str:
     if any((one.get("settings") or {}).get("bf16") for one in about):
         parts.append("forward passes in bfloat16")
     return f"{'; '.join(parts)}; commit {distinct(one.get('commit') for one in about)}."
+
+
+def trained_on(protocol: Mapping[str, Any]) -> int | None:
+    """Images, None for all; of a balanced choice as many of the recipe's as the classes divide."""
+    count = protocol["train"]
+    rest = count % CLASSES[protocol["data"]] if count is not None and protocol.get("balanced") else 0
+    return None if count is None else int(count) - rest
 
 
 def images(count: int | None, part: str) -> str:
