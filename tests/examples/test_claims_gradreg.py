@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
+import reproduce
 from papers.published.gradreg import SIZES
 from papers.tables import claims
-from papers.tables.claims import Verdict, gradreg
+from papers.tables.claims import Verdict, gradreg, testing
 from papers.tables.claims.section import claims_section
 from papers.tables.results import Row
+from scipy import stats
 
 from tests.examples.results_samples import made_row
 
@@ -75,6 +78,18 @@ def test_sizes_not_run_are_told_and_leave_a_claim_undecided_where_none_contradic
     assert verdict(sizes(*contrary[letter], at=(500,)), letter).verdict == "not held"
 
 
+def test_the_power_that_the_page_tells_of_claims_of_27_comparisons_is_that_of_their_tests() -> None:
+    def held(seeds: int, lead: float) -> float:
+        """Where differences over their deviation are ``lead``: the noncentral t beyond the test's quantile."""
+        beyond = stats.t.ppf(1 - testing.LEVEL / 2, seeds - 1)
+        return float(stats.nct.sf(beyond, seeds - 1, lead * seeds**0.5)) ** 27
+
+    told = " ".join(reproduce.PAGE.read_text(encoding="utf-8").split())
+    assert f"10 seeds would find all of them in {held(10, 1):.1%}".replace("%", " % of cases, and 5 in less") in told
+    assert held(5, 1) < 1e-9
+    assert f"were each 0.3 points, in {held(10, 1.5):.0%} and in {held(5, 1.5):.2%}.".replace("%", " %") in told
+
+
 def leads(small: float, large: float) -> list[Row]:
     """SpectReg's over the confidence penalty."""
     return [
@@ -130,21 +145,28 @@ def test_a_projection_loses_nothing_where_its_difference_lies_within_the_margin(
 
 
 def test_ours_is_compared_with_the_methods_that_the_row_has_in_the_paper() -> None:
-    methods = {"none": 0.96, "spect-reg": 0.965, "jac-reg": 0.965, "frob-reg": 0.966, "snr-adam": 0.975, "cap": 0.95}
-    found = claims.additions("gradreg", [row("c6", methods)])
+    methods = {"none": 0.96, "spect-reg": 0.965, "double-back": 0.966, "snr-adam": 0.975, "cap": 0.95}
+    found = claims.additions("gradreg", [row("c2-dropout", methods)])
     assert [(each.claim, each.verdict, len(each.findings)) for each in found] == [
-        ("gradreg/c6 snr-adam", "held", 4),
-        ("gradreg/c6 cap", "not held", 4),
+        ("gradreg/c2-dropout snr-adam", "held", 3),
+        ("gradreg/c2-dropout cap", "not held", 3),
     ]
 
 
+def test_ours_of_a_net_and_images_that_two_rows_share_are_judged_in_one() -> None:
+    rows = [row("c2-dropout", {"none": 0.96, "cap": 0.97}), row("c6", {"none": 0.96, "spect-reg": 0.965})]
+    earlier = replace(rows[1], runs=(*rows[1].runs, *rows[0].of("cap").values()))
+    found = claims.additions("gradreg", [rows[0], earlier])
+    assert [each.claim for each in found] == ["gradreg/c2-dropout cap"]
+
+
 def test_the_section_has_the_replications_verdict_beside_ours_and_the_cost_below() -> None:
-    methods = {"none": 0.96, "spect-reg": 0.965, "jac-reg": 0.965, "frob-reg": 0.966, "spectral": 0.975}
-    text = claims_section("gradreg", [row("c6", methods)])
+    methods = {"none": 0.96, "spect-reg": 0.965, "double-back": 0.965, "spectral": 0.975}
+    text = claims_section("gradreg", [row("c2-dropout", methods)])
     assert text.startswith("| claim |  | replication | tiny, 4 epochs |\n")
     line = next(line for line in text.splitlines() if line.startswith("| gradreg (a) |"))
     assert "| not held against Batchnorm | **undecided** (0 for, 0 against, 0 open, 4 untested) |" in line
-    assert "- gradreg/c6: none 1.00, SpectReg 1.05, JacReg 1.10, FrobReg 1.15, Norm Scaling (ours) 1.20" in text
+    assert "- gradreg/c2-dropout: none 1.00, SpectReg 1.05, DoubleBack 1.10, Norm Scaling (ours) 1.15" in text
     nothing = claims_section("gradreg", [])
     assert nothing.count("**undecided**") == 5 and "| replication | nothing run |" in nothing
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from papers.tables.claims import testing
-from papers.tables.claims.testing import Comparison, findings_of, holm, judge, permutation_test, pooled, untested
+from papers.tables.claims.testing import (
+    Comparison,
+    Finding,
+    findings_of,
+    holm,
+    judge,
+    permutation_test,
+    pooled,
+    untested,
+)
 from papers.tables.results import Row
 from scipy import stats
 
@@ -56,12 +66,37 @@ def test_holm_is_the_step_down_of_bonferroni() -> None:
     assert holm([]) == []
 
 
+def p_of(found: Sequence[Finding]) -> list[float]:
+    return [each.p for each in found if each.p is not None]
+
+
+def test_comparisons_against_a_claim_are_corrected_and_those_for_it_are_not() -> None:
+    for_it, against = Comparison("a", [1.0, 1.1, 0.9]), Comparison("b", [-1.0, -1.4, -0.9])
+    (p_for,), (p_against,) = p_of(findings_of([for_it])), p_of(findings_of([against]))
+    assert p_of(findings_of([for_it, for_it, for_it])) == [p_for] * 3
+    assert p_of(findings_of([against, against])) == pytest.approx([2 * p_against] * 2)
+    assert p_of(findings_of([against, for_it, for_it])) == pytest.approx([3 * p_against, p_for, p_for])
+
+
 def test_comparisons_that_cannot_be_made_do_not_count_for_the_correction() -> None:
-    one = Comparison("a", [1.0, 1.1, 0.9])
-    assert findings_of([one, Comparison("b", missing="not run")])[0].p == findings_of([one])[0].p
-    doubled = findings_of([one, one])[0].p
-    alone = findings_of([one])[0].p
-    assert doubled is not None and alone is not None and doubled == pytest.approx(2 * alone)
+    against = Comparison("a", [-1.0, -1.1, -0.9])
+    assert findings_of([against, Comparison("b", missing="not run")])[0].p == findings_of([against])[0].p
+
+
+def test_a_claim_of_many_comparisons_is_held_where_each_alone_would_be() -> None:
+    barely = Comparison("a", [1.0, 2.0, 2.4])
+    assert [judge("x (a)", "", "", [barely] * count).verdict for count in (1, 27)] == ["held"] * 2
+    contrary = Comparison("b", [-1.0, -2.0, -2.4])
+    assert [judge("x (a)", "", "", [contrary] * count).verdict for count in (1, 27)] == ["not held", "undecided"]
+
+
+def test_noise_gives_a_verdict_on_a_claim_of_many_comparisons_as_seldom_as_its_level_says() -> None:
+    random = np.random.default_rng(2)
+    noise = [[Comparison(str(i), random.standard_normal(5).tolist()) for i in range(6)] for _ in range(120)]
+    words = [judge("x (a)", "", "", comparisons).verdict for comparisons in noise]
+    assert words.count("held") == 0 and 1 <= words.count("not held") <= 10
+    one_wrong = [[some[0], Comparison("b", [1.0, 1.1, 0.9])] for some in noise]
+    assert 1 <= [judge("x (a)", "", "", comparisons).verdict for comparisons in one_wrong].count("held") <= 10
 
 
 def test_t_test_of_noise_is_false_at_its_level() -> None:
@@ -123,11 +158,11 @@ def test_a_difference_is_small_where_its_95_percent_interval_lies_within_the_mar
     )
 
 
-def test_a_margin_is_corrected_for_like_any_other_comparison() -> None:
-    small = Comparison("a", [0.0004, -0.0003, 0.0001], margin=0.0025)
-    (alone,), doubled = findings_of([small]), findings_of([small, small])
-    assert alone.p is not None and doubled[0].p is not None
-    assert doubled[0].p == pytest.approx(2 * alone.p)
+def test_a_margin_is_corrected_for_where_a_difference_lies_beyond_it_alone() -> None:
+    for values, factor in (([0.0004, -0.0003, 0.0001], 1), ([0.0061, 0.0058, 0.0064], 2)):
+        one = Comparison("a", values, margin=0.0025)
+        (alone,), doubled = p_of(findings_of([one])), p_of(findings_of([one, one]))
+        assert doubled == pytest.approx([factor * alone] * 2)
 
 
 def test_rows_are_compared_across_by_seed_and_only_where_they_differ_in_their_network_alone() -> None:

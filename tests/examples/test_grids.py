@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from papers.published.gradreg import CELLS, SIZES
 from papers.tables import table
 from papers.tables.grid_figures import accuracy_by_size, draw_grid
-from papers.tables.grids import GRIDS, Grid, grid_table
+from papers.tables.grids import GRIDS, Grid, grid_table, lent
 from papers.tables.markdown import label, percent_over_seeds
 from papers.tables.results import Row
 
@@ -92,6 +92,28 @@ def test_percent_tells_the_deviation_and_runs_without_a_number() -> None:
 def test_one_name_of_a_method_is_told_by_its_table() -> None:
     assert label("spectral", "gradreg") == "Norm Scaling (ours)" and label("spectral", "normscale") == "spectral"
     assert label("spectral-published", "normscale") == "spectral, as published"
+
+
+def test_c6_shows_ours_from_the_same_seeds_of_the_net_that_it_shares_with_c2_and_says_so() -> None:
+    own = row("c6", {"none": 0.9, "spect-reg": 0.9}, 2)
+    shared = row("c2-dropout", {"none": 0.8, "double-back": 0.8, "cap": 0.95}, 3)
+    text = table.table_section("gradreg", [shared, own])
+    head, _, *lines = cells_of(text.partition("### C6")[2].partition("\n\n")[2].partition("\n\n")[0])
+    assert head == ["net", "", "none", "SpectReg", "JacReg", "FrobReg", "cap (ours)"]
+    ours = [shared.accuracies("cap")[seed] for seed in (0, 1)]
+    assert lines[-1][1] == "here, 2 seeds" and lines[-1][-1] == percent_over_seeds(ours)
+    note = "Ours are the runs of `gradreg/c2-dropout`: the net, images and seeds are the same."
+    assert text.count(note) == 1 and text.index("### C6") < text.index(note)
+    assert "| cap (ours) | 2 |" not in text  # among the measures of C6's own runs
+
+
+def test_c6_shows_nothing_of_runs_by_another_protocol() -> None:
+    own, shared = row("c6", {"none": 0.9}), row("c2-dropout", {"none": 0.9, "cap": 0.9})
+    other = replace(shared, protocol={**shared.protocol, "epochs": 7})
+    assert lent(C6, own, [own, other]) == own and lent(C6, own, [own]) == own
+    assert lent(C2, shared, [own, shared]) == shared
+    assert len(lent(C6, own, [own, shared]).runs) == 6
+    assert "Ours are the runs of" not in table.table_section("gradreg", [own, other])
 
 
 # --- a row, and the whole table ---------------------------------------------------------------------------------------

@@ -8,11 +8,12 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+import reproduce
 import torch
 from papers import models, published, recipes
 from papers.candidates import candidates
 from papers.methods import optimizer_for, start_orthogonal
-from papers.objective import Batch, Objective
+from papers.objective import PENALTIES, Batch, Objective
 from papers.recipe import SCALES, Recipe, completed
 from papers.recipes import find, names, rows
 
@@ -143,6 +144,27 @@ def test_gradient_regularization_has_the_reports_lambdas() -> None:
         found = [weight(f"c4-{size}/{name}") for name in ("double-back", "spect-reg", "jac-reg", "confidence-penalty")]
         assert found == lambdas
     assert len({find(name).train for name in names("gradreg/c4-*/none")}) == 9
+
+
+def test_the_same_function_of_pixels_in_0_1_has_penalties_over_the_squared_deviation() -> None:
+    deviation, text = 0.308, " ".join(reproduce.PAGE.read_text(encoding="utf-8").split())
+    assert f"`1/std² = {1 / deviation**2:.1f}` times as large" in text
+    torch.manual_seed(0)
+    model, pixels = torch.nn.Linear(6, 3).double(), torch.rand(5, 6, dtype=torch.float64, requires_grad=True)
+    images = ((pixels - 0.131) / deviation).detach().requires_grad_()
+    batch = Batch(images, torch.arange(5) % 3, projection=torch.randn(3, dtype=torch.float64))
+    for name in ("double-back", "spect-reg", "frob-reg", "jac-reg"):
+        penalty = PENALTIES[name]
+        of_pixels = penalty(model((pixels - 0.131) / deviation), pixels, batch)
+        assert of_pixels.item() == pytest.approx(penalty(model(images), images, batch).item() / deviation**2)
+
+
+def test_c6_is_c2_on_the_dropout_net_by_other_penalties_and_has_none_of_ours_a_second_time() -> None:
+    c2, c6 = (rows("gradreg")[f"gradreg/{row}"] for row in ("c2-dropout", "c6"))
+    first, again = c2[0].as_dict(), c6[0].as_dict()
+    assert {**first, "name": again["name"]} == again
+    assert [recipe.method.name for recipe in c6] == ["none", "spect-reg", "jac-reg", "frob-reg"]
+    assert [recipe.method.name for recipe in c2][-3:] == ["snr-adam", "spectral", "cap"]
 
 
 def test_candidates_decay_what_their_row_decays() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+from papers.data.images import Images
+from papers.data.reading import Split
 from papers.recipes import find
 from papers.runs import member
 from papers.tables import table
@@ -123,6 +126,15 @@ def test_facts_name_seeds_epochs_images_machine_versions_and_commit() -> None:
     assert "vgg16 (scale 1)" in text and text.endswith("CPU, 1 threads; torch 2.9.0; commit abc1234.")
     noisy = table.facts(made(f"{VGG.replace('4096', '64')}-noise20", ("snr", 0, {})))
     assert "20% of the training labels wrong" in noisy
+
+
+def test_facts_of_a_balanced_row_tell_the_images_that_its_runs_were_trained_on() -> None:
+    split = Split(torch.zeros(400, 1, 16, 16, dtype=torch.uint8), torch.arange(400) % 10)
+    mnist = Images("mnist", 10, split.x, split.y, split.x, split.y, (0.1,), (0.3,))
+    for name, count in (("gradreg/c6/none", 250), ("gradreg/c4-500/none", 256)):
+        assert len(member.chosen(find(name).scaled(TINY), mnist, 0).train_x) == count
+        row = made(name.removesuffix("/none"), ("none", 0, {}))
+        assert f"; {count} training and 128 test images of mnist; lenet5" in table.facts(row)
 
 
 # --- a table ----------------------------------------------------------------------------------------------------------

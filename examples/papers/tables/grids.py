@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from .. import published
 from ..published.gradreg import SIZES
+from .claims.ours import ours_of
 from .markdown import NOT_RUN, NOTHING, label, markdown_table, percent, percent_over_seeds
 from .results import Row
 
@@ -22,6 +23,8 @@ class Grid:
     """By row, training images, where accuracy is drawn against them."""
     reference: str = ""
     """Of the figure: the method over which others are shown too."""
+    lenders: Mapping[str, str] = field(default_factory=dict)
+    """By row, another of the same net, images and seeds, of which ours stand here too."""
 
     def methods(self, rows: Sequence[Row]) -> list[str]:
         """The paper's of any of the grid's rows, then others that were run."""
@@ -45,7 +48,12 @@ GRIDS: dict[str, tuple[Grid, ...]] = {
             {f"gradreg/c4-{size}": size for size in SIZES},
             "double-back",
         ),
-        Grid("C6: whole Jacobians and a random projection", "net", {"gradreg/c6": "Dropout"}),
+        Grid(
+            "C6: whole Jacobians and a random projection",
+            "net",
+            {"gradreg/c6": "Dropout"},
+            lenders={"gradreg/c6": "gradreg/c2-dropout"},
+        ),
     )
 }
 """By table."""
@@ -87,3 +95,23 @@ def here_line(row: Row | None, methods: Sequence[str]) -> list[str]:
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     accuracies = [[run.last("test_accuracy") for run in row.of(method).values()] for method in methods]
     return [f"here, {seeds} {'seed' if seeds == '1' else 'seeds'}", *map(percent_over_seeds, accuracies)]
+
+
+def lent(grid: Grid, row: Row, run: Sequence[Row]) -> Row:
+    """What stands in the table of a row: its own runs, and those of ours from the same seeds of its lender, where that
+    was run by the same protocol.
+
+    Args:
+        run: all rows of the paper.
+    """
+    name = grid.lenders.get(row.name)
+    lenders = [other for other in run if other.name == name and other.protocol == row.protocol]
+    runs = [one for other in lenders for one in other.runs if one.method in ours_of(other.name)]
+    return replace(row, runs=(*row.runs, *(one for one in runs if one.seed in row.seeds)))
+
+
+def lending_note(grid: Grid, rows: Sequence[Row], shown: Sequence[Row]) -> list[str]:
+    """From where rows have what they show beyond their own runs."""
+    names = [grid.lenders[own.name] for own, row in zip(rows, shown, strict=True) if len(row.runs) > len(own.runs)]
+    words = ", ".join(f"`{name}`" for name in names)
+    return [f"Ours are the runs of {words}: the net, images and seeds are the same."] if names else []

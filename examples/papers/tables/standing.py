@@ -12,18 +12,19 @@ from scipy import stats
 
 from .. import published
 from ..recipes import rows as recipes_of
-from .claims.ours import OURS
+from .claims.ours import ours_of
 from .claims.testing import SEEDS
 from .markdown import NOTHING, label, markdown_table, percent_over_seeds
 from .results import Row, in_order
 
 HEAD = ("row", "ours", "accuracy", "best of the paper's", "its accuracy", "difference", "step of ours", "of the best")
 NOTES = """\
-Test accuracy in percent after the last epoch, mean (standard deviation over seeds). The best of the paper's methods is
-the one with the highest mean here, chosen by the same test images, which favours it. Difference: ours less it, in
-percentage points, the mean over seeds that both have, with its 95 % interval from three seeds on; whether ours is ahead
-of every method of the paper is tested below the claims. Step: the time of a training step over that of the row's first
-method."""
+Test accuracy in percent after the last epoch, mean (standard deviation over the seeds of ours). The best of the paper's
+methods is the one with the highest mean over these seeds, among methods that were run from all of them; it is chosen by
+the same test images, which favours it. Difference: ours less it, in percentage points, the mean over seeds, with its
+95 % interval from three seeds on; whether ours is ahead of every method of the paper is tested below the claims. Step:
+the time of a training step over that of the row's first method."""
+TOO_FEW = "not enough seeds"
 
 
 @dataclass(frozen=True)
@@ -32,27 +33,33 @@ class Standing:
 
     row: Row
     method: str
-    best: str
+    best: str | None
+    """None where no method of the paper has all seeds of ours."""
 
     @property
     def differences(self) -> list[float]:
-        """Ours less the best, in percentage points, of every seed that both have."""
+        """Ours less the best, in percentage points, of every seed of ours."""
+        if self.best is None:
+            return []
         ours, theirs = self.row.accuracies(self.method), self.row.accuracies(self.best)
-        return [100 * (ours[seed] - theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+        return [100 * (ours[seed] - theirs[seed]) for seed in sorted(ours)]
 
     @property
     def steps(self) -> list[float | None]:
         """Of ours and of the best, over that of the row's first method; None where not timed."""
-        return [self.row.times.get(method) for method in (self.method, self.best)]
+        return [self.row.times.get(method) if method else None for method in (self.method, self.best)]
 
     @property
     def line(self) -> list[str]:
-        methods = (self.method, self.best)
-        names = [label(method, self.row.table) for method in methods]
-        accuracies = [percent_over_seeds(list(self.row.accuracies(method).values())) for method in methods]
+        ours = self.row.accuracies(self.method)
+        best, theirs = TOO_FEW, NOTHING
+        if self.best is not None:
+            accuracies = self.row.accuracies(self.best)
+            best = label(self.best, self.row.table)
+            theirs = percent_over_seeds([accuracies[seed] for seed in sorted(ours)])
         return [
             f"`{self.row.name}`, {self.row.size_in_words}",
-            *(names[0], accuracies[0], names[1], accuracies[1]),
+            *(label(self.method, self.row.table), percent_over_seeds(list(ours.values())), best, theirs),
             difference(self.differences),
             *(NOTHING if step is None else f"{step:.2f}" for step in self.steps),
         ]
@@ -65,19 +72,28 @@ def standing_section(tables: Sequence[str], rows: Sequence[Row]) -> str:
     shown = {each.row.name for each in found}
     absent = [words for table in tables if (words := not_run(table, shown))]
     parts = [in_short(found), markdown_table([HEAD, *(each.line for each in found)], texts=2), NOTES] if found else []
-    return "\n\n".join([*parts, *([f"Not run: {'; '.join(absent)}."] if absent else [])])
+    return "\n\n".join([*parts, *([f"Rows with ours that were not run: {'; '.join(absent)}."] if absent else [])])
 
 
 def standings(row: Row) -> list[Standing]:
     """Of each of ours that was run; of none where none of the paper's was."""
-    best = best_published(row)
-    return [] if best is None else [Standing(row, method, best) for method in OURS[row.table] if row.accuracies(method)]
+    if not any(row.accuracies(method) for method in published.methods(row.name)):
+        return []
+    return [
+        Standing(row, method, best_published(row, method)) for method in ours_of(row.name) if row.accuracies(method)
+    ]
 
 
-def best_published(row: Row) -> str | None:
-    """The paper's method of the highest mean accuracy."""
-    found = {method: row.accuracies(method).values() for method in published.methods(row.name)}
-    means = {method: statistics.fmean(values) for method, values in found.items() if values}
+def best_published(row: Row, ours: str) -> str | None:
+    """The paper's method of the highest mean accuracy over the seeds of ours, among those that were run from all of
+    them: a mean over fewer would be chosen for lucky seeds."""
+    seeds = row.accuracies(ours).keys()
+    found = {method: row.accuracies(method) for method in published.methods(row.name)}
+    means = {
+        method: statistics.fmean(values[seed] for seed in seeds)
+        for method, values in found.items()
+        if seeds <= values.keys()
+    }
     return max(means, key=means.__getitem__, default=None)
 
 
@@ -106,13 +122,15 @@ def in_short(found: Sequence[Standing]) -> str:
 
 def summary(table: str, method: str, found: Sequence[Standing]) -> str:
     """In how many rows, each at each of its sizes, it is ahead of the best and behind it, and at which cost."""
-    ends = [interval(each.differences) for each in found]
+    compared = [each for each in found if each.best is not None]
+    ends = [interval(each.differences) for each in compared]
     ahead = sum(each is not None and each[0] > 0 for each in ends)
     behind = sum(each is not None and each[1] < 0 for each in ends)
+    left = f"; {TOO_FEW} in {len(found) - len(compared)}" if len(found) > len(compared) else ""
     ours, best = (span([step for each in found if (step := each.steps[i]) is not None]) for i in (0, 1))
     return (
-        f"- `{table}`, {label(method, table)}: ahead of the best of the paper's in {ahead} of {len(found)} row(s), "
-        f"behind it in {behind}, by 95 % intervals; step {ours}, that of the best {best}."
+        f"- `{table}`, {label(method, table)}: ahead of the best of the paper's in {ahead} of {len(compared)} row(s), "
+        f"behind it in {behind}, by 95 % intervals{left}; step {ours}, that of the best {best}."
     )
 
 
@@ -124,9 +142,9 @@ def span(steps: Sequence[float]) -> str:
 
 
 def not_run(table: str, shown: Collection[str]) -> str:
-    """The rows that are not shown, in few words."""
-    rows = list(recipes_of(table))
+    """The rows that have ours and are not shown, in few words."""
+    rows = [name for name in recipes_of(table) if ours_of(name)]
     absent = [name.removeprefix(f"{table}/") for name in rows if name not in shown]
     if len(absent) == len(rows):
-        return f"all {len(rows)} rows of `{table}`"
+        return f"all {len(rows)} of `{table}`"
     return f"of `{table}` {', '.join(absent)}" if absent else ""

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import published
+from ..data import CLASSES
 from ..published import Cell
 from ..recipes import rows as recipes_of
 from ..runs.member import GRADIENTS, TRAIN_EVALUATED
-from .grids import GRIDS, NOTES_OF_GRIDS, Grid, grid_table
+from .grids import GRIDS, NOTES_OF_GRIDS, Grid, grid_table, lending_note, lent
 from .markdown import NOT_RUN, NOTHING, folded, label, markdown_table, over_seeds, spread
 from .results import Row, Run, in_order, largest_first
 
@@ -141,11 +142,12 @@ def published_number(measure: Measure, source: str, cell: Cell | None) -> str:
 def facts(row: Row) -> str:
     """Seeds, schedule, images, network, hardware, versions and commit."""
     protocol, about = row.protocol, [run.about for run in row.runs]
+    train = trained_on(protocol)
     options = ", ".join(f"{name} {value:g}" for name, value in protocol["model_options"].items())
     parts = [
         f"seeds {', '.join(map(str, row.seeds))}",
         f"{protocol['epochs']} epochs of batches of {protocol['batch']}",
-        f"{images(protocol['train'], 'training')} and {images(protocol['test'], 'test')} images of {protocol['data']}",
+        f"{images(train, 'training')} and {images(protocol['test'], 'test')} images of {protocol['data']}",
         f"{protocol['model']}{f' ({options})' if options else ''}",
     ]
     if protocol.get("balanced"):
@@ -156,6 +158,13 @@ def facts(row: Row) -> str:
     if any((one.get("settings") or {}).get("bf16") for one in about):
         parts.append("forward passes in bfloat16")
     return f"{'; '.join(parts)}; commit {distinct(one.get('commit') for one in about)}."
+
+
+def trained_on(protocol: Mapping[str, Any]) -> int | None:
+    """Images, None for all; of a balanced choice as many of the recipe's as the classes divide."""
+    count = protocol["train"]
+    rest = count % CLASSES[protocol["data"]] if count is not None and protocol.get("balanced") else 0
+    return None if count is None else int(count) - rest
 
 
 def images(count: int | None, part: str) -> str:
@@ -211,10 +220,12 @@ def grid_sections(
     found = []
     for size in dict.fromkeys(row.size_in_words for row in largest_first(own)):
         there = [row for row in own if row.size_in_words == size]
+        full = [lent(grid, row, run) for row in there]
         shown = pictures(grid_figures(grid, there))
         each = "\n\n".join(row_section(row, () if shown else figures(row)) for row in there)
         head = f"### {grid.title}, {size}"
-        found.append("\n\n".join([head, grid_table(grid, there), *shown, folded("All measures, row by row", each)]))
+        about = [*lending_note(grid, there, full), *shown]
+        found.append("\n\n".join([head, grid_table(grid, full), *about, folded("All measures, row by row", each)]))
     return found
 
 

@@ -99,8 +99,8 @@ def claim_e(rows: Rows, _: str) -> Verdict:
     text = "A random projection of the Jacobian loses no accuracy against the whole, differences are small (C6)"
     test = (
         "test accuracy, SpectReg's less that of each whole Jacobian's penalty, against a margin of "
-        f"{MARGIN:g} to either side: for the claim where the mean's 95 % interval (Holm's correction makes it wider) "
-        "lies within the margin, against it where it lies wholly beyond"
+        f"{MARGIN:g} to either side: for the claim where the mean's 95 % interval lies within the margin, against it "
+        "where the interval, made wider by Holm's correction, lies wholly beyond"
     )
     return judge("gradreg (e)", text, test, comparisons)
 

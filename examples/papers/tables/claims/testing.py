@@ -2,13 +2,16 @@
 
 A claim is a set of comparisons. Each is a quantity that the claim says is positive, with a value for each seed: most
 are differences of two methods from the same seed, which share data, batches and start. A comparison is decided by
-Student's t-test of its mean against 0, two-sided, at 5 % after Holm's correction over the comparisons of the claim;
-that of gaps and gradient norms by a permutation test. Where the claim says instead that a difference is small, it
-states a margin, and the mean is tested against the nearer end of ``[-margin, margin]``: significantly inside where the
-mean's 95 % interval lies within the margin, and significantly outside where it lies wholly beyond. The claim is
+Student's t-test of its mean against 0, two-sided, at 5 %; that of gaps and gradient norms by a permutation test. Where
+the claim says instead that a difference is small, it states a margin, and the mean is tested against the nearer end of
+``[-margin, margin]``: significantly inside where the mean's 95 % interval lies within the margin, and significantly
+outside where it lies wholly beyond. The claim is
 
-- **not held** where one comparison is significantly negative, or outside its margin;
-- **held** where all are significantly positive, or inside their margins, in all rows that the claim names;
+- **not held** where one comparison is significantly negative, or outside its margin. One of many suffices, so these are
+  tested at 5 % after Holm's correction over the comparisons of the claim;
+- **held** where all are significantly positive, or inside their margins, in all rows that the claim names. That needs
+  no correction: a claim that is wrong in one comparison is held only if that one errs, however many there are (an
+  intersection-union test; Berger, Technometrics 1982);
 - **undecided** otherwise, as with fewer than three seeds, rows that were not run, or values that were not finite.
   Values that are alike in all seeds have no spread to test by, and decide nothing.
 """
@@ -18,7 +21,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy import stats
@@ -49,7 +52,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Finding:
-    """A comparison and its two-sided p-value, corrected; None where it was not tested."""
+    """A comparison and its two-sided p-value, corrected where its mean is against the claim; None where it was not
+    tested."""
 
     what: str
     mean: float | None
@@ -62,7 +66,7 @@ class Finding:
         """1 or -1 where significantly for or against the claim, else 0."""
         if self.p is None or self.mean is None or self.p > LEVEL:
             return 0
-        return 1 if (self.mean > 0 if self.margin is None else abs(self.mean) < self.margin) else -1
+        return 1 if favourable(self.mean, self.margin) else -1
 
     def __str__(self) -> str:
         if self.mean is None:
@@ -95,15 +99,31 @@ def conclude(claim: str, text: str, test: str, findings: Sequence[Finding]) -> V
 
 
 def findings_of(comparisons: Sequence[Comparison]) -> list[Finding]:
-    """Student's t-tests, corrected by Holm over those that could be made."""
-    raw = [t_test(each.values, each.margin) for each in comparisons]
-    corrected = iter(holm([p for p in raw if p is not None]))
+    """Student's t-tests. Against the claim, p-values are corrected by Holm over the tests that could be made; a
+    comparison in favour counts among them as one without any evidence against."""
     found = []
-    for each, p in zip(comparisons, raw, strict=True):
-        mean = statistics.fmean(each.values) if each.values else None
+    for each in comparisons:
+        mean, p = statistics.fmean(each.values) if each.values else None, t_test(each.values, each.margin)
         missing = each.missing or ("" if p is not None else untested(each.values))
-        found.append(Finding(each.what, mean, None if p is None else next(corrected), missing, each.margin))
+        found.append(Finding(each.what, mean, p, missing, each.margin))
+    tested = [i for i, each in enumerate(found) if each.p is not None]
+    against = holm([contrary(found[i]) for i in tested])
+    for i, p in zip(tested, against, strict=True):
+        if contrary(found[i]) < 1:
+            found[i] = replace(found[i], p=p)
     return found
+
+
+def contrary(finding: Finding) -> float:
+    """The p-value of a tested comparison as evidence against the claim: 1 where its mean is in favour."""
+    if finding.mean is None or finding.p is None or favourable(finding.mean, finding.margin):
+        return 1.0
+    return finding.p
+
+
+def favourable(mean: float, margin: float | None) -> bool:
+    """Whether a mean is on the claim's side."""
+    return mean > 0 if margin is None else abs(mean) < margin
 
 
 def t_test(values: Values, margin: float | None = None) -> float | None:
