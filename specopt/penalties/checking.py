@@ -34,17 +34,20 @@ def check_differentiable(inputs: Any, output: object) -> None:
         )
 
 
-def check_logits(logits: Any, inputs: Tensor | None) -> None:
-    """Raises:
-    TypeError: no tensor of floating point numbers.
-    ValueError: not (B, C) with B the inputs' samples and at least one class."""
+def check_logits(logits: Any, inputs: Any) -> None:
+    """Of inputs that are no tensor, such as a dict of them, the samples are not counted.
+
+    Raises:
+        TypeError: no tensor of floating point numbers.
+        ValueError: not (B, C) with B the inputs' samples and at least one class.
+    """
     if not is_floating(logits):
         raise TypeError(f"output must be, or compute, one tensor of floating point logits (B, C), got {kind(logits)}")
     if logits.dim() != 2 or logits.numel() == 0:
         raise ValueError(
             f"output must be logits (B, C) with at least one sample and one class, got {tuple(logits.shape)}"
         )
-    if inputs is not None and (inputs.dim() == 0 or len(inputs) != len(logits)):
+    if isinstance(inputs, Tensor) and (inputs.dim() == 0 or len(inputs) != len(logits)):
         raise ValueError(f"output has {len(logits)} samples, but inputs are {tuple(inputs.shape)}")
 
 

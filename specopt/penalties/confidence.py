@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from torch import Tensor
 
 from .checking import check_number
-from .graph import Output, logits_of, without_autocast
+from .graph import logits_of, without_autocast
 
 
 def confidence_penalty(
-    output: Output, inputs: Tensor | None = None, *, reduction: Literal["mean", "sum"] = "mean", eps: float = 0.0
+    output: Tensor | Callable[[Any], Tensor],
+    inputs: Any = None,
+    *,
+    reduction: Literal["mean", "sum"] = "mean",
+    eps: float = 0.0,
 ) -> Tensor:
     """``1/B Σ_i Σ_c p_c log(p_c + eps)``: minus the mean entropy of ``p = softmax(logits)``, in [−log C, 0].
 

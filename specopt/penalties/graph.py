@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ def graph_of(output: Output, inputs: Tensor) -> Graph:
     return Graph(logits, inputs)
 
 
-def logits_of(output: Output, inputs: Tensor | None) -> Tensor:
+def logits_of(output: Tensor | Callable[[Any], Tensor], inputs: Any) -> Tensor:
     """In float32, or float64 where they are of that; what ``output`` gives for the inputs where it is a callable.
 
     Raises:

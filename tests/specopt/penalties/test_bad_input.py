@@ -153,6 +153,10 @@ def test_confidence_penalty_of_a_model_needs_inputs_of_any_type_the_model_takes(
     with pytest.raises(ValueError, match="inputs must be given where output is a callable"):
         confidence_penalty(net())
     assert confidence_penalty(nn.Embedding(7, 3), torch.tensor([1, 2])).requires_grad
+    linear = net()
+    for inputs in ({"x": X}, (X, X), [X]):
+        found = confidence_penalty(lambda given: linear(given["x"] if isinstance(given, dict) else given[0]), inputs)
+        torch.testing.assert_close(found, confidence_penalty(linear, X))
 
 
 # --- targets and losses ---------------------------------------------------------------------------------------------
