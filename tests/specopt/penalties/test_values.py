@@ -152,6 +152,35 @@ def test_confidence_penalty_is_exact_for_uniform_and_for_certain_predictions() -
     assert found.item() == 0 and gradient.count_nonzero() == 0
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+def test_a_masked_class_leaves_the_confidence_penalty_and_its_derivatives_of_the_others(eps: float) -> None:
+    """The others' alone, as the mask adds 0 to the sum and nothing to a gradient of the first or second order."""
+
+    def derivatives(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value = confidence_penalty(logits, eps=eps)
+        (first,) = torch.autograd.grad(value, logits, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), logits)
+        return value, first, second
+
+    others = images(3, 4).requires_grad_()
+    masked = torch.cat([others.detach(), torch.full((3, 1), -torch.inf, dtype=torch.float64)], dim=1).requires_grad_()
+    value, first, second = derivatives(masked)
+    torch.testing.assert_close((value, first[:, :4], second[:, :4]), derivatives(others))
+    assert not first[:, 4].any() and not second[:, 4].any()
+
+
+def test_an_eps_below_the_numbers_of_the_precision_is_none() -> None:
+    logits = torch.tensor([[0.0, 1.0, -200.0]], requires_grad=True)
+    found, expected = confidence_penalty(logits, eps=1e-50), confidence_penalty(logits)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, logits), torch.autograd.grad(expected, logits))
+
+
+def test_the_confidence_penalty_of_logits_that_are_no_distribution_is_nan() -> None:
+    for wrong in ([0.0, torch.nan], [0.0, torch.inf], [-torch.inf, -torch.inf]):
+        assert confidence_penalty(torch.tensor([[1.0, 2.0], wrong])).isnan()
+
+
 @pytest.mark.parametrize("penalty", [frob_reg, jac_reg, spect_reg, confidence_penalty])
 def test_logits_and_model_give_the_same(penalty: object) -> None:
     assert callable(penalty)
