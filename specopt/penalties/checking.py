@@ -103,6 +103,17 @@ def check_projections(z: Any) -> None:
         raise ValueError("z must not come from torch.inference_mode(): clone it outside of it")
 
 
+def check_directions(z: Tensor) -> None:
+    """That projections have lengths to be divided by. On a CPU alone: elsewhere it would wait for the device, and one
+    of zeros makes the penalty NaN.
+
+    Raises:
+        ValueError: a projection of zeros.
+    """
+    if z.device.type == "cpu" and not bool(z.any(dim=-1).all()):
+        raise ValueError("z must have a length other than 0 in each projection where normalized=True, got zeros")
+
+
 def check_count(name: str, value: Any) -> None:
     """Raises:
     ValueError: not an integer of at least 1."""

@@ -12,6 +12,7 @@ from .checking import (
     check_classes,
     check_count,
     check_differentiable,
+    check_directions,
     check_losses,
     check_projections,
     check_targets,
@@ -98,7 +99,8 @@ def spect_reg(
         output: logits (B, C), or the model.
         inputs: (B, ...).
         per_sample: draw a z for each sample.
-        normalized: divide each z by its length.
+        normalized: divide each z by its length, whatever its scale. One of zeros, which has none, is refused on a CPU;
+            on a device, where that would be a wait, it makes the penalty NaN.
         projections: n. They take n times the memory and the work of one.
         generator: that z is drawn by, on its own device, in float32 (float64 for float64 logits); else torch's default
             of the logits' device.
@@ -106,7 +108,7 @@ def spect_reg(
 
     Raises:
         TypeError, ValueError, RuntimeError: what no such gradient can be taken of, by name; z beside an option of
-            the draw.
+            the draw; z of zeros that are to be normalized.
     """
     check_count("projections", projections)
     _check_draw(z, per_sample, projections, generator)
@@ -114,7 +116,7 @@ def spect_reg(
     with without_autocast(graph.logits.device):
         cotangents = _drawn(graph.logits, per_sample, projections, generator) if z is None else _given(z, graph.logits)
         if normalized:
-            cotangents = cotangents / torch.linalg.vector_norm(cotangents, dim=-1, keepdim=True)
+            cotangents = _unit(cotangents)
         return graph.mean_square(graph.derivatives(cotangents)) / len(cotangents)
 
 
@@ -154,6 +156,18 @@ def _given(z: Tensor, logits: Tensor) -> Tensor:
         raise ValueError(f"z must be on the logits' device, {logits.device}, got {z.device}")
     z = z.detach().to(logits.dtype)
     return z if z.dim() == 3 else z.expand(1, samples, classes)
+
+
+def _unit(z: Tensor) -> Tensor:
+    """``z / ‖z‖₂`` along the last dimension, by way of the largest entry, whose square neither vanishes nor overflows.
+
+    Raises:
+        ValueError: zeros, on a CPU.
+    """
+    check_directions(z)
+    z = z / z.abs().amax(dim=-1, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    return z / length
 
 
 def _check_draw(z: Tensor | None, per_sample: bool, projections: int, generator: Generator | None) -> None:

@@ -268,6 +268,15 @@ def test_given_projections_beside_an_option_of_the_draw_are_refused(name: str, o
         spect_reg(not_called, X, z=torch.ones(3), **{name: option})
 
 
+@pytest.mark.parametrize("shape", [(3,), (4, 3), (2, 4, 3)])
+def test_a_given_projection_of_zeros_cannot_be_normalized(shape: tuple[int, ...]) -> None:
+    z = torch.ones(shape)
+    z[(*(-1 for _ in shape[1:]),)] = 0
+    with pytest.raises(ValueError, match=r"z must have a length other than 0 in each projection .* got zeros"):
+        spect_reg(net(), X, z=z, normalized=True)
+    assert spect_reg(net(), X, z=z).isfinite()
+
+
 def test_projections_or_a_generator_of_another_type_are_refused() -> None:
     with pytest.raises(TypeError, match=r"z must be a tensor of floating point numbers, got torch\.int64"):
         spect_reg(not_called, X, z=torch.ones(3).long())

@@ -92,6 +92,13 @@ def test_spect_reg_of_given_projections_equals_that_of_explicit_jacobians(kind: 
     assert_same(spect_reg(net, x, z=z, normalized=normalized), torch.stack(found).mean(), net)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_normalized_projections_have_length_one_whatever_their_scale(scale: float) -> None:
+    linear, x, z = nn.Linear(5, 4), images(6, 5, dtype=torch.float32), images(4, seed=3, dtype=torch.float32)
+    expected = (z / z.norm() @ linear.weight).square().sum()
+    assert_same(spect_reg(linear, x, z=scale * z, normalized=True), expected, linear)
+
+
 def test_double_backprop_of_a_linear_model_is_its_closed_form() -> None:
     """The gradient of the cross entropy by the input is W^T (p − e_y)."""
     linear, x, targets = nn.Linear(5, 4).double(), images(6, 5), labels(6, 4)
