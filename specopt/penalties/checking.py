@@ -70,7 +70,7 @@ def check_targets(targets: Any, inputs: Tensor, *, classes: bool) -> None:
 
 def check_classes(targets: Tensor, logits: Tensor) -> None:
     """That class indices are among the logits'. On a CPU alone: elsewhere it would wait for the device, on which
-    torch's own cross entropy checks them.
+    cross_entropy checks them, -100 among them.
 
     Raises:
         ValueError: an index out of range.

@@ -22,10 +22,18 @@ from .graph import Output, graph_of, without_autocast
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Of logits (B, C) and targets: a loss a sample, (B,)."""
 
+NO_INDEX = torch.iinfo(torch.int64).min
+"""One that no target has, for an option of torch that cannot be switched off."""
+
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """``−log softmax(logits_i)[targets_i]`` of each sample: (B,), for logits (B, C) and class indices (B,)."""
-    return F.cross_entropy(logits, targets, reduction="none")
+    """``−log softmax(logits_i)[targets_i]`` of each sample: (B,), for logits (B, C) and class indices (B,). No index is
+    ignored: of -100, which torch ignores by default, there is as little a class as of any other out of range.
+
+    Raises:
+        IndexError: an index out of range, on a CPU. The kernels of CUDA and XPU stop at their own check of it.
+    """
+    return F.cross_entropy(logits, targets, reduction="none", ignore_index=NO_INDEX)
 
 
 def double_backprop(output: Output, inputs: Tensor, targets: Tensor, *, loss: Loss = cross_entropy) -> Tensor:

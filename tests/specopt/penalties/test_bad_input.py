@@ -190,6 +190,15 @@ def test_targets_out_of_range_are_refused(penalty: Callable[..., Tensor], wrong:
         penalty(net(), X, targets)
 
 
+@pytest.mark.parametrize("wrong", [-1, 3, -100])
+def test_cross_entropy_itself_ignores_no_target(wrong: int) -> None:
+    """What refuses it on a device, where the penalties do not look at targets."""
+    targets = TARGETS.clone()
+    targets[2] = wrong
+    with pytest.raises(IndexError, match=f"Target {wrong} is out of bounds"):
+        cross_entropy(net()(X), targets)
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
