@@ -54,7 +54,7 @@ class Graph:
         Where vmap cannot, a backward pass for each k: of the same memory, K times the launches, and what vmap did until
         it failed. That is so for operations without a rule in torch, and for batch, instance and layer norm with
         weights of another dtype than their input, as under autocast: torch's rules multiply the gradient by the
-        weight, which promotes it, and then call a kernel that takes gradient and input of one dtype.
+        weight, which promotes it, and then call a kernel that takes gradient and input of one dtype only.
 
         Samples that depend on each other give ``Σ_j z_jk^T ∂g(x_j)/∂x_i``.
         """
