@@ -34,17 +34,20 @@ def check_differentiable(inputs: Any, output: object) -> None:
         )
 
 
-def check_logits(logits: Any, inputs: Tensor | None) -> None:
-    """Raises:
-    TypeError: no tensor of floating point numbers.
-    ValueError: not (B, C) with B the inputs' samples and at least one class."""
+def check_logits(logits: Any, inputs: Any) -> None:
+    """Of inputs that are no tensor, such as a dict of them, the samples are not counted.
+
+    Raises:
+        TypeError: no tensor of floating point numbers.
+        ValueError: not (B, C) with B the inputs' samples and at least one class.
+    """
     if not is_floating(logits):
         raise TypeError(f"output must be, or compute, one tensor of floating point logits (B, C), got {kind(logits)}")
     if logits.dim() != 2 or logits.numel() == 0:
         raise ValueError(
             f"output must be logits (B, C) with at least one sample and one class, got {tuple(logits.shape)}"
         )
-    if inputs is not None and (inputs.dim() == 0 or len(inputs) != len(logits)):
+    if isinstance(inputs, Tensor) and (inputs.dim() == 0 or len(inputs) != len(logits)):
         raise ValueError(f"output has {len(logits)} samples, but inputs are {tuple(inputs.shape)}")
 
 
@@ -67,7 +70,7 @@ def check_targets(targets: Any, inputs: Tensor, *, classes: bool) -> None:
 
 def check_classes(targets: Tensor, logits: Tensor) -> None:
     """That class indices are among the logits'. On a CPU alone: elsewhere it would wait for the device, on which
-    torch's own cross entropy checks them.
+    cross_entropy checks them, -100 among them.
 
     Raises:
         ValueError: an index out of range.
@@ -98,6 +101,17 @@ def check_projections(z: Any) -> None:
         raise TypeError(f"z must be a tensor of floating point numbers, got {kind(z)}")
     if z.is_inference():
         raise ValueError("z must not come from torch.inference_mode(): clone it outside of it")
+
+
+def check_directions(z: Tensor) -> None:
+    """That projections have lengths to be divided by. On a CPU alone: elsewhere it would wait for the device, and one
+    of zeros makes the penalty NaN.
+
+    Raises:
+        ValueError: a projection of zeros.
+    """
+    if z.device.type == "cpu" and not bool(z.any(dim=-1).all()):
+        raise ValueError("z must have a length other than 0 in each projection where normalized=True, got zeros")
 
 
 def check_count(name: str, value: Any) -> None:

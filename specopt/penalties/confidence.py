@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Callable
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from .checking import check_number
-from .graph import Output, logits_of, without_autocast
+from .graph import logits_of, without_autocast
 
 
 def confidence_penalty(
-    output: Output, inputs: Tensor | None = None, *, reduction: Literal["mean", "sum"] = "mean", eps: float = 0.0
+    output: Tensor | Callable[[Any], Tensor],
+    inputs: Any = None,
+    *,
+    reduction: Literal["mean", "sum"] = "mean",
+    eps: float = 0.0,
 ) -> Tensor:
     """``1/B Σ_i Σ_c p_c log(p_c + eps)``: minus the mean entropy of ``p = softmax(logits)``, in [−log C, 0].
 
@@ -21,7 +28,8 @@ def confidence_penalty(
     ``eps=1e-6``, so that beside a mean loss their λ is ours divided by B: ``λ_sum = λ_mean / B``.
 
     With ``eps`` 0 the logarithm is that of log_softmax, exact however small p is. With ``eps > 0`` the value is up to
-    ``C·eps`` above it. No gradient by the inputs is taken: they may be anything that the model takes, and under
+    ``C·eps`` above it. A class whose logit is ``-inf``, masked as not possible, adds 0 and has no gradient; the others
+    have theirs. No gradient by the inputs is taken: they may be anything that the model takes, and under
     ``torch.no_grad()`` this is a number to log.
 
     Args:
@@ -41,5 +49,8 @@ def confidence_penalty(
     with without_autocast(logits.device):
         log_p = logits.log_softmax(dim=1)
         p = log_p.exp()
-        negative_entropy = (p * ((p + eps).log() if eps else log_p)).sum()
+        adds = eps >= torch.finfo(p.dtype).tiny  # less is nothing beside p, and log(0) where p has underflowed
+        # 0 in place of -inf, as 0 times that would be NaN
+        logarithm = (p + eps).log() if adds else log_p.masked_fill(log_p == -math.inf, 0)
+        negative_entropy = (p * logarithm).sum()
         return negative_entropy / len(logits) if reduction == "mean" else negative_entropy

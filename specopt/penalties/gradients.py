@@ -12,6 +12,7 @@ from .checking import (
     check_classes,
     check_count,
     check_differentiable,
+    check_directions,
     check_losses,
     check_projections,
     check_targets,
@@ -21,10 +22,18 @@ from .graph import Output, graph_of, without_autocast
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Of logits (B, C) and targets: a loss a sample, (B,)."""
 
+NO_INDEX = torch.iinfo(torch.int64).min
+"""One that no target has, for an option of torch that cannot be switched off."""
+
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """``−log softmax(logits_i)[targets_i]`` of each sample: (B,), for logits (B, C) and class indices (B,)."""
-    return F.cross_entropy(logits, targets, reduction="none")
+    """``−log softmax(logits_i)[targets_i]`` of each sample: (B,), for logits (B, C) and class indices (B,). No index is
+    ignored: of -100, which torch ignores by default, there is as little a class as of any other out of range.
+
+    Raises:
+        IndexError: an index out of range, on a CPU. The kernels of CUDA and XPU stop at their own check of it.
+    """
+    return F.cross_entropy(logits, targets, reduction="none", ignore_index=NO_INDEX)
 
 
 def double_backprop(output: Output, inputs: Tensor, targets: Tensor, *, loss: Loss = cross_entropy) -> Tensor:
@@ -98,7 +107,8 @@ def spect_reg(
         output: logits (B, C), or the model.
         inputs: (B, ...).
         per_sample: draw a z for each sample.
-        normalized: divide each z by its length.
+        normalized: divide each z by its length, whatever its scale. One of zeros, which has none, is refused on a CPU;
+            on a device, where that would be a wait, it makes the penalty NaN.
         projections: n. They take n times the memory and the work of one.
         generator: that z is drawn by, on its own device, in float32 (float64 for float64 logits); else torch's default
             of the logits' device.
@@ -106,7 +116,7 @@ def spect_reg(
 
     Raises:
         TypeError, ValueError, RuntimeError: what no such gradient can be taken of, by name; z beside an option of
-            the draw.
+            the draw; z of zeros that are to be normalized.
     """
     check_count("projections", projections)
     _check_draw(z, per_sample, projections, generator)
@@ -114,7 +124,7 @@ def spect_reg(
     with without_autocast(graph.logits.device):
         cotangents = _drawn(graph.logits, per_sample, projections, generator) if z is None else _given(z, graph.logits)
         if normalized:
-            cotangents = cotangents / torch.linalg.vector_norm(cotangents, dim=-1, keepdim=True)
+            cotangents = _unit(cotangents)
         return graph.mean_square(graph.derivatives(cotangents)) / len(cotangents)
 
 
@@ -154,6 +164,18 @@ def _given(z: Tensor, logits: Tensor) -> Tensor:
         raise ValueError(f"z must be on the logits' device, {logits.device}, got {z.device}")
     z = z.detach().to(logits.dtype)
     return z if z.dim() == 3 else z.expand(1, samples, classes)
+
+
+def _unit(z: Tensor) -> Tensor:
+    """``z / ‖z‖₂`` along the last dimension, by way of the largest entry, whose square neither vanishes nor overflows.
+
+    Raises:
+        ValueError: zeros, on a CPU.
+    """
+    check_directions(z)
+    z = z / z.abs().amax(dim=-1, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    return z / length
 
 
 def _check_draw(z: Tensor | None, per_sample: bool, projections: int, generator: Generator | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,16 +51,28 @@ class Graph:
         cotangents depend on. One backward pass, vectorized over k by torch.func.vmap: ``is_grads_batched`` of
         autograd.grad is an older one, which loops over k in convolutions, pooling and batch norm.
 
+        Where vmap cannot, a backward pass for each k: of the same memory, K times the launches, and what vmap did until
+        it failed. That is so for operations without a rule in torch, and for batch, instance and layer norm with
+        weights of another dtype than their input, as under autocast: torch's rules multiply the gradient by the
+        weight, which promotes it, and then call a kernel that takes gradient and input of one dtype only.
+
         Samples that depend on each other give ``Σ_j z_jk^T ∂g(x_j)/∂x_i``.
         """
+        found = self._vectorized(cotangents) if len(cotangents) > 1 else None
+        return torch.stack([self.gradient(self.logits, z) for z in cotangents]) if found is None else found
 
-        def product(z: Tensor) -> Tensor:
-            return self.gradient(self.logits, z)
-
-        if len(cotangents) == 1:  # without vmap, for which some operations have no rule
-            return product(cotangents[0])[None]
+    def _vectorized(self, cotangents: Tensor) -> Tensor | None:
+        """None where vmap fails. Torch has no one error for that; one with another reason comes again without vmap,
+        except that of memory, which is not to be asked for twice."""
         # what a model that is itself checkpointed computes again is one mask for all k, that of its forward
-        return torch.func.vmap(product, randomness="same")(cotangents)
+        product = torch.func.vmap(lambda z: self.gradient(self.logits, z), randomness="same")
+        try:
+            found: Tensor = product(cotangents)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return None
+        return found
 
     def mean_square(self, gradients: Tensor) -> Tensor:
         """``1/B Σ_i`` of the squares of gradients (K, B, ...), in the logits' precision."""
@@ -83,7 +96,7 @@ def graph_of(output: Output, inputs: Tensor) -> Graph:
     return Graph(logits, inputs)
 
 
-def logits_of(output: Output, inputs: Tensor | None) -> Tensor:
+def logits_of(output: Tensor | Callable[[Any], Tensor], inputs: Any) -> Tensor:
     """In float32, or float64 where they are of that; what ``output`` gives for the inputs where it is a callable.
 
     Raises:

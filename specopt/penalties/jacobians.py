@@ -43,6 +43,9 @@ def frob_reg(output: Output, inputs: Tensor, *, chunk: int | None = None, max_by
     ``chunk`` classes at a time need ``chunk/C`` of this, in the backward pass too: each chunk is computed again there
     (torch.utils.checkpoint), for one more backward pass through the model.
 
+    Where torch's vmap fails on the model's backward pass, as with batch or layer norm under autocast, there is one pass
+    for each class in place of one for all: of the same memory, C times the launches.
+
     Args:
         output: logits (B, C), or the model.
         inputs: (B, ...).

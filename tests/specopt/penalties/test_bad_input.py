@@ -153,6 +153,10 @@ def test_confidence_penalty_of_a_model_needs_inputs_of_any_type_the_model_takes(
     with pytest.raises(ValueError, match="inputs must be given where output is a callable"):
         confidence_penalty(net())
     assert confidence_penalty(nn.Embedding(7, 3), torch.tensor([1, 2])).requires_grad
+    linear = net()
+    for inputs in ({"x": X}, (X, X), [X]):
+        found = confidence_penalty(lambda given: linear(given["x"] if isinstance(given, dict) else given[0]), inputs)
+        torch.testing.assert_close(found, confidence_penalty(linear, X))
 
 
 # --- targets and losses ---------------------------------------------------------------------------------------------
@@ -184,6 +188,15 @@ def test_targets_out_of_range_are_refused(penalty: Callable[..., Tensor], wrong:
     targets[2] = wrong
     with pytest.raises(ValueError, match=f"targets must be class indices from 0 to 2, got {wrong}"):
         penalty(net(), X, targets)
+
+
+@pytest.mark.parametrize("wrong", [-1, 3, -100])
+def test_cross_entropy_itself_ignores_no_target(wrong: int) -> None:
+    """What refuses it on a device, where the penalties do not look at targets."""
+    targets = TARGETS.clone()
+    targets[2] = wrong
+    with pytest.raises(IndexError, match=f"Target {wrong} is out of bounds"):
+        cross_entropy(net()(X), targets)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +275,15 @@ def test_projections_of_another_shape_are_refused(shape: tuple[int, ...]) -> Non
 def test_given_projections_beside_an_option_of_the_draw_are_refused(name: str, option: Any) -> None:
     with pytest.raises(ValueError, match=f"z takes the place of what is drawn, so that {name} cannot be given"):
         spect_reg(not_called, X, z=torch.ones(3), **{name: option})
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 3), (2, 4, 3)])
+def test_a_given_projection_of_zeros_cannot_be_normalized(shape: tuple[int, ...]) -> None:
+    z = torch.ones(shape)
+    z[(*(-1 for _ in shape[1:]),)] = 0
+    with pytest.raises(ValueError, match=r"z must have a length other than 0 in each projection .* got zeros"):
+        spect_reg(net(), X, z=z, normalized=True)
+    assert spect_reg(net(), X, z=z).isfinite()
 
 
 def test_projections_or_a_generator_of_another_type_are_refused() -> None:

@@ -106,6 +106,15 @@ def test_the_stated_bytes_are_those_of_the_peak_up_to_a_factor_of_three_halves(
     assert 2 / 3 < peak / stated < 3 / 2
 
 
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_where_vmap_fails_a_pass_for_each_class_stays_within_the_stated_bytes(chunk: int | None) -> None:
+    net, x = lenet(size=20, classes=20, norm=True), images(8, 1, 20, 20, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        stated = (chunk or 20) * class_bytes(graph_of(net, x))
+        _, peak = peaks(frob_reg, net, x, chunk=chunk)
+    assert 1 / 2 < peak / stated < 1
+
+
 @pytest.mark.parametrize("penalty", EXACT)
 def test_what_exceeds_the_budget_is_refused_with_a_chunk_that_fits_before_memory_is_taken(
     penalty: Callable[..., Tensor],

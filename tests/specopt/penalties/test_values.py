@@ -92,6 +92,13 @@ def test_spect_reg_of_given_projections_equals_that_of_explicit_jacobians(kind: 
     assert_same(spect_reg(net, x, z=z, normalized=normalized), torch.stack(found).mean(), net)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_normalized_projections_have_length_one_whatever_their_scale(scale: float) -> None:
+    linear, x, z = nn.Linear(5, 4), images(6, 5, dtype=torch.float32), images(4, seed=3, dtype=torch.float32)
+    expected = (z / z.norm() @ linear.weight).square().sum()
+    assert_same(spect_reg(linear, x, z=scale * z, normalized=True), expected, linear)
+
+
 def test_double_backprop_of_a_linear_model_is_its_closed_form() -> None:
     """The gradient of the cross entropy by the input is W^T (p − e_y)."""
     linear, x, targets = nn.Linear(5, 4).double(), images(6, 5), labels(6, 4)
@@ -150,6 +157,35 @@ def test_confidence_penalty_is_exact_for_uniform_and_for_certain_predictions() -
     found = confidence_penalty(certain)
     (gradient,) = torch.autograd.grad(found, certain)
     assert found.item() == 0 and gradient.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+def test_a_masked_class_leaves_the_confidence_penalty_and_its_derivatives_of_the_others(eps: float) -> None:
+    """The others' alone, as the mask adds 0 to the sum and nothing to a gradient of the first or second order."""
+
+    def derivatives(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value = confidence_penalty(logits, eps=eps)
+        (first,) = torch.autograd.grad(value, logits, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), logits)
+        return value, first, second
+
+    others = images(3, 4).requires_grad_()
+    masked = torch.cat([others.detach(), torch.full((3, 1), -torch.inf, dtype=torch.float64)], dim=1).requires_grad_()
+    value, first, second = derivatives(masked)
+    torch.testing.assert_close((value, first[:, :4], second[:, :4]), derivatives(others))
+    assert not first[:, 4].any() and not second[:, 4].any()
+
+
+def test_an_eps_below_the_numbers_of_the_precision_is_none() -> None:
+    logits = torch.tensor([[0.0, 1.0, -200.0]], requires_grad=True)
+    found, expected = confidence_penalty(logits, eps=1e-50), confidence_penalty(logits)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, logits), torch.autograd.grad(expected, logits))
+
+
+def test_the_confidence_penalty_of_logits_that_are_no_distribution_is_nan() -> None:
+    for wrong in ([0.0, torch.nan], [0.0, torch.inf], [-torch.inf, -torch.inf]):
+        assert confidence_penalty(torch.tensor([[1.0, 2.0], wrong])).isnan()
 
 
 @pytest.mark.parametrize("penalty", [frob_reg, jac_reg, spect_reg, confidence_penalty])
