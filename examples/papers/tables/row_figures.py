@@ -124,6 +124,7 @@ def draw_curves(axes: Axes, row: Row, name: str) -> None:
         shown += [value for value in mean.tolist() if math.isfinite(value) and value > 0]
     if name.endswith("loss") and shown and max(shown) > 20 * statistics.median(shown):
         axes.set_yscale("log", nonpositive="clip")
+        axes.set_ylim(bottom=min(shown) / 2)  # a deviation above the mean would reach down to nothing
 
 
 def finish(axes: Axes, what: str) -> None:
