@@ -36,7 +36,7 @@ from ..tracker.halves import First, kept_columns, on_right
 from .cut import count_of, is_distributed, local_of, spread
 from .exchange import Exchange, now
 from .pairs import exact_triplets, own_columns, own_rows
-from .triplets import Basis, factors, gram, mixed, solved
+from .triplets import Basis, candidates, factors, gram, mixed, solved
 from .views import ShardedMatrix
 
 
@@ -173,6 +173,7 @@ class _Side:
         self.k, self.a = matrix.columns, probe_columns(matrix.block)
         self.r = kept_columns(self.k)
         self.seen: list[tuple[Tensor, Tensor]] = []
+        self.candidates: Tensor | None = None
         self.left = self.right = torch.empty(0)
         """u₁ and v₁ as first columns, by the last half product: of them this rank's part."""
 
@@ -206,8 +207,8 @@ class _Side:
         return triplets.sigma[0, 0], residual[0]
 
     def turn_in_pieces(self, total: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """The same with the Gram matrix of ``[Y | P | U | P_before]``; and whether the next U has random columns, to be
-        made orthonormal once :meth:`again`."""
+        """The same with the Gram matrix of ``[Y | P | U | P_before]``; and whether that does not tell enough of the
+        next U, which is to be made :meth:`again` from what is kept as ``candidates``."""
         k, r, a = self.k, self.r, self.a
         width = k + a
         values, rotation, inverse = (found[0] for found in solved([total[:k, :k]], self.product.dtype))
@@ -229,21 +230,24 @@ class _Side:
         if a:
             eye = scale * torch.eye(a, dtype=total.dtype, device=total.device)
             mixing[k:width, k - a :], mixing[width + k :, k - a :] = eye, -eye
-        factor, dropped = factors(total[None], mixing[None])
         starts = self.starts[self.cut.rows] * self.cut.shape[0] ** -0.5
-        made = mixed(Basis(torch.cat([self.product, self.other], 1), mixing, starts), factor[0], dropped[0])
-        image = self.product[:, :k] @ (rotation * inverse)[:, :1].to(made.dtype)
-        turned = self.basis[:, :k] @ rotation.to(made.dtype)
-        self.other[:, :k] = made
+        basis = Basis(torch.cat([self.product, self.other], 1), mixing, starts)
+        factor, dropped, settled = factors(total, mixing)
+        made = mixed(basis, factor) if settled else candidates(basis, total, dropped)
+        self.candidates = None if settled else made
+        image = self.product[:, :k] @ (rotation * inverse)[:, :1].to(self.product.dtype)
+        turned = self.basis[:, :k] @ rotation.to(self.basis.dtype)
+        self.other[:, :k] = made  # in the dtype of the state
         self.basis[:, :k] = turned
         self._take(image, turned, valid=True)
-        return sigma, residual, bool(dropped.any())
+        return sigma, residual, not settled
 
     def again(self, total: Tensor) -> None:
-        """A basis with random columns made orthonormal, from its Gram matrix."""
+        """The next basis from the Gram matrix of its candidates themselves."""
+        assert self.candidates is not None
         factor, _ = kernels.orthonormalizers(total[None], threshold=CLOSE)
-        block = self.other[:, : self.k]
-        block.copy_(block.to(total.dtype) @ factor[0])
+        self.other[:, : self.k] = self.candidates @ factor[0]
+        self.candidates = None
 
     def _take(self, image: Tensor, basis: Tensor, valid: bool) -> None:
         if self.halves < 2 and valid:
@@ -259,8 +263,8 @@ class _Side:
             other[:, self.k :] = product[:, self.k :]
 
 
-CLOSE = 0.05
-"""In a second pass only a random column can lie close to the others; closer than this it is left out (zero)."""
+CLOSE = 1e-6
+"""Squared distance of a candidate from those before it, below which it is left out (zero)."""
 
 
 @dataclass
@@ -285,7 +289,7 @@ def half(sides: Sequence[_Side], chosen: Sequence[int]) -> Exchange[Found]:
         else:
             found.sigma[i], found.residual[i] = side.turn(total)
     if unsettled:
-        asked = [gram(side.other[:, : side.k]) for side in unsettled]
+        asked = [gram(side.candidates) for side in unsettled if side.candidates is not None]
         sums = yield now([side.matrix for side in unsettled], asked)
         for side, total in zip(unsettled, sums, strict=True):
             side.again(total)

@@ -93,19 +93,48 @@ DEPENDENT = 1e-6
 """Squared distance of a normalized column from those before it, below which it is made of rounding."""
 
 
-def factors(grams: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor]:
-    """``T`` (B, k, k) upper triangular with ``X M T`` orthonormal, from ``XᵀX`` (B, w, w), and which columns were
-    dropped (B, k): they are zero in T."""
-    candidates = mixing.mT @ grams @ mixing
-    largest = candidates.diagonal(dim1=1, dim2=2).amax(1)
-    scale = torch.where(largest > 0, largest, 1.0)[:, None, None]
-    found, dropped = kernels.orthonormalizers(candidates / scale, threshold=DEPENDENT)
-    return found / scale.sqrt(), dropped
+CANCELLED = 1e-8
+"""Squared length of a candidate, as a share of what it is the difference of, below which float64 does not know it."""
+FAINT = 1e-12
+"""Of a random column, in the place of a candidate that may be zero: less than the rounding of one that is not."""
+LOOSE = 1e-5
+"""Entry of ``TᵀGT - I`` from which T is none of G: its Cholesky factorization has failed."""
 
 
-def mixed(basis: Basis, factor: Tensor, dropped: Tensor) -> Tensor:
-    """``X M T`` (·, k) in the dtype of X, with random columns of about unit length for what was dropped."""
+def factors(gram: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """``T`` (k, k) upper triangular with ``X M T`` orthonormal, from ``XᵀX`` (w, w); which columns were dropped (k,):
+    they are zero in T; and whether that is the whole basis: not where columns were dropped, where terms of a column
+    cancel, or where the Gram matrix is too close to singular.
+
+    Args:
+        mixing: M, by which the terms of a column are of length 1, or less.
+    """
+    wanted = mixing.mT @ gram @ mixing
+    largest = wanted.diagonal().amax()
+    scale = torch.where(largest > 0, largest, 1.0)
+    found, dropped = (each[0] for each in kernels.orthonormalizers((wanted / scale)[None], threshold=DEPENDENT))
+    made = found / scale.sqrt()
+    error = (made.mT @ wanted @ made - torch.eye(len(made), dtype=made.dtype, device=made.device)).abs().amax()
+    settled = ~dropped.any() & ~_cancelled(wanted).any() & (error < LOOSE)
+    return made, dropped, bool(settled)
+
+
+def _cancelled(wanted: Tensor) -> Tensor:
+    return wanted.diagonal() < CANCELLED
+
+
+def candidates(basis: Basis, gram: Tensor, dropped: Tensor) -> Tensor:
+    """``X M`` (·, k) in float64, from which a basis is made by its own Gram matrix: with random columns of about unit
+    length for what was dropped, and faint ones in what may be zero."""
+    made = basis.blocks.to(torch.float64) @ basis.mixing
+    cancelled = _cancelled(basis.mixing.mT @ gram @ basis.mixing) & ~dropped
+    starts = basis.starts.to(made.dtype)
+    made[:, cancelled] += FAINT * starts[:, cancelled]
+    made[:, dropped] = starts[:, dropped]
+    return made
+
+
+def mixed(basis: Basis, factor: Tensor) -> Tensor:
+    """``X M T`` (·, k) in the dtype of X."""
     made = basis.blocks.to(torch.float64) @ (basis.mixing @ factor)
-    if bool(dropped.any()):
-        made[:, dropped] = basis.starts[:, dropped].to(made.dtype)
     return made.to(basis.blocks.dtype)
