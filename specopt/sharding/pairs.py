@@ -43,8 +43,11 @@ from .views import ShardedMatrix, with_options
 
 
 def upright(matrix: ShardedMatrix) -> ShardedMatrix:
-    """Read so that ranks have whole rows, where one way or the other they have."""
-    return matrix if matrix.cut.by_rows or matrix.complete or not matrix.cut.mT.by_rows else matrix.turned
+    """Read so that ranks have whole rows, where one way or the other they have. A square one is read as it is, for
+    nothing in its state would tell which way the block goes, where it is loaded on other ranks."""
+    rows, columns = matrix.cut.shape
+    may_turn = rows != columns and not matrix.cut.by_rows and not matrix.complete
+    return matrix.turned if may_turn and matrix.cut.mT.by_rows else matrix
 
 
 def has_state(matrix: ShardedMatrix) -> bool:

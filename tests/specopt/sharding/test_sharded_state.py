@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import specopt
 from specopt.tracker.common import STATS, STEP, Stat
@@ -105,3 +106,36 @@ def test_a_checkpoint_of_four_ranks_goes_on_where_it_was_on_fewer(
                 assert torch.equal(mine, theirs), "loading has changed a weight"
             for mine, theirs in zip(end, found[kind][1], strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+def square_goes_on_whole() -> list[float]:
+    """Errors of sigma_1 in the first steps of a whole weight that goes on from the state of one cut by columns."""
+    warnings.simplefilter("ignore")
+    mesh, generator = init_device_mesh("cpu", (2,)), torch.Generator().manual_seed(0)
+    start = torch.randn(96, 96, generator=generator)
+    start /= torch.linalg.matrix_norm(start, 2)
+    part = nn.Parameter(distribute_tensor(start, mesh, [Shard(1)]))
+    sharded = specopt.NormScaleAdamW([part], lr=1e-3, target=1.0)
+    for _ in range(40):
+        part.grad = distribute_tensor(0.1 * torch.randn(96, 96, generator=generator), mesh, [Shard(1)])
+        sharded.step()
+    whole = nn.Parameter(wholes([part])[0].clone())
+    optimizer = specopt.NormScaleAdamW([whole], lr=1e-3, target=1.0)
+    state = sharded.state_dict()
+    entries = {
+        key: wholes([value])[0] if isinstance(value, torch.Tensor) else value
+        for key, value in state["state"][0].items()
+    }
+    optimizer.load_state_dict({**state, "state": {0: entries}})
+    errors = []
+    for _ in range(4):
+        whole.grad = 0.1 * torch.randn(96, 96, generator=generator)
+        optimizer.step()
+        found = torch.linalg.svdvals(whole.detach().double())[0]
+        errors.append(float(found) - 1)
+    return errors
+
+
+def test_a_square_weight_that_was_cut_by_columns_goes_on_whole(tmp_path: Path) -> None:
+    for errors in run(2, square_goes_on_whole, folder=tmp_path):
+        assert max(errors) < 4e-3
