@@ -51,14 +51,14 @@ def check_sharded(param: Tensor, group: Mapping[str, Any], rule: Rule, name: str
             f"parameter {name} must be cut up (Shard) or repeated (Replicate), got the placements {param.placements}: "
             "sum it up with redistribute"
         )
-    if not cutting_groups(param):
-        return
     shape = tuple(param.shape)
     if id(param) in geometries_in(group):
         raise ValueError(
             f"conv must be 'matrix' for the sharded {name} of shape {shape}, got 'operator': an operator's norm is "
             f"followed on whole kernels; leave the convolutions out of fully_shard, {INSTEAD}"
         )
+    if not cutting_groups(param):
+        return
     if not is_controlled(param, group):
         return
     if group.get("rank") == "full":

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 import specopt
 from benchmarks.collectives import Collectives
@@ -116,6 +116,13 @@ def refusals() -> dict[str, str]:
         param.grad = torch.ones_like(param)
         optimizer.step()
 
+    def operator(placement: Placement) -> None:
+        convolution = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3, bias=False))
+        (group,) = specopt.param_groups(convolution, conv="operator", inputs=torch.randn(1, 3, 8, 8))
+        kernel = distribute_tensor(group["params"][0][1].detach(), mesh, [placement])
+        group["params"] = [("0.weight", torch.nn.Parameter(kernel))]
+        specopt.wrap(torch.optim.SGD([group], lr=0.1), specopt.SpectralPenalty(0.1))
+
     def flattened(original: bool) -> None:
         model = FullyShardedDataParallel(torch.nn.Linear(8, 6), use_orig_params=original, device_id=torch.device("cpu"))
         specopt.NormScaleAdamW(model.parameters())
@@ -125,6 +132,8 @@ def refusals() -> dict[str, str]:
         "full": lambda: specopt.NormScaleAdamW([weight(8, 6)], mode="cap", rank="full"),
         "full later": late,
         "compose": lambda: specopt.wrap(torch.optim.AdamW([weight(8, 6)]), both),
+        "operator": lambda: operator(Shard(0)),
+        "operator of a replica": lambda: operator(Replicate()),
         "report": report,
         "flat": lambda: flattened(False),
         "flat, original": lambda: flattened(True),
@@ -151,6 +160,8 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("full", r"rank must be a number for the sharded 0\.0 of shape \(8, 6\), got 'full'.*rank=16 or less"),
         ("full later", r"rank must be a number for the sharded 0\.0.*spectral=False"),
         ("compose", r"rule must be one rule for the sharded 0\.0 .*got Compose"),
+        ("operator", r"conv must be 'matrix' for the sharded 0\.weight of shape \(6, 3, 3, 3\), got 'operator'"),
+        ("operator of a replica", r"conv must be 'matrix' for the sharded 0\.weight"),
         ("report", r"spectral_report reads whole weights, got one of shape \(8, 6\).*full_tensor"),
         ("flat", r"parameter 0\.0 is a flattened shard .*fully_shard"),
         ("flat, original", r"parameter 0\.0 is a flattened shard .*fully_shard"),
