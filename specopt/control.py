@@ -296,12 +296,13 @@ class SpectralOptimizer(Mixin):
 
     def _batches(self) -> list[Batch]:
         batches: dict[Any, Batch] = {}
-        names = self.names()
+        names: Mapping[Tensor, str] = {}
         for matrix in self.matrices():
             if not self.rule.is_on(matrix.group):
                 continue
             is_sharded = isinstance(matrix, ShardedMatrix)
             if is_sharded:
+                names = names or self.names()
                 check_sharded(matrix.param, matrix.group, self.rule, names[matrix.param])
             ours, fused = self._is_ours(matrix), self.rule.is_fused(matrix) and not is_sharded
             kind: tuple[Any, ...] = (kernels.accumulation_dtype(matrix.param.dtype), matrix.complete)
