@@ -33,9 +33,10 @@ SHAPES = [(40, 30), (37, 29), (30, 40), (2, 50), (50, 2), (1, 24), (24, 6, 3, 3)
 
 def is_turned(shape: tuple[int, ...], kind: str, placements: Sequence[Placement]) -> bool:
     """Whether the tracker of pairs reads it transposed."""
-    tracked = min(shape[0], math.prod(shape[1:])) > 2 * FEW["block"]
+    rows, columns = shape[0], math.prod(shape[1:])
+    tracked = min(rows, columns) > 2 * FEW["block"]
     by_columns = Shard(1) in placements and all(place in (Shard(1), Replicate()) for place in placements)
-    return kind in PAIRED and tracked and by_columns
+    return kind in PAIRED and tracked and by_columns and rows != columns  # a square one is read as it is
 
 
 def twin_steps(
