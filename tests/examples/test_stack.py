@@ -328,8 +328,12 @@ def test_seeds_that_are_none_are_refused(seeds: tuple[int, ...], tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
-def test_bfloat16_and_compile_train_a_stack(images: Images) -> None:
-    for settings in (Settings("cpu", bf16=True), Settings("cpu", compile=True)):
-        training = Training(replace(recipe_of(METHODS[0]), epochs=1), images, (0, 1), settings)
-        training.run_epoch()
-        assert all(log.epochs[-1]["test_loss"] < 10 for log in training.logs)
+@pytest.mark.parametrize(
+    "settings",
+    [Settings("cpu", bf16=True), pytest.param(Settings("cpu", compile=True), marks=pytest.mark.full)],
+    ids=("bfloat16", "compile"),
+)
+def test_a_stack_trains_in_bfloat16_and_compiled(settings: Settings, images: Images) -> None:
+    training = Training(replace(recipe_of(METHODS[0]), epochs=1), images, (0, 1), settings)
+    training.run_epoch()
+    assert all(log.epochs[-1]["test_loss"] < 10 for log in training.logs)
