@@ -145,6 +145,11 @@ class Recipe:
         return asdict(self)
 
 
+def divided(count: int, classes: int) -> int:
+    """Images of a balanced choice of so many at most."""
+    return count - count % classes
+
+
 def fewer(one: int | None, other: int | None) -> int | None:
     """None for all there are."""
     return min((count for count in (one, other) if count is not None), default=None)

@@ -97,8 +97,12 @@ def _log_softmax(module: nn.LogSoftmax, call: Call) -> float:
     return root(given.shape[dim])
 
 
+def _always(value: float) -> Callable[[Any, Call], float]:
+    return lambda module, call: value
+
+
 ACTIVATIONS: dict[type[nn.Module], Callable[[Any, Call], float]] = {
-    **{kind: (lambda module, call, value=value: value) for kind, value in FIXED.items()},  # type: ignore[misc]
+    **{kind: _always(value) for kind, value in FIXED.items()},
     nn.GELU: _gelu,
     nn.LeakyReLU: _leaky_relu,
     nn.RReLU: _rrelu,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ def _weight_names(module: nn.Module) -> list[str]:
     computed = [str(getattr(hook, "name", None) or getattr(hook, "_tensor_name", "")) for hook in hooks]
     sources = {name + ending for name in computed for ending in ("_g", "_v", "_orig")}
     if parametrize.is_parametrized(module):
-        computed += list(module.parametrizations)  # type: ignore[arg-type]
+        computed += list(cast(nn.ModuleDict, module.parametrizations))
     return [name for name in dict.fromkeys([*names, *computed]) if name not in sources]
 
 

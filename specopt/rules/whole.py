@@ -18,11 +18,11 @@ from ..tracker.common import (
     RIGHT,
     STEP,
     Stat,
+    count_step,
     gather_stats,
     has_stats,
     restart,
     rounding_seeds,
-    scatter_stats,
 )
 from ..views import Matrix
 from .steering import InitialNorms, beginners, distance, down_only, targets_of, tell_first
@@ -64,12 +64,10 @@ def finish_whole(matrices: Sequence[Matrix], stats: Tensor, valid: Tensor) -> No
     """The state that such a step leaves, ``valid`` (B,) telling which matrices are finite."""
     stats[:, Stat.SIGMA] = torch.nan  # no singular value is known
     stats[:, Stat.VALID] = valid.to(stats.dtype)
-    stats[:, Stat.COUNT] += 1
-    scatter_stats(matrices, stats)
+    count_step(matrices, stats)
     for matrix in matrices:
         for key in (BLOCK, PROBE, LEFT, RIGHT):  # of an earlier time under another rule: they follow no longer
             matrix.state.pop(key, None)
-        matrix.state[STEP] += 1
 
 
 def frobenius_factors(

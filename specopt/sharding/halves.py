@@ -21,7 +21,6 @@ from ..tracker.common import (
     LEFT,
     RIGHT,
     STATS,
-    STEP,
     Schedule,
     Stat,
     gather_stats,
@@ -30,13 +29,12 @@ from ..tracker.common import (
     omega,
     probe_columns,
     restart,
-    scatter_stats,
 )
-from ..tracker.halves import First, kept_columns, on_right
+from ..tracker.halves import First, kept_columns, on_right, record
 from .cut import count_of, is_distributed, local_of, spread
 from .exchange import Exchange, now
-from .pairs import exact_triplets, own_columns, own_rows
-from .triplets import Basis, candidates, factors, gram, mixed, solved
+from .pairs import chosen_of, exact_triplets, own_columns, own_rows
+from .triplets import DEPENDENT, Basis, candidates, factors, gram, mixed, solved
 from .views import ShardedMatrix
 
 
@@ -108,13 +106,7 @@ def step(matrices: Sequence[ShardedMatrix]) -> Exchange[First]:
     stats = gather_stats(matrices)
     work = _exact if matrices[0].complete else _tracked
     first = yield from work(matrices, stats)
-    stats[:, Stat.SIGMA] = first.sigma
-    stats[:, Stat.TOP] = torch.where(first.valid, first.sigma, stats[:, Stat.TOP])
-    stats[:, Stat.VALID] = first.valid
-    stats[:, Stat.COUNT] += 1
-    scatter_stats(matrices, stats)
-    for matrix in matrices:
-        matrix.state[STEP] += 1
+    record(matrices, stats, first)
     return first
 
 
@@ -139,13 +131,13 @@ def _tracked(matrices: Sequence[ShardedMatrix], stats: Tensor) -> Exchange[First
     for _ in range(1, schedule.rounds):
         if not bool(wanted.any()):
             break
-        found = yield from half(sides, _chosen(wanted))
+        found = yield from half(sides, chosen_of(wanted))
         residual = torch.where(wanted, found.residual, residual)
         pairs = pairs + 0.5 * wanted
         wanted = wanted & schedule.first(sigma, stats[:, Stat.TOP], residual)
         if not bool(wanted.any()):
             break
-        chosen = _chosen(wanted)
+        chosen = chosen_of(wanted)
         found = yield from half(sides, chosen)
         residual = torch.where(wanted, found.residual, residual)
         before, sigma = sigma, torch.where(wanted, found.sigma, sigma)
@@ -159,10 +151,6 @@ def _tracked(matrices: Sequence[ShardedMatrix], stats: Tensor) -> Exchange[First
     stats[:, Stat.RESIDUAL] = torch.where(valid, residual, stats[:, Stat.RESIDUAL])
     stats[:, Stat.PAIRS] = pairs
     return First(sigma, lefts, rights, valid)
-
-
-def _chosen(mask: Tensor) -> list[int]:
-    return [i for i, on in enumerate(mask.tolist()) if on]
 
 
 class _Side:
@@ -232,20 +220,20 @@ class _Side:
             mixing[k:width, k - a :], mixing[width + k :, k - a :] = eye, -eye
         starts = self.starts[self.cut.rows] * self.cut.shape[0] ** -0.5
         basis = Basis(torch.cat([self.product, self.other], 1), mixing, starts)
-        factor, dropped, settled = factors(total, mixing)
-        made = mixed(basis, factor) if settled else candidates(basis, total, dropped)
-        self.candidates = None if settled else made
+        known = factors(total, mixing)
+        made = mixed(basis, known.factor) if known.settled else candidates(basis, known)
+        self.candidates = None if known.settled else made
         image = self.product[:, :k] @ (rotation * inverse)[:, :1].to(self.product.dtype)
         turned = self.basis[:, :k] @ rotation.to(self.basis.dtype)
         self.other[:, :k] = made  # in the dtype of the state
         self.basis[:, :k] = turned
         self._take(image, turned, valid=True)
-        return sigma, residual, not settled
+        return sigma, residual, not known.settled
 
     def again(self, total: Tensor) -> None:
         """The next basis from the Gram matrix of its candidates themselves."""
         assert self.candidates is not None
-        factor, _ = kernels.orthonormalizers(total[None], threshold=CLOSE)
+        factor, _ = kernels.orthonormalizers(total[None], threshold=DEPENDENT)
         self.other[:, : self.k] = self.candidates @ factor[0]
         self.candidates = None
 
@@ -261,10 +249,6 @@ class _Side:
         """The probes of this step's first product on each side, for the next to be compared with."""
         for product, other in self.seen:
             other[:, self.k :] = product[:, self.k :]
-
-
-CLOSE = 1e-6
-"""Squared distance of a candidate from those before it, below which it is left out (zero)."""
 
 
 @dataclass

@@ -21,9 +21,9 @@ from ..tracker.common import (
     BLOCK,
     PROBE,
     STATS,
-    STEP,
     Schedule,
     Stat,
+    count_step,
     fits,
     gather_stats,
     has_stats,
@@ -31,11 +31,9 @@ from ..tracker.common import (
     omega,
     probe_columns,
     restart,
-    rounding_seeds,
-    scatter_stats,
 )
 from ..tracker.measure import OPTIONS
-from ..tracker.pairs import Change, Correct, Found, basis_columns, kept_columns, record
+from ..tracker.pairs import Correct, Found, apply, basis_columns, correct_exact, kept_columns, record
 from .cut import spread
 from .exchange import Exchange, late, now
 from .triplets import gram, ritz
@@ -67,6 +65,11 @@ def own_rows(blocks: Sequence[Tensor], matrices: Sequence[ShardedMatrix]) -> lis
 def own_columns(blocks: Sequence[Tensor], matrices: Sequence[ShardedMatrix]) -> list[Tensor]:
     """Of right blocks the rows that stand for this rank's columns of the weight."""
     return [x[m.cut.columns] for x, m in zip(blocks, matrices, strict=True)]
+
+
+def own_part(triplets: Triplets, matrices: Sequence[ShardedMatrix]) -> Triplets:
+    """What of them is to correct this rank's part of the weights; sigma is the same tensor."""
+    return Triplets(triplets.sigma, own_rows(triplets.lefts, matrices), own_columns(triplets.rights, matrices))
 
 
 def images(matrices: Sequence[ShardedMatrix], bases: Sequence[Tensor]) -> Exchange[Triplets]:
@@ -164,14 +167,8 @@ def step(matrices: Sequence[ShardedMatrix], correct: Correct, rank: int = 1) -> 
 
 def _exact(matrices: Sequence[ShardedMatrix], stats: Tensor, correct: Correct, rank: int) -> Exchange[None]:
     triplets = yield from exact_triplets(matrices)
-    valid = triplets.sigma[:, 0].isfinite()
-    stats[:, Stat.SIGMA] = triplets.sigma[:, 0]
-    change = correct(Found(triplets.sigma, valid, stats))
-    _apply(change, matrices, triplets)
-    record(stats, triplets, change, valid)
-    stats[:, Stat.RESIDUAL] = torch.where(valid, 0.0, stats[:, Stat.RESIDUAL])
-    stats[:, Stat.PAIRS] = 0.5
-    _count(matrices, stats)
+    correct_exact(matrices, stats, triplets, correct, own_part(triplets, matrices))
+    count_step(matrices, stats)
 
 
 def _tracked(matrices: Sequence[ShardedMatrix], stats: Tensor, correct: Correct, rank: int) -> Exchange[None]:
@@ -180,16 +177,16 @@ def _tracked(matrices: Sequence[ShardedMatrix], stats: Tensor, correct: Correct,
     valid = sigma.isfinite()
     stats[:, Stat.SIGMA] = sigma
     change = correct(Found(work.triplets.sigma, valid, stats))
-    _apply(change, matrices, work.triplets)
+    apply(change, matrices, own_part(work.triplets, matrices))
     record(stats, work.triplets, change, valid)
     stats[:, Stat.PAIRS] = pairs
     starts = noise_like(work.bases, matrices)
     held = [matrix.state[STATS] for matrix in matrices]
-    _count(matrices, stats)
+    count_step(matrices, stats)
     everyone = range(len(matrices))
     work.returned = yield late(matrices, work.terms(everyone))
     first, _ = work.measure(everyone)
-    chosen = _chosen(valid)
+    chosen = chosen_of(valid)
     for i in chosen:
         held[i][Stat.RESIDUAL] = first[i]
     work.next_basis(chosen, change.added, starts)
@@ -209,7 +206,7 @@ def _settled(work: _Pair, stats: Tensor) -> Exchange[tuple[Tensor, Tensor]]:
     before: Tensor | None = None
     nothing = torch.zeros_like(sigma)[:, None]
     for done in range(1, schedule.rounds):
-        chosen = _chosen(asks)
+        chosen = chosen_of(asks)
         if not chosen:
             break
         residual = yield from work.back(chosen)
@@ -219,7 +216,7 @@ def _settled(work: _Pair, stats: Tensor) -> Exchange[tuple[Tensor, Tensor]]:
             wanted = asks & schedule.first(sigma, stats[:, Stat.TOP], seen)
         else:
             wanted = asks & schedule.again(pairs, sigma, before, residual)
-        chosen = _chosen(wanted)
+        chosen = chosen_of(wanted)
         if not chosen:
             break
         work.next_basis(chosen, nothing, noise_like(work.bases, matrices, shift=done))
@@ -252,29 +249,8 @@ def measure(matrices: Sequence[ShardedMatrix]) -> Exchange[Tensor]:
     return sigma
 
 
-def _count(matrices: Sequence[ShardedMatrix], stats: Tensor) -> None:
-    stats[:, Stat.COUNT] += 1
-    scatter_stats(matrices, stats)
-    for matrix in matrices:
-        matrix.state[STEP] += 1
-
-
-def _chosen(mask: Tensor) -> list[int]:
+def chosen_of(mask: Tensor) -> list[int]:
     return [i for i, on in enumerate(mask.tolist()) if on]
-
-
-def _apply(change: Change, matrices: Sequence[ShardedMatrix], triplets: Triplets) -> None:
-    """The correction of what this rank holds of the weights, and what its factor makes of the singular values."""
-    kernels.corrections_(
-        [matrix.weight for matrix in matrices],
-        change.added,
-        own_rows(triplets.lefts, matrices),
-        own_columns(triplets.rights, matrices),
-        factors=change.factor,
-        seeds=rounding_seeds(matrices),
-    )
-    if change.factor is not None:
-        triplets.sigma.mul_(change.factor[:, None])
 
 
 class _Pair:

@@ -91,8 +91,6 @@ class Basis(NamedTuple):
 
 DEPENDENT = 1e-6
 """Squared distance of a normalized column from those before it, below which it is made of rounding."""
-
-
 CANCELLED = 1e-8
 """Squared length of a candidate, as a share of what it is the difference of, below which float64 does not know it."""
 FAINT = 1e-12
@@ -101,10 +99,22 @@ LOOSE = 1e-5
 """Entry of ``TᵀGT - I`` from which T is none of G: its Cholesky factorization has failed."""
 
 
-def factors(gram: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """``T`` (k, k) upper triangular with ``X M T`` orthonormal, from ``XᵀX`` (w, w); which columns were dropped (k,):
-    they are zero in T; and whether that is the whole basis: not where columns were dropped, where terms of a column
-    cancel, or where the Gram matrix is too close to singular.
+class Factor(NamedTuple):
+    """What the Gram matrix of X tells of an orthonormal basis ``X M T``."""
+
+    factor: Tensor
+    """T (k, k), upper triangular."""
+    dropped: Tensor
+    """(k,) columns that are zero in T."""
+    cancelled: Tensor
+    """(k,) columns whose terms cancel."""
+    settled: bool
+    """Whether that is the whole basis: not where columns were dropped or cancel, or where the Gram matrix is too close
+    to singular."""
+
+
+def factors(gram: Tensor, mixing: Tensor) -> Factor:
+    """From ``XᵀX`` (w, w).
 
     Args:
         mixing: M, by which the terms of a column are of length 1, or less.
@@ -115,22 +125,18 @@ def factors(gram: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor, bool]:
     found, dropped = (each[0] for each in kernels.orthonormalizers((wanted / scale)[None], threshold=DEPENDENT))
     made = found / scale.sqrt()
     error = (made.mT @ wanted @ made - torch.eye(len(made), dtype=made.dtype, device=made.device)).abs().amax()
-    settled = ~dropped.any() & ~_cancelled(wanted).any() & (error < LOOSE)
-    return made, dropped, bool(settled)
+    cancelled = wanted.diagonal() < CANCELLED
+    settled = bool(~dropped.any() & ~cancelled.any() & (error < LOOSE))
+    return Factor(made, dropped, cancelled & ~dropped, settled)
 
 
-def _cancelled(wanted: Tensor) -> Tensor:
-    return wanted.diagonal() < CANCELLED
-
-
-def candidates(basis: Basis, gram: Tensor, dropped: Tensor) -> Tensor:
+def candidates(basis: Basis, known: Factor) -> Tensor:
     """``X M`` (·, k) in float64, from which a basis is made by its own Gram matrix: with random columns of about unit
     length for what was dropped, and faint ones in what may be zero."""
     made = basis.blocks.to(torch.float64) @ basis.mixing
-    cancelled = _cancelled(basis.mixing.mT @ gram @ basis.mixing) & ~dropped
     starts = basis.starts.to(made.dtype)
-    made[:, cancelled] += FAINT * starts[:, cancelled]
-    made[:, dropped] = starts[:, dropped]
+    made[:, known.cancelled] += FAINT * starts[:, known.cancelled]
+    made[:, known.dropped] = starts[:, known.dropped]
     return made
 
 

@@ -80,6 +80,14 @@ def restart(matrix: Matrix, norm: Tensor | None = None) -> None:
     matrix.state[STATS], matrix.state[STEP] = stats, 0
 
 
+def count_step(matrices: Sequence[Matrix], stats: Tensor) -> None:
+    """Stats (B, 7) of a step that was made, into the states of its matrices."""
+    stats[:, Stat.COUNT] += 1
+    scatter_stats(matrices, stats)
+    for matrix in matrices:
+        matrix.state[STEP] += 1
+
+
 def gather_stats(matrices: Sequence[Matrix]) -> Tensor:
     """(B, len(Stat)), a copy."""
     return torch.stack([matrix.state[STATS] for matrix in matrices])

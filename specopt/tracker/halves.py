@@ -27,6 +27,7 @@ from .common import (
     Schedule,
     Stat,
     all_idle,
+    count_step,
     exact_triplets,
     fits,
     gather_stats,
@@ -36,7 +37,6 @@ from .common import (
     probe_columns,
     put_omega,
     restart,
-    scatter_stats,
     with_omega,
 )
 
@@ -90,14 +90,16 @@ def step(matrices: Sequence[Matrix]) -> First:
     """One step of matrices of one device, accumulation dtype and kind (complete or tracked), all with state."""
     stats = gather_stats(matrices)
     first = _exact(matrices, stats) if matrices[0].complete else _tracked(matrices, stats)
+    record(matrices, stats, first)
+    return first
+
+
+def record(matrices: Sequence[Matrix], stats: Tensor, first: First) -> None:
+    """What a step has found, into its stats, and these into the states."""
     stats[:, Stat.SIGMA] = first.sigma
     stats[:, Stat.TOP] = torch.where(first.valid, first.sigma, stats[:, Stat.TOP])
     stats[:, Stat.VALID] = first.valid
-    stats[:, Stat.COUNT] += 1
-    scatter_stats(matrices, stats)
-    for matrix in matrices:
-        matrix.state[STEP] += 1
-    return first
+    count_step(matrices, stats)
 
 
 def on_right(matrix: Matrix) -> bool:

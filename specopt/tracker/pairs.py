@@ -23,10 +23,10 @@ from .common import (
     PROBE,
     RIGHT,
     STATS,
-    STEP,
     Schedule,
     Stat,
     all_idle,
+    count_step,
     exact_triplets,
     fits,
     gather_stats,
@@ -37,7 +37,6 @@ from .common import (
     put_omega,
     restart,
     rounding_seeds,
-    scatter_stats,
     sharpened,
 )
 
@@ -134,10 +133,7 @@ def step(matrices: Sequence[Matrix], correct: Correct, rank: int = 1, *, keep_fi
     first = work(matrices, stats, correct, rank, keep_first)
     if first is not None:
         keep(matrices, first, stats)
-    stats[:, Stat.COUNT] += 1
-    scatter_stats(matrices, stats)
-    for matrix in matrices:
-        matrix.state[STEP] += 1
+    count_step(matrices, stats)
 
 
 def keep(matrices: Sequence[Matrix], first: Triplets, stats: Tensor) -> None:
@@ -183,14 +179,26 @@ def first_triplets(matrices: Sequence[Matrix]) -> Triplets:
 
 def _exact(matrices: Sequence[Matrix], stats: Tensor, correct: Correct, rank: int, keep_first: bool) -> Triplets | None:
     triplets = exact_triplets(matrices, stats, rank + keep_first)  # one more may come to be the first
+    change = correct_exact(matrices, stats, triplets, correct, triplets)
+    return _largest(triplets, change.added, rank + 1) if keep_first else None
+
+
+def correct_exact(
+    matrices: Sequence[Matrix], stats: Tensor, triplets: Triplets, correct: Correct, part: Triplets
+) -> Change:
+    """The correction by exact triplets, with its stats.
+
+    Args:
+        part: what of the triplets the weights are corrected by, where these are parts themselves.
+    """
     valid = triplets.sigma[:, 0].isfinite()
     stats[:, Stat.SIGMA] = triplets.sigma[:, 0]
     change = correct(Found(triplets.sigma, valid, stats))
-    _apply(change, matrices, triplets)
+    apply(change, matrices, part)
     record(stats, triplets, change, valid)
     stats[:, Stat.RESIDUAL] = torch.where(valid, 0.0, stats[:, Stat.RESIDUAL])
     stats[:, Stat.PAIRS] = 0.5
-    return _largest(triplets, change.added, rank + 1) if keep_first else None
+    return change
 
 
 def _largest(triplets: Triplets, added: Tensor, count: int) -> Triplets:
@@ -230,7 +238,7 @@ def _tracked(
     valid = sigma.isfinite()
     stats[:, Stat.SIGMA] = sigma
     change = correct(Found(work.triplets.sigma, valid, stats))
-    _apply(change, matrices, work.triplets)
+    apply(change, matrices, work.triplets)
     work.follow(change)
     kept = work.turned() if keep_first else None
     work.next_basis(change.added, valid)
@@ -301,7 +309,7 @@ class _Pair:
             kernels.copy_blocks(seen, self.probes, active=active)
 
 
-def _apply(change: Change, matrices: Sequence[Matrix], triplets: Triplets) -> None:
+def apply(change: Change, matrices: Sequence[Matrix], triplets: Triplets) -> None:
     """The correction of the weights, and what its factor makes of the singular values."""
     kernels.corrections_(
         [matrix.weight for matrix in matrices],

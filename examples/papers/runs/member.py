@@ -14,7 +14,7 @@ from ..data import Batches, Images, evaluation
 from ..data.batches import Batch
 from ..methods import start_orthogonal
 from ..models import build
-from ..recipe import Recipe
+from ..recipe import Recipe, divided
 from .log import Log
 from .machine import Settings
 from .measures import Norms, evaluate, input_gradient_norms, norms, spectra
@@ -123,7 +123,7 @@ def chosen(recipe: Recipe, images: Images, seed: int) -> Images:
     train, test = len(images.train_x), len(images.test_x)
     train, test = min(recipe.train or train, train), min(recipe.test or test, test)
     if recipe.balanced:
-        train -= train % images.classes
+        train = divided(train, images.classes)
     return images.subset(train, test, seed, balanced=recipe.balanced)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from .. import published
 from ..data import CLASSES
 from ..published import Cell
+from ..recipe import divided
 from ..recipes import rows as recipes_of
 from ..runs.member import GRADIENTS, TRAIN_EVALUATED
 from .grids import GRIDS, NOTES_OF_GRIDS, Grid, grid_table, lending_note, lent
@@ -162,9 +163,10 @@ def facts(row: Row) -> str:
 
 def trained_on(protocol: Mapping[str, Any]) -> int | None:
     """Images, None for all; of a balanced choice as many of the recipe's as the classes divide."""
-    count = protocol["train"]
-    rest = count % CLASSES[protocol["data"]] if count is not None and protocol.get("balanced") else 0
-    return None if count is None else int(count) - rest
+    count: int | None = protocol["train"]
+    if count is None or not protocol.get("balanced"):
+        return count
+    return divided(count, CLASSES[protocol["data"]])
 
 
 def images(count: int | None, part: str) -> str:
