@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specopt.kernels import bucket as buckets
 from specopt.kernels import records as r
-from specopt.kernels.passes import device as passes
+from specopt.kernels.passes import tiling
 
 Shape = tuple[int, int]
 
@@ -60,7 +60,7 @@ class NoiseBucket:
             total += 0 if t.exact and update == "NONE" else STREAMS[update] * m * n
             if side != "NOTHING" and not t.exact:
                 outer, inner = (n, m) if side == "RIGHT" else (m, n)
-                total += 4 * (self.k + self.probes) * inner + 4 * self.bucket.KP * outer * passes.chunks(inner)[1]
+                total += 4 * (self.k + self.probes) * inner + 4 * self.bucket.KP * outer * tiling.chunks(inner)[1]
         return total
 
     def _noise(self, rows: int, columns: int) -> Tensor:

@@ -17,12 +17,13 @@ from torch import Tensor
 from . import records as r
 from . import tables
 from .passes import device as passes
+from .passes import tiling
 from .solves import algebra
 from .solves import device as solves
 from .subspace import noise_buffer
 
-NOTHING, LEFT, RIGHT, TURNING = (side.value for side in (passes.NOTHING, passes.LEFT, passes.RIGHT, passes.TURNING))
-NONE, SGD, ADAMW, CORRECT = (update.value for update in (passes.NONE, passes.SGD, passes.ADAMW, passes.CORRECT))
+NOTHING, LEFT, RIGHT, TURNING = (side.value for side in (tiling.NOTHING, tiling.LEFT, tiling.RIGHT, tiling.TURNING))
+NONE, SGD, ADAMW, CORRECT = (update.value for update in (tiling.NONE, tiling.SGD, tiling.ADAMW, tiling.CORRECT))
 RITZ, BASIS, TURN = (kind.value for kind in (solves.RITZ, solves.BASIS, solves.TURN))
 
 SCRATCH = 64
@@ -65,7 +66,7 @@ class Bucket:
         self.tickets = torch.zeros(len(tracked), dtype=torch.int32, device=self.device)
         longest = max((max(shape) for shape in self.shapes), default=1)
         self.noise = noise_buffer(longest, torch.float32, self.device)
-        self.work = {side: passes.work_list(self.shapes, side, self.device) for side in (NOTHING, LEFT, RIGHT, TURNING)}
+        self.work = {side: tiling.work_list(self.shapes, side, self.device) for side in (NOTHING, LEFT, RIGHT, TURNING)}
         self._host = np.zeros((len(tracked), r.FIELDS.value), np.int64)
         self._numbers = np.full((len(tracked), r.NUMBERS.value), np.nan, np.float32)
         self._addresses: object = None
@@ -82,7 +83,7 @@ class Bucket:
         """Everything of the table but what a step brings; scratch cut out of one allocation."""
         sizes = []
         for t, (m, n) in zip(tracked, self.shapes, strict=True):
-            left_chunks, right_chunks = passes.chunks(n)[1], passes.chunks(m)[1]
+            left_chunks, right_chunks = tiling.chunks(n)[1], tiling.chunks(m)[1]
             counts = (0, 0, 0, 0) if t.exact else (left_chunks, right_chunks, 2, 2)
             lengths = (m * counts[0], n * counts[1], m * counts[2], n * counts[3], m, n)
             sizes.append([-(-length * self.KP // SCRATCH) * SCRATCH for length in lengths])
@@ -101,8 +102,8 @@ class Bucket:
             vectors.append((left_vectors, right_vectors))
             self._fill_weight(row, t.weight)
             row[r.K.value], row[r.PROBES.value], row[r.EXACT.value] = t.columns, t.probes, t.exact
-            row[r.LEFT_CHUNK.value], row[r.LEFT_CHUNKS.value] = passes.chunks(n)
-            row[r.RIGHT_CHUNK.value], row[r.RIGHT_CHUNKS.value] = passes.chunks(m)
+            row[r.LEFT_CHUNK.value], row[r.LEFT_CHUNKS.value] = tiling.chunks(n)
+            row[r.RIGHT_CHUNK.value], row[r.RIGHT_CHUNKS.value] = tiling.chunks(m)
             row[r.LEFT_PRODUCT.value], row[r.RIGHT_PRODUCT.value] = address[:2]
             row[r.LEFT_SUM.value], row[r.LEFT_SPARE.value] = address[2], address[2] + 4 * m * self.KP
             row[r.RIGHT_SUM.value], row[r.RIGHT_SPARE.value] = address[3], address[3] + 4 * n * self.KP

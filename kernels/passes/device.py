@@ -8,164 +8,32 @@ a column.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
 from .. import records as r
 from .. import tables
 from ..solves.device import solve
 from ..tiles import DTYPES, rounded
+from .arithmetic import adamw_corrections, is_finite, lerp, nearest, pointer_to, random_bits, sgd_direction, stochastic
+from .tiling import (
+    ADAMW,
+    CORRECT,
+    NONE,
+    NOTHING,
+    RIGHT,
+    SGD,
+    STRIP,
+    TURNING,
+    most_registers,
+    tile_of,
+)
 
-NONE, SGD, ADAMW, CORRECT = (tl.constexpr(i) for i in range(4))
-"""``UPDATE``: what happens to the weight."""
-NOTHING, LEFT, RIGHT, TURNING = (tl.constexpr(i) for i in range(-1, 3))
-"""``SIDE``: no product; ``W [V | Ω]``; ``Wᵀ [U | Ω]``; the one at turn by the matrix' count of steps."""
-
-STRIP = 64
-"""Output rows of a program. Every strip reads the operand again: 4 KP / 64 bytes a parameter."""
-CHUNK, MOST_CHUNKS, GRAIN = 1024, 32, 64
-"""Inner length of a program, about; how many partial sums at most; and what chunks are a multiple of."""
 NOISE_STEP = tl.constexpr(64)
-
-
-LEAST_INNER = 8 if TorchVersion(triton.__version__) >= "3.9" else 16
-"""The shortest inner length of a float32 product that Triton takes. At 16 a program keeps more registers, and one runs
-on a multiprocessor where two did."""
-
-
-class Tile(NamedTuple):
-    inner: int
-    loose: int
-    """Inner length of a tile of a matrix that is not aligned, each entry of which has an address of its own."""
-    warps: int
-    stages: int
-    """Tiles of an aligned matrix that are on their way at once."""
-
-
-TILES = {
-    (16, 4): Tile(32, 8, 8, 3),
-    (16, 2): Tile(32, 8, 8, 3),
-    (32, 4): Tile(32, 8, 8, 2),
-    (32, 2): Tile(32, 8, 8, 2),
-    (64, 4): Tile(16, 8, 8, 2),
-    (64, 2): Tile(32, 16, 8, 1),
-}
-"""For each KP and size of an entry, the same for every update: so the product of the same weights has the same bits."""
-
-
-def tile_of(kp: int, size: int, update: int, side: int, stochastic: bool) -> Tile:
-    """What a launch runs with. The number of stages changes no sum; these spill nowhere."""
-    tile = TILES[32 if side == NOTHING.value else kp, size]
-    tile = tile._replace(loose=max(tile.loose, LEAST_INNER))
-    if update == ADAMW.value and side == TURNING.value:  # the most that is held in registers
-        tile = tile._replace(stages=1)
-    if stochastic:
-        tile = tile._replace(stages=1 if kp != 32 else 2 if update == CORRECT.value else 3)
-    return tile
-
-
-def most_registers(kp: int, update: int, side: int) -> int | None:
-    """Left to itself the assembler keeps the widest pass to 128 and spills; allowed more, it needs 126."""
-    return 168 if kp == 64 and update == ADAMW.value and side == TURNING.value else None
-
-
-@triton.jit
-def mixed(x):
-    """A bijective hash of uint32."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def random_bits(seed, SALT: tl.constexpr, index):
-    """32 random bits of each int64 ``index``; in torch: ``rounding.random_bits``."""
-    word = seed.to(tl.uint32, bitcast=True)
-    key = mixed((word.to(tl.int64) + SALT * 0x9E3779B9).to(tl.uint32))
-    return mixed(mixed((index >> 32).to(tl.uint32) ^ key) ^ index.to(tl.uint32))
-
-
-@triton.jit
-def stochastic(values, random, DTYPE: tl.constexpr):
-    """Float32 rounded up or down at random with the mean kept, finite staying finite; in torch: ``rounding``."""
-    bits = values.to(tl.uint32, bitcast=True)
-    sign, size = bits & 0x80000000, bits & 0x7FFFFFFF
-    finite = size < 0x7F800000
-    if DTYPE == tl.bfloat16:  # noqa: SIM300 -- Triton compares a constexpr from the left
-        up = tl.minimum(size + (random >> 16), 0x7F7FFFFF)
-        size = tl.where(finite, up, size | tl.where(size > 0x7F800000, 0x400000, 0))
-        return ((sign | size) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    elif tl.float16 == DTYPE:
-        up = tl.minimum(((size + (random >> 19)) & 0x7FFFE000).to(tl.float32, bitcast=True), 65504.0)
-        steps = size.to(tl.float32, bitcast=True) * 16777216.0  # of a subnormal number
-        low = tl.floor(steps)
-        above = (random >> 8).to(tl.float32) * 5.9604644775390625e-08 < steps - low
-        tiny = (low + above.to(tl.float32)) * 5.9604644775390625e-08
-        near = tl.where(size < 0x38800000, tiny, up).to(tl.uint32, bitcast=True)
-        return tl.where(finite, (sign | near).to(tl.float32, bitcast=True), values).to(tl.float16)
-    else:
-        return values
-
-
-@triton.jit
-def nearest(values, DTYPE: tl.constexpr):
-    """Float32 rounded to nearest, NaN staying NaN: the integers of :func:`rounded` would carry its bits into zero."""
-    if DTYPE == tl.bfloat16:  # noqa: SIM300 -- Triton compares a constexpr from the left
-        bits = values.to(tl.uint32, bitcast=True)
-        bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits).to(tl.uint32)
-        values = bits.to(tl.float32, bitcast=True)
-    return rounded(values, DTYPE)
-
-
-@triton.jit
-def is_finite(values):
-    return tl.abs(values) < float("inf")
-
-
-@triton.jit
-def pointer_to(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The cast comes after the promise is chosen: a hint holds for a value wherever it is used."""
-    pointer = address.to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-@triton.jit
-def sgd_direction(w, g, buffer, momentum, damping, decay, fresh, nesterov, has_buffer):
-    """What ``torch.optim.SGD`` subtracts, times the rate; and the momentum buffer."""
-    g = tl.where(decay != 0, g + decay * w, g)
-    buffer = tl.where(fresh, g, momentum * buffer + damping * g)
-    direction = tl.where(nesterov, g + momentum * buffer, buffer)
-    return tl.where(has_buffer, direction, g), buffer
-
-
-@triton.jit
-def lerp(start, end, weight):
-    """As torch's: from the nearer end."""
-    near = weight < 0.5
-    return tl.where(near, start, end) + tl.where(near, weight, weight - 1) * (end - start)
-
-
-@triton.jit
-def adamw_corrections(entry, options):
-    """``(1 − β₁ᵗ, sqrt(1 − β₂ᵗ))``, from the host or, with a step count on the device, for the step after it."""
-    step = tl.load(entry + r.STEP)
-    bias1, bias2_root = tl.load(options + r.BIAS1), tl.load(options + r.BIAS2_ROOT)
-    if step != 0:
-        t = tl.load(step.to(tl.pointer_type(tl.float32))).to(tl.float64) + 1
-        log1 = tl.log(1 - tl.load(options + r.COMPLEMENT1).to(tl.float64))
-        log2 = tl.log(1 - tl.load(options + r.COMPLEMENT2).to(tl.float64))
-        bias1 = (1 - tl.exp(t * log1)).to(tl.float32)
-        bias2_root = tl.sqrt(1 - tl.exp(t * log2)).to(tl.float32)
-    return bias1, bias2_root
 
 
 @triton.jit
@@ -365,7 +233,7 @@ def stream(
 
 @triton.jit
 def programs_of(entry, SIDE: tl.constexpr, STRIP: tl.constexpr):
-    """How many programs of a launch belong to one matrix; in Python: :func:`programs`."""
+    """How many programs of a launch belong to one matrix; in Python: :func:`.tiling.programs`."""
     swapped = tl.load(entry + r.SWAPPED) != 0
     rows, columns = tl.load(entry + r.ROWS), tl.load(entry + r.COLUMNS)
     on_left = tl.maximum(tl.cdiv(tl.where(swapped, columns, rows), STRIP), 1) * tl.load(entry + r.LEFT_CHUNKS)
@@ -479,35 +347,6 @@ def pass_kernel(
         if arrived == programs_of(entry, SIDE, STRIP) - 1:
             tl.store(tickets + b, 0)
             solve(b, table, numbers, scalars, sigmas, squares, noise, round, last, THEN, KP, KX, DTYPE)
-
-
-def chunks(length: int) -> tuple[int, int]:
-    """Size and number of the pieces that an inner length is cut into: LEFT_CHUNK and LEFT_CHUNKS of n columns,
-    RIGHT_CHUNK and RIGHT_CHUNKS of m rows. Nearly equal, for the programs of a launch end together."""
-    count = min(max(-(-length // CHUNK), 1), MOST_CHUNKS)
-    size = max(-(-length // (count * GRAIN)), 1) * GRAIN
-    return size, max(-(-length // size), 1)
-
-
-def programs(rows: int, columns: int, side: int) -> int:
-    """How many programs of a launch on ``side`` belong to a matrix, by its shape as the tracker reads it."""
-    on_left = max(-(-rows // STRIP), 1) * chunks(columns)[1]
-    on_right = max(-(-columns // STRIP), 1) * chunks(rows)[1]
-    if side == TURNING.value:
-        return max(on_left, on_right)
-    return on_right if side == RIGHT.value else on_left
-
-
-def work_list(shapes: Sequence[tuple[int, int]], side: int, device: torch.device) -> Tensor:
-    """(matrix, index) of every program, int32 (P, 2); shapes as the tracker reads them."""
-    counts = [programs(rows, columns, side) for rows, columns in shapes]
-
-    def build() -> Tensor:
-        matrix = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        first = np.repeat(np.cumsum([0, *counts[:-1]]), counts)
-        return tables.upload(np.stack([matrix, np.arange(len(matrix)) - first], 1), torch.int32, device)
-
-    return tables.remembered(("passes", tuple(counts)), device, build)
 
 
 def launch(

@@ -7,7 +7,6 @@ import math
 import sys
 import types
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,80 +21,18 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn.utils import parametrizations, parametrize, prune
-from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
 import specopt
-from specopt.groups import Decision, ParamGroups, resolve
+from specopt.groups import ParamGroups, resolve
 from specopt.tracker.common import STEP
+from tests.specopt.modules import OPTIMIZERS, Conv1D, controlled, decisions, everything
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
-OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "snr": lambda params, **kw: specopt.SNRSGD(params, **{"lr": 0.05, "momentum": 0.9, **kw}),
-    "set": lambda params, **kw: specopt.NormScaleAdamW(params, **{"lr": 1e-3, **kw}),
-}
 
 
 @pytest.fixture(params=OPTIMIZERS)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-class Conv1D(nn.Module):
-    """As transformers has it for GPT-2."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf, self.nx = nf, nx
-        self.weight = nn.Parameter(0.2 * torch.randn(nx, nf))
-        self.bias = nn.Parameter(torch.zeros(nf))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
-
-class Everything(nn.Module):
-    """A module of each type that is read, joined by a forward that uses all of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(11, 12)
-        self.conv1 = nn.Conv1d(12, 8, 3, padding=1)
-        self.grouped = nn.Conv1d(8, 12, 3, padding=1, groups=2)
-        self.depthwise = nn.Conv1d(12, 12, 3, padding=1, groups=12)
-        self.up1 = nn.ConvTranspose1d(12, 6, 2)
-        self.up_grouped = nn.ConvTranspose1d(6, 4, 2, groups=2)
-        self.conv2 = nn.Conv2d(1, 3, 3, padding=1)
-        self.batch_norm = nn.BatchNorm2d(3)
-        self.up2 = nn.ConvTranspose2d(3, 5, 2)
-        self.conv3 = nn.Conv3d(1, 2, 2)
-        self.attention = nn.MultiheadAttention(12, 3, batch_first=True, add_bias_kv=True)
-        self.attention_apart = nn.MultiheadAttention(12, 3, kdim=12, vdim=10, batch_first=True)
-        self.layer = nn.TransformerEncoderLayer(12, 2, 20, dropout=0.0, batch_first=True)
-        self.lstm = nn.LSTM(12, 10, proj_size=7, batch_first=True, bidirectional=True)
-        self.gru, self.rnn = nn.GRU(14, 9, batch_first=True), nn.RNN(9, 12, batch_first=True)
-        self.lstm_cell, self.gru_cell, self.rnn_cell = nn.LSTMCell(12, 8), nn.GRUCell(8, 9), nn.RNNCell(9, 5)
-        self.bilinear = nn.Bilinear(5, 12, 6)
-        self.conv1d = Conv1D(10, 6)
-        self.norm = nn.LayerNorm((2, 5))
-        self.head = nn.Linear(10, 4)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        y = self.up_grouped(self.up1(self.depthwise(self.grouped(self.conv1(x.mT)))))
-        image = self.up2(self.batch_norm(self.conv2(y[:, None])))
-        volume = self.conv3(image[:, None])
-        z = self.attention(x, x, x)[0] + self.attention_apart(x, x, x[..., :10])[0]
-        z = self.rnn(self.gru(self.lstm(self.layer(z))[0])[0])[0][:, -1]
-        cell = self.rnn_cell(self.gru_cell(self.lstm_cell(z)[0]))
-        last = self.conv1d(self.bilinear(cell, z) + volume.mean((1, 2, 3, 4))[:, None])
-        scores: Tensor = self.head(self.norm(last.view(-1, 2, 5)).flatten(1))
-        return scores
-
-
-def everything() -> Everything:
-    torch.manual_seed(0)
-    return Everything()
 
 
 def batches() -> tuple[Tensor, Tensor]:
@@ -162,14 +99,6 @@ def by_hand(name: str, weight: Tensor) -> list[Tensor]:
     count = MATRICES[name][0]
     parts = weight.detach().double().chunk(count)
     return [(part.transpose(0, 1) if name in TRANSPOSED else part).reshape(MATRICES[name][1]) for part in parts]
-
-
-def decisions(model: nn.Module, **options: Any) -> dict[str, Decision]:
-    return {decision.name: decision for decision in specopt.param_groups(model, **options).decisions}
-
-
-def controlled(model: nn.Module, **options: Any) -> set[str]:
-    return {name for name, decision in decisions(model, **options).items() if decision.view is not None}
 
 
 # --- by module type ------------------------------------------------------------------------------------------------
@@ -440,231 +369,6 @@ def test_frozen_weights_and_layers_without_gradient_do_not_disturb(kind: str) ->
     assert all(torch.equal(a, b) for a, b in zip(before, model[0].parameters(), strict=True))
     assert optimizer.state[model[1].weight][STEP] == 1
     assert not optimizer.state.get(model[2].weight)
-
-
-# --- what is not controlled ----------------------------------------------------------------------------------------
-
-
-class LowRank(nn.Module):
-    """LoRA as a parametrization: ``W + B A``."""
-
-    def __init__(self, out: int, columns: int) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(columns, 2, bias=False), nn.Parameter(torch.zeros(out, 2))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.b @ self.a.weight
-
-
-def parametrized(how: str) -> nn.Module:
-    linear = nn.Linear(6, 5)
-    if how == "low rank":
-        parametrize.register_parametrization(linear, "weight", LowRank(5, 6))
-        return linear
-    if how == "prune":
-        return prune.l1_unstructured(linear, "weight", amount=0.5)  # type: ignore[no-any-return, no-untyped-call]
-    if how == "old spectral_norm":
-        return hooked_spectral_norm(linear)
-    if how == "old weight_norm":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return nn.utils.weight_norm(linear)
-    return getattr(parametrizations, how)(linear)  # type: ignore[no-any-return]
-
-
-PARAMETRIZED = [
-    "weight_norm",
-    "spectral_norm",
-    "orthogonal",
-    "low rank",
-    "prune",
-    "old spectral_norm",
-    "old weight_norm",
-]
-
-
-@pytest.mark.parametrize("how", PARAMETRIZED)
-def test_parametrized_weights_are_never_controlled_and_named_once(how: str) -> None:
-    model = nn.Sequential(parametrized(how), nn.Linear(5, 4))
-    with pytest.warns(UserWarning, match="computed from|parametrized by") as caught:
-        optimizer = specopt.NormScaleAdamW(model)
-    assert len(caught) == 1 and caught[0].filename == __file__
-    assert [row.name for row in specopt.spectral_report(optimizer)] == ["1.weight"]
-    model(torch.ones(3, 6)).sum().backward()
-    optimizer.step()
-    with pytest.raises(ValueError, match="cannot be controlled"):
-        specopt.param_groups(model, overrides={nn.Linear: {"spectral": True}})
-    with pytest.raises(ValueError, match="before it is parametrized"):
-        specopt.init.scaled_orthogonal_(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        specopt.param_groups(model, overrides={"0*": {"spectral": False}})
-
-
-def test_an_adapter_of_two_linears_is_two_matrices_whose_second_is_only_capped() -> None:
-    class Adapter(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.base_layer = nn.Linear(12, 10).requires_grad_(False)
-            self.lora_A = nn.ModuleDict({"default": nn.Linear(12, 4, bias=False)})
-            self.lora_B = nn.ModuleDict({"default": nn.Linear(4, 10, bias=False)})
-            nn.init.zeros_(self.lora_B.get_parameter("default.weight"))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))  # type: ignore[no-any-return]
-
-    torch.manual_seed(0)
-    model = Adapter()
-    optimizer = specopt.NormScaleAdamW(model, lr=1e-3)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(torch.randn(4, 12)).square().sum().backward()
-        optimizer.step()
-    rows = {row.name: row for row in specopt.spectral_report(optimizer)}
-    a, b = rows["lora_A.default.weight"], rows["lora_B.default.weight"]
-    assert a.target is not None and b.target is not None
-    assert a.target * b.target == pytest.approx(math.sqrt(10 / 12))
-    assert b.capped and 0 < b.sigma < 0.05
-
-
-class Odd(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.position = nn.Parameter(torch.zeros(1, 6, 4))
-        self.experts = nn.Parameter(torch.randn(3, 5, 4))
-        self.table = nn.Parameter(torch.randn(5, 4))
-        self.scale = nn.Parameter(torch.ones(4))
-        self.relative_position_bias = nn.Parameter(torch.zeros(5, 5))
-
-
-def test_unknown_modules_stay_uncontrolled_and_are_named_once(kind: str) -> None:
-    with pytest.warns(UserWarning) as caught:
-        optimizer = OPTIMIZERS[kind](nn.Sequential(Odd(), nn.Linear(3, 3)))
-    assert len(caught) == 1 and caught[0].filename == __file__
-    message = str(caught[0].message)
-    for name, shape in (("position", "(1, 6, 4)"), ("experts", "(3, 5, 4)"), ("table", "(5, 4)")):
-        assert f"0.{name} {shape}: nothing is known of {name} in Odd" in message
-    assert "relative_position_bias" in message and "scale" not in message
-    assert [row.name for row in specopt.spectral_report(optimizer)] == ["1.weight"]
-
-
-def test_bare_tensors_of_unclear_shape_are_named_once_with_their_shapes(kind: str) -> None:
-    model = nn.Sequential(nn.Conv1d(3, 4, 3), nn.Conv2d(1, 4, 3), nn.Linear(4, 4), nn.BatchNorm1d(4))
-    with pytest.warns(UserWarning, match="does not tell how to read") as caught:
-        optimizer = OPTIMIZERS[kind](model.named_parameters())
-    assert len(caught) == 1 and caught[0].filename == __file__
-    assert "2 parameter(s)" in str(caught[0].message)
-    assert "0.weight (4, 3, 3), 1.weight (4, 1, 3, 3)" in str(caught[0].message)
-    with pytest.warns(UserWarning, match=r"late \(3, 3, 3\)") as caught:
-        optimizer.add_param_group({"params": [("late", nn.Parameter(torch.zeros(3, 3, 3)))]})
-    assert len(caught) == 1 and caught[0].filename == __file__
-
-
-def test_clear_vouched_for_and_uncontrolled_tensors_are_not_warned_of(kind: str) -> None:
-    odd = nn.Parameter(torch.zeros(3, 3, 3))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        OPTIMIZERS[kind](everything())
-        OPTIMIZERS[kind]([odd], view="flatten")
-        OPTIMIZERS[kind]([{"params": [odd], "spectral": False}, {"params": [nn.Parameter(torch.zeros(3))]}])
-        OPTIMIZERS[kind]([nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(4, 3, 2, 2))])
-
-
-@pytest.mark.parametrize("make", [specopt.SNRSGD, specopt.param_groups, specopt.init.scaled_orthogonal_])
-def test_lazy_modules_are_refused_by_name_until_they_have_seen_an_input(make: Callable[[nn.Module], Any]) -> None:
-    model = nn.Sequential(nn.LazyLinear(4), nn.LazyConv1d(3, 2))
-    with pytest.raises(ValueError, match=r"0\.weight is not initialized.*run the model"):
-        make(model)
-    model(torch.zeros(2, 3, 5))
-    make(model)
-
-
-def test_a_bare_lazy_parameter_is_refused(kind: str) -> None:
-    with pytest.raises(ValueError, match="not initialized"):
-        OPTIMIZERS[kind](nn.LazyLinear(4).parameters())
-
-
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_empty_weights_and_those_of_other_dtypes_are_left_to_the_base(kind: str) -> None:
-    model = nn.Sequential(nn.Linear(3, 3, dtype=torch.complex64), nn.Linear(3, 3), nn.Linear(0, 3))
-    assert controlled(model) == {"1.weight"}
-    optimizer = OPTIMIZERS[kind](model)
-    for param in model.parameters():
-        param.grad = torch.ones_like(param)
-    optimizer.step()
-    assert all(bool(param.isfinite().all()) for param in model.parameters())
-
-
-# --- overrides -----------------------------------------------------------------------------------------------------
-
-
-def test_overrides_by_type_pattern_and_predicate_the_last_one_winning() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 2))
-    groups = specopt.param_groups(
-        model,
-        lr=0.5,
-        overrides={
-            nn.Linear: {"target": 2.0},
-            "1": {"lr": 0.1},
-            "1.1.*": {"target": 3.0},
-            (lambda name, module, param: isinstance(module, nn.Linear) and len(param) == 2): {"spectral": False},
-            (nn.Conv1d, nn.Conv2d): {"mode": "cap"},
-        },
-    )
-    found = {name: {**group, "params": None} for group in groups for name, _ in group["params"]}
-    assert found["0.weight"]["mode"] == "cap" and "target" not in found["0.weight"]
-    assert (found["1.0.weight"]["target"], found["1.0.weight"]["lr"]) == (2.0, 0.1)
-    assert (found["1.1.weight"]["target"], found["1.1.bias"]["lr"]) == (3.0, 0.1)
-    assert found["2.weight"]["spectral"] is False and found["2.weight"]["lr"] == 0.5
-    optimizer = specopt.NormScaleAdamW(groups)
-    assert {row.name: row.target for row in specopt.spectral_report(optimizer)}["1.1.weight"] == 3.0
-
-
-def test_an_override_of_a_module_type_counts_for_all_that_is_inside() -> None:
-    model = nn.Sequential(nn.TransformerEncoderLayer(4, 1, 4), nn.Linear(4, 4))
-    assert controlled(model, overrides={nn.TransformerEncoderLayer: {"spectral": False}}) == {"1.weight"}
-
-
-def test_a_view_in_an_override_controls_what_nothing_is_known_of() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = decisions(
-            Odd(),
-            overrides={
-                "experts": {"view": "stack"},
-                "table": {"view": "transposed"},
-                "position": {"spectral": False},
-                "relative*": {"spectral": False},
-            },
-        )
-    assert found["experts"].matrices == (3, (5, 4)) and found["table"].matrices == (1, (4, 5))
-    assert found["position"].view is found["scale"].view is None
-    packed = nn.Linear(4, 12)
-    assert decisions(packed, overrides={"weight": {"view": "rows:3"}})["weight"].matrices == (3, (4, 4))
-
-
-def test_overrides_that_make_no_sense_are_refused() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), Odd())
-    wrong: list[tuple[dict[Any, Any], type[Exception], str]] = [
-        ({"haed.*": {"lr": 1.0}}, ValueError, r"'haed\.\*'.*matches no"),
-        ({3: {}}, TypeError, "pattern or a predicate, got 3"),
-        ({"0": 0.1}, TypeError, "dict of group options, got 0.1"),
-        ({"1.table": {"spectral": True}}, ValueError, "1.table.*give a view"),
-        ({"0.weight": {"view": "rows:3"}}, ValueError, "0.weight: view='rows:3' needs"),
-        ({"0.weight": {"view": "row"}}, ValueError, "got 'row'"),
-    ]
-    for overrides, error, match in wrong:
-        with pytest.raises(error, match=match):
-            specopt.param_groups(model, overrides=overrides)
-    with pytest.raises(TypeError, match="Module, got list"):
-        specopt.param_groups([nn.Parameter(torch.zeros(2))])  # type: ignore[arg-type]
-
-
-def test_model_wide_options_and_control_switched_off() -> None:
-    groups = specopt.param_groups(nn.LSTM(3, 4), spectral=False)
-    assert specopt.spectral_report(specopt.SNRSGD(groups)) == []
-    assert decisions(nn.Linear(4, 3), target=1.5)["weight"].target == 1.5
-    assert decisions(nn.Linear(4, 3), target="initial")["weight"].target == "initial"
 
 
 # --- the list itself -----------------------------------------------------------------------------------------------
