@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,6 +16,18 @@ from .tracker.common import HostCopy, constant
 from .tracker.device import BaseUpdate
 from .updates import rate_of
 from .views import Matrix
+
+
+class Ruled(Protocol):
+    """An optimizer under a rule."""
+
+    state: defaultdict[Tensor, Any]
+    param_groups: list[dict[str, Any]]
+
+    @property
+    def rule(self) -> Rule: ...
+
+    def names(self) -> Mapping[Tensor, str]: ...
 
 
 class Controlled(Protocol):

@@ -14,8 +14,7 @@ from .tracker.common import HostCopy
 from .views import could_be_controlled, is_controlled
 
 if TYPE_CHECKING:
-    from .control import SpectralOptimizer
-    from .session import Controlled
+    from .session import Controlled, Ruled
 
 LISTED = 8
 """Names in a warning, of however many."""
@@ -61,7 +60,7 @@ def warn_of_unclear(groups: Iterable[Mapping[str, Any]], names: Mapping[Tensor, 
         )
 
 
-def tell_of_first_steps(optimizer: SpectralOptimizer, ratios: Iterable[tuple[Sequence[Controlled], HostCopy]]) -> None:
+def tell_of_first_steps(optimizer: Ruled, ratios: Iterable[tuple[Sequence[Controlled], HostCopy]]) -> None:
     """Takes up the ratios of norm and target that first steps have found, and warns once of those that have arrived on
     the host and are far from 1."""
     waiting = optimizer.__dict__.setdefault("_waiting", [])

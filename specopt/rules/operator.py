@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,14 +29,11 @@ from specopt.kernels import accumulation_dtype
 
 from ..operators import COLD, START, WARM, ConvOperator, Effort, Geometry, follow, parse, start
 from ..operators.tracker import columns_of
-from ..session import Gate
+from ..session import Gate, Ruled
 from ..targets import target_sigma
 from ..tracker.common import BLOCK, COLD_STEPS, LEFT, LOST, PREFIX, PROBE, RIGHT, STATS, STEP, HostCopy, Stat
 from ..updates import is_on_device, rate_of
 from ..views import could_be_controlled
-
-if TYPE_CHECKING:
-    from ..control import SpectralOptimizer
 
 OPERATOR, INITIAL = PREFIX + "operator", PREFIX + "initial_operator"
 """State keys: the block that follows the operator's norm, and the norm noted for ``target="initial"``."""
@@ -78,12 +75,12 @@ def geometries_in(group: Mapping[str, Any]) -> dict[int, Geometry]:
     return {id(p): parse(text) for p, text in zip(group["params"], given, strict=True) if text is not None}
 
 
-def kernels_of(optimizer: SpectralOptimizer, *, with_grad: bool = True) -> list[Kernel]:
+def kernels_of(optimizer: Ruled, *, with_grad: bool = True) -> list[Kernel]:
     """Those that have a gradient alone, or all."""
     return list(_kernels(optimizer, with_grad))
 
 
-def _kernels(optimizer: SpectralOptimizer, with_grad: bool) -> Iterator[Kernel]:
+def _kernels(optimizer: Ruled, with_grad: bool) -> Iterator[Kernel]:
     for group in optimizer.param_groups:
         found = geometries_in(group) if optimizer.rule.is_on(group) else {}
         for place, param in enumerate(group["params"]) if found else ():
