@@ -11,9 +11,6 @@ from .passes import Penalty, Update, base_updates_, corrections_
 from .products import MAX_COLUMNS, skinny_products
 from .small import MAX_EIGEN, eigenvectors, orthonormalizers, rotations
 from .subspace import (
-    BasisLayout,
-    Triplets,
-    TurnLayout,
     leading_residuals,
     next_basis,
     orthonormalize,
@@ -23,6 +20,7 @@ from .subspace import (
     turn,
 )
 from .tables import constant, identity, remembered, upload
+from .triplets import BasisLayout, Triplets, TurnLayout
 from .updates import MAX_RANK, frobenius_norms, rank_updates_, scale_
 
 __all__ = [

@@ -6,18 +6,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import subspace
 from .backend import live
 from .blocks.reference import residual
 from .tables import identity
-
-if TYPE_CHECKING:
-    from .subspace import BasisLayout, Triplets, TurnLayout
+from .triplets import BasisLayout, Triplets, TurnLayout, orthonormalize_all, scouts
 
 SAFE = 1e-8, 1e16
 """Squared norm of a block's longest column, between which no square that counts can over- or underflow."""
@@ -90,7 +86,7 @@ def orthonormalize(
             for i, small in zip(group, factor.unbind(), strict=True):
                 torch.mm(first[i], small, out=out[i])
     if rest:
-        subspace.orthonormalize_all([candidates[i] for i in rest], [starts[i] for i in rest], [out[i] for i in rest])
+        orthonormalize_all([candidates[i] for i in rest], [starts[i] for i in rest], [out[i] for i in rest])
 
 
 def next_basis(
@@ -112,7 +108,7 @@ def next_basis(
     for i in chosen:
         z, v, scale = returned[i], triplets.rights[i], 1 / sizes[i]
         k, r, a = layout.columns[i], layout.kept[i], layout.followers[i]
-        p = k - r - a - subspace.scouts(k)
+        p = k - r - a - scouts(k)
         d = values[i][:k]
         order = sorted(range(k), key=[-abs(value) for value in d].__getitem__)[:p]
         zs, vs = z[:, :p], v[:, :p]
@@ -127,7 +123,7 @@ def next_basis(
             torch.mul(vs[:, :r], -ordered[:r], out=kept).add_(zs[:, :r], alpha=scale)
         if a:
             torch.sub(z[:, k:], previous[i], out=block[:, p + r : p + r + a]).mul_(scale)
-        if subspace.scouts(k):
+        if scouts(k):
             torch.mul(starts[i][:, k - 1 :], len(block) ** -0.5, out=block[:, k - 1 :])
         residuals[i] = float(residual(z[:, 0], v[:, 0], tops[i]))
     orthonormalize(candidates, starts, out, chosen)
@@ -145,7 +141,7 @@ def turn(
     count = len(products)
     images = [k - r - a for k, r, a in zip(*layout, strict=True)]
     candidates = [x.new_empty(len(x), k) for x, k in zip(products, layout.columns, strict=True)]
-    triplets = subspace.Triplets(
+    triplets = Triplets(
         products[0].new_zeros(count, max(layout.columns)),
         [block[:, :p] for block, p in zip(candidates, images, strict=True)],
         [v.new_empty(len(v), k) for v, k in zip(bases, layout.columns, strict=True)],

@@ -19,19 +19,9 @@ from .backend import allocate, live
 from .backend import on_host as _on_host
 from .blocks import column_dots, copy_blocks, first_column_residuals, grams, mixes
 from .products import MAX_COLUMNS
-from .small import eigenvectors, orthonormalizers, rotations
-from .tables import constant, remembered, upload
-
-
-class Triplets(NamedTuple):
-    """Ritz triplets of B matrices, by size; ``W_b rights_b = lefts_b · diag(sigma_b)`` to rounding."""
-
-    sigma: Tensor
-    """(B, K), 0 beyond ``k_b``; non-finite where a product was."""
-    lefts: list[Tensor]
-    """(m_b, k_b), unit columns; zero where sigma is."""
-    rights: list[Tensor]
-    """(n_b, k_b)."""
+from .small import eigenvectors, rotations
+from .tables import remembered, upload
+from .triplets import BasisLayout, Triplets, TurnLayout, orthonormalize_all, scouts
 
 
 def sharpen(triplets: Triplets, count: int) -> None:
@@ -137,45 +127,6 @@ def orthonormalize(
         host.orthonormalize(candidates, starts, out, live(active, len(out)))
     else:
         orthonormalize_all(candidates, starts, out, active)
-
-
-def orthonormalize_all(
-    candidates: Sequence[Tensor], starts: Sequence[Tensor], out: Sequence[Tensor], active: Tensor | None = None
-) -> None:
-    """:func:`orthonormalize` whatever the candidates are."""
-    gram, scale = grams(candidates)
-    finite = (gram.sum((1, 2)) + scale).isfinite()
-    active = finite if active is None else active & finite
-    factor, dropped = orthonormalizers(gram)
-    counts = constant([float(block.shape[1]) for block in candidates], gram.dtype, gram.device)
-    real = torch.arange(gram.shape[-1], device=gram.device) < counts[:, None]
-    refill = torch.diag_embed((dropped & real).to(gram.dtype))
-    rows = constant([float(block.shape[0]) for block in candidates], gram.dtype, gram.device)
-    refill = refill * rows.rsqrt()[:, None, None]
-    first = allocate([(block.shape[0], block.shape[1]) for block in candidates], candidates[0])
-    mixes([(candidates, factor / scale[:, None, None]), (starts, refill)], first)
-    gram, scale = grams(first)
-    factor, _ = orthonormalizers(gram, threshold=REFILL_THRESHOLD)
-    mixes([(first, factor / scale[:, None, None])], out, active=active)
-
-
-REFILL_THRESHOLD = 0.05
-"""In the second pass only a replaced column can lie close to the others; closer than this it is left out (zero)."""
-
-
-def scouts(columns: int) -> int:
-    """How many columns of a basis are random, others in each step. In a flat spectrum a direction outside the block may
-    lie above all within, and nothing else would show it: the residual is small, and the update does not lead there."""
-    return 1 if columns >= 8 else 0
-
-
-class BasisLayout(NamedTuple):
-    """How the columns of the next basis are shared out: ``kept`` and ``followers`` per matrix, its :func:`scouts`, and
-    images in the rest."""
-
-    columns: tuple[int, ...]
-    kept: tuple[int, ...]
-    followers: tuple[int, ...]
 
 
 def next_basis(
@@ -291,14 +242,6 @@ def _new_plan(layout: BasisLayout, width: int, device: torch.device, dtype: torc
         *(upload(mask, torch.bool, device) for mask in (real, image)),
         *(upload(values, dtype, device) for values in (taken, now, before)),
     )
-
-
-class TurnLayout(NamedTuple):
-    """How the columns of a basis of a tracker by halves are shared out: images in the rest."""
-
-    columns: tuple[int, ...]
-    kept: tuple[int, ...]
-    followers: tuple[int, ...]
 
 
 def turn(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .. import records as r
-from .. import subspace
+from .. import subspace, triplets
 from ..products import MAX_COLUMNS
 from ..small import ROUNDS, SQUARINGS
 from ..small.device import diagonal_of, orthonormalizer, reflection, sorted_columns, square_product, top_direction
@@ -33,7 +33,7 @@ SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
 ZERO_NORM = tl.constexpr(TINY)
 POWER = tl.constexpr(SQUARINGS)
 SWEEPS = tl.constexpr(ROUNDS)
-REFILLED = tl.constexpr(subspace.REFILL_THRESHOLD)
+REFILLED = tl.constexpr(triplets.REFILL_THRESHOLD)
 VARIANTS = tl.constexpr(subspace.VARIANTS)
 SHIFT = tl.constexpr(subspace.SHIFT)
 NOISE_STEP = tl.constexpr(MAX_COLUMNS)
