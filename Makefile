@@ -31,11 +31,11 @@ guide: venv
 	$(BIN)/python examples/guide.py $(if $(GUIDE_DATA),--data-dir $(GUIDE_DATA)) --out $(GUIDE_OUT)
 
 test: venv
-	$(BIN)/python -m pytest -q -m "not full" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not full" -n 2 --dist loadfile --no-loadscope-reorder
 
 # -q leaves out the header, so that the kept output says nothing of the machine's folders.
 test-full: venv
-	SPECOPT_TEST_FULL=1 $(BIN)/python -m pytest -q -ra -n 2 --dist loadfile | tee tests/last_full_run.txt
+	SPECOPT_TEST_FULL=1 $(BIN)/python -m pytest -q -ra -n 2 --dist loadfile --no-loadscope-reorder | tee tests/last_full_run.txt
 
 lint: venv
 	$(BIN)/ruff check .

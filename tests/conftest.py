@@ -23,6 +23,15 @@ for name, examples in (("default", 25), ("full", 200)):
 settings.load_profile("full" if os.environ.get("SPECOPT_TEST_FULL") == "1" else "default")
 
 
+LONG = ("test_traffic.py", "test_backends.py", "test_examples.py", "test_device_robustness.py", "test_data_parallel.py")
+"""Files that take longest for the tests that they hold."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: a worker that gets one last keeps the others waiting."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -43,7 +43,7 @@ def test_a_product_alone_has_the_bits_of_one_beside_an_update(side, kp):
         assert all(torch.equal(outs[side], old) for outs, old in zip(bucket.outs, first, strict=True))
 
 
-@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("layout", ["rows", pytest.param("columns", marks=pytest.mark.full)])
 def test_long_matrices_are_summed_in_chunks(layout):
     for shape in ((5, 2056), (1030, 6)):
         weights, gradient = matrices(torch.float32, layout, count=2, shapes=[shape])
@@ -100,7 +100,7 @@ def _note_solve(b, table, numbers, scalars, sigmas, squares, noise, round, last,
     tl.store(stats + 1, round * 10 + last)
 
 
-@pytest.mark.parametrize("side", [LEFT, RIGHT, TURNING])
+@pytest.mark.parametrize("side", [*(pytest.param(side, marks=pytest.mark.full) for side in (LEFT, RIGHT)), TURNING])
 def test_the_last_program_of_each_matrix_solves_it_once(side, monkeypatch):
     monkeypatch.setattr(passes, "solve", _note_solve)
     shapes = [(70, 1100), (1, 1), (300, 5), (200, 200)]

@@ -16,6 +16,9 @@ from tests.specopt.target_net import SHAPES, Net, norms, of_shape, step, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
 BACKENDS = ["reference", "triton"]
+SHORT_ON_THE_REFERENCE = pytest.mark.parametrize(
+    "backend", ["reference", pytest.param("triton", marks=pytest.mark.full)], indirect=True
+)
 FEW: dict[str, Any] = {"block": 4}
 
 
@@ -39,6 +42,7 @@ def objects(optimizer: Any) -> list[int]:
     return [id(state[key]) for state in states for key in sorted(state) if key.startswith("spectral_") and key != STEP]
 
 
+@SHORT_ON_THE_REFERENCE
 def test_scheduled_targets_hold_from_the_next_step_on_without_a_cold_restart(backend: str) -> None:
     optimizer = specopt.NormScaleAdamW(weights(), lr=1e-4, mode="rescale", **FEW)
     (group,) = optimizer.param_groups
@@ -64,6 +68,7 @@ def test_scheduled_targets_hold_from_the_next_step_on_without_a_cold_restart(bac
     assert sigma(optimizer) == pytest.approx([4.0, 3.0], rel=1e-3) and objects(optimizer) == kept
 
 
+@SHORT_ON_THE_REFERENCE
 def test_switching_from_initial_to_others_and_back_returns_to_the_norm_of_the_start(backend: str) -> None:
     optimizer = specopt.NormScaleAdamW(weights(), lr=1e-4, mode="rescale", target="initial", **FEW)
     start = sigma(optimizer)

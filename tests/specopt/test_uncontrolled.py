@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils import spectral_norm as hooked_spectral_norm
 
 import specopt
+from tests.specopt import modules
 from tests.specopt.modules import OPTIMIZERS, Odd, controlled, everything
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
@@ -109,7 +110,7 @@ def test_an_adapter_of_two_linears_is_two_matrices_whose_second_is_only_capped()
 def test_unknown_modules_stay_uncontrolled_and_are_named_once(kind: str) -> None:
     with pytest.warns(UserWarning) as caught:
         optimizer = OPTIMIZERS[kind](nn.Sequential(Odd(), nn.Linear(3, 3)))
-    assert len(caught) == 1 and caught[0].filename == __file__
+    assert len(caught) == 1 and caught[0].filename == modules.__file__
     message = str(caught[0].message)
     for name, shape in (("position", "(1, 6, 4)"), ("experts", "(3, 5, 4)"), ("table", "(5, 4)")):
         assert f"0.{name} {shape}: nothing is known of {name} in Odd" in message
@@ -121,7 +122,7 @@ def test_bare_tensors_of_unclear_shape_are_named_once_with_their_shapes(kind: st
     model = nn.Sequential(nn.Conv1d(3, 4, 3), nn.Conv2d(1, 4, 3), nn.Linear(4, 4), nn.BatchNorm1d(4))
     with pytest.warns(UserWarning, match="does not tell how to read") as caught:
         optimizer = OPTIMIZERS[kind](model.named_parameters())
-    assert len(caught) == 1 and caught[0].filename == __file__
+    assert len(caught) == 1 and caught[0].filename == modules.__file__
     assert "2 parameter(s)" in str(caught[0].message)
     assert "0.weight (4, 3, 3), 1.weight (4, 1, 3, 3)" in str(caught[0].message)
     with pytest.warns(UserWarning, match=r"late \(3, 3, 3\)") as caught:
