@@ -1,4 +1,4 @@
-"""What weights that are cut up over ranks send: counted and measured on the ranks at hand, modelled for up to 4,096 GPUs.
+"""What sharded weights send: counted and measured on the ranks at hand, modelled for up to 4,096 GPUs.
 
     python -m benchmarks.run comm                      all three
     python -m benchmarks.run comm --only modelled      no ranks are started
@@ -12,7 +12,8 @@ Llama 3 by stated bandwidths and latencies.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ import torch
 
 from benchmarks import comm_count, comm_scaling, comm_time, ranks, reporting
 from benchmarks.comm_model import H100
-from benchmarks.comm_scaling import BATCH, GOAL, MICRO, NETWORKS, TOKENS, Network, steps
+from benchmarks.comm_scaling import BATCH, GOAL, GPUS, MICRO, NETWORKS, TOKENS, Network, Step, steps
+from specopt.tracker.common import COLD_STEPS
 
 PARTS = ("counted", "measured", "modelled")
 BLOCK = 32
+WARM_UP = COLD_STEPS + 2
+"""Steps before steps are timed: in the cold ones a weight takes more pairs of products."""
 COLORS = ("#0072B2", "#D55E00", "#009E73")  # Okabe and Ito's
 DRAWN = tuple(2**i for i in range(3, 13))
 """Numbers of GPUs in the plot."""
@@ -36,7 +40,7 @@ def counted(worlds: Sequence[int], device: str) -> reporting.Report:
     """One row for all numbers of ranks on which the same is sent."""
     merged: dict[tuple[Any, ...], list[int]] = {}
     for world in worlds:
-        found = ranks.run(world, device, comm_count.count, BLOCK, device, list(comm_count.LAYOUTS), list(comm_count.KINDS))
+        found = ranks.run(world, device, comm_count.count, BLOCK, device, comm_count.CASES)
         assert all(rows == found[0] for rows in found), "ranks have sent different things"
         for row in found[0]:
             merged.setdefault(tuple(row.items()), []).append(world)
@@ -49,7 +53,7 @@ def counted(worlds: Sequence[int], device: str) -> reporting.Report:
 
 def measured(width: int, rounds: int, device: str) -> reporting.Report:
     world = torch.cuda.device_count() if device == "cuda" else 2
-    rows = ranks.run(world, device, comm_time.measure, width, rounds, device)[0]
+    rows = ranks.run(world, device, comm_time.measure, width, rounds, WARM_UP, device)[0]
     backend = "nccl" if device == "cuda" else "gloo"
     title = f"Steps under fully_shard: GPT of 2 blocks, width {width}, {world} ranks over {backend}, float32"
     notes = [
@@ -76,38 +80,42 @@ def _report(
 def modelled(networks: Sequence[Network], *, strong: bool) -> reporting.Report:
     tokens = f"{BATCH:,} tokens in all" if strong else f"{TOKENS:,} tokens a GPU"
     title = f"NormScaleAdamW in a training step of {tokens}"
-    rows = comm_scaling.rows(networks, strong=strong)
-    return _of_model(title, comm_scaling.COLUMNS, rows, [*_reading(rows, strong=strong)])
+    rows = [comm_scaling.row(step) for network in networks for step in steps(network, GPUS, strong=strong)]
+    slow = replace(H100, network=H100.network / H100.gpus)
+    slowest = [step for network in networks for step in steps(network, GPUS, strong=strong, cluster=slow)]
+    notes = [*_reading(rows), _with_one_card(max(slowest, key=lambda step: step.share))]
+    return _of_model(title, comm_scaling.COLUMNS, rows, notes)
 
 
-def _reading(rows: Sequence[Mapping[str, Any]], *, strong: bool) -> Iterable[str]:
+def _reading(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if crowded := [row for row in rows if not row["fits"]]:
-        found = ", ".join(f"{row['name']} on {row['gpus']} GPUs" for row in crowded)
-        yield f"More state than the {H100.memory / 1e9:.0f} GB of a GPU: {found}, given for the sums alone."
-    if strong:
-        small = sorted({row["gpus"] for row in rows if row["tokens"] < MICRO})
-        if small:
-            yield f"On {_listed(small)} GPUs a GPU has less than {MICRO:,} tokens of the batch."
+        yield f"More state than the {H100.memory / 1e9:.0f} GB of a GPU, given for the sums alone: {_named(crowded)}."
+    if small := sorted({row["gpus"] for row in rows if row["tokens"] < MICRO}):
+        found = " and ".join(f"{number:,}" for number in small)
+        yield f"On {found} GPUs each has less than {MICRO:,} tokens of the batch."
     over = [row for row in rows if row["share"] >= 100 * GOAL]
-    yield f"Sums are {'not ' if over else ''}below {GOAL:.0%} of a step in every row."
+    yield f"{GOAL:.0%} of a step or more: {_named(over) or 'nowhere'}."
     above = [row for row in rows if row["most"] >= 100 * GOAL]
-    if above:
-        found = ", ".join(f"{row['name']} on {row['gpus']} ({row['layout']})" for row in above)
-        yield f"At {GOAL:.0%} of the products alone or above it: {found}."
+    yield f"{GOAL:.0%} of the products alone or more: {_named(above) or 'nowhere'}."
 
 
-def _listed(numbers: Sequence[int]) -> str:
-    return " and ".join(f"{number:,}" for number in numbers)
+def _named(rows: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{row['name']} on {row['gpus']:,} GPUs ({row['layout']})" for row in rows)
+
+
+def _with_one_card(step: Step) -> str:
+    found = f"{step.network.title} on {step.gpus:,} GPUs in shards on {step.shards:,}"
+    return (
+        f"With one network card a node in the place of {H100.gpus}, at most {100 * step.share:.2g}% of a step: {found}."
+    )
 
 
 def sizes(networks: Sequence[Network]) -> reporting.Report:
     title = "What a settled step hands to all-reduces, on every rank"
-    return _of_model(title, comm_scaling.BYTES, comm_scaling.sizes(networks), [])
+    return _of_model(title, comm_scaling.BYTES, [comm_scaling.sizes(network) for network in networks], [])
 
 
-def _of_model(
-    title: str, columns: Mapping[str, str], rows: list[dict[str, Any]], notes: list[str]
-) -> reporting.Report:
+def _of_model(title: str, columns: Mapping[str, str], rows: list[dict[str, Any]], notes: list[str]) -> reporting.Report:
     cluster = (
         f"A model, nothing measured: H100 SXM in nodes of {H100.gpus}, {H100.nvlink / 1e9:.0f} GB/s within a node and "
         f"{H100.network / 1e9:.0f} GB/s a GPU between nodes, {H100.utilization:.0%} of {H100.peak / 1e12:.0f} Tflop/s"
@@ -116,35 +124,41 @@ def _of_model(
 
 
 def plot(path: Path, networks: Sequence[Network]) -> None:
-    """Shares of a step by GPUs: of the whole one, and of its products alone."""
+    """Shares by GPUs: of a step, and of its products alone."""
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import PercentFormatter, ScalarFormatter
     except ImportError:
         print("no plot: matplotlib is not installed")
         return
     figure = Figure(figsize=(9, 7), layout="constrained")
     grid = figure.subplots(2, 2, sharex=True, sharey=True)
     for column, strong in enumerate((False, True)):
-        for line, (key, label) in enumerate((("share", "of a step"), ("most", "of its products alone"))):
-            axes = grid[line][column]
-            for network, color in zip(networks, COLORS, strict=False):
-                found = list(steps(network, DRAWN, strong=strong))
-                for style, one in (("-", True), ("--", False)):
-                    kept = [step for step in found if (step.shards == step.gpus) == one]
-                    name = network.title if one else f"{network.title}, HSDP on {network.shards}"
-                    shares = [100 * getattr(step, key) for step in kept]
-                    axes.plot([step.gpus for step in kept], shares, style, color=color, marker=".", label=name)
-            axes.axhline(100 * GOAL, color="#999999", linewidth=1)
-            axes.set(xscale="log", yscale="log", ylabel=f"sums, {label}")
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(ScalarFormatter())
-            axes.yaxis.set_major_formatter(PercentFormatter(decimals=3))
+        for line, key in enumerate(("share", "most")):
+            _lines(grid[line][column], networks, key, strong=strong)
+            grid[line][column].set_ylabel(f"sums / {'products' if line else 'step'} (%)")
         grid[0][column].set_title(f"{BATCH:,} tokens a step" if strong else f"{TOKENS:,} tokens a GPU", fontsize=10)
         grid[1][column].set_xlabel("GPUs")
     grid[0][0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
+
+
+def _lines(axes: Any, networks: Sequence[Network], key: str, *, strong: bool) -> None:
+    """One for each network, and a broken one for its replicas."""
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+    for network, color in zip(networks, COLORS, strict=True):
+        found = list(steps(network, DRAWN, strong=strong))
+        for replicas in (False, True):
+            kept = [step for step in found if (step.shards < step.gpus) == replicas]
+            label = f"{network.title}, HSDP, shards on {network.shards}" if replicas else network.title
+            shares = [100 * getattr(step, key) for step in kept]
+            axes.plot([step.gpus for step in kept], shares, ".--" if replicas else ".-", color=color, label=label)
+    axes.axhline(100 * GOAL, color="#999999", linewidth=1)
+    axes.set(xscale="log", yscale="log", xticks=GPUS)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

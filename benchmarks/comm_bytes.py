@@ -77,7 +77,7 @@ class Weight:
 class Numbers(NamedTuple):
     """A tensor that is to be summed over ranks."""
 
-    count: int
+    length: int
     dtype: torch.dtype
 
 
@@ -167,6 +167,6 @@ def _packed(parts: list[tuple[tuple[Hashable, ...], Numbers]]) -> list[Payload]:
     payloads = []
     for groups, found in by_groups.items():
         dtype = reduce(torch.promote_types, (numbers.dtype for numbers in found))
-        size = dtype.itemsize * sum(numbers.count for numbers in found)
+        size = dtype.itemsize * sum(numbers.length for numbers in found)
         payloads += [Payload(size, dtype, group) for group in groups]
     return payloads

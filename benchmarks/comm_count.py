@@ -26,7 +26,12 @@ from specopt.tracker.common import COLD_STEPS
 RANK = 2
 SIDES = (" (W V)", " (Wᵀ U)")
 """Of a half product."""
-SHARDED = {"qkv": ColwiseParallel, "out": RowwiseParallel, "up": ColwiseParallel, "down": RowwiseParallel}
+SHARDED: dict[str, Callable[[], Any]] = {
+    "qkv": ColwiseParallel,
+    "out": RowwiseParallel,
+    "up": ColwiseParallel,
+    "down": RowwiseParallel,
+}
 """The layers of a block under tensor parallelism."""
 
 
@@ -35,7 +40,7 @@ class Kind(NamedTuple):
 
     make: Callable[[nn.Module, int], torch.optim.Optimizer]
     rules: Callable[[int], tuple[Rule, ...]]
-    settling: int = 4
+    settling: int = 2
     """Steps before it is looked at: more than the cold ones where a step may make more than one pair."""
 
 
@@ -173,12 +178,15 @@ def check(calls: list[Collective], predicted: list[Payload], what: str) -> None:
         raise AssertionError(f"{what}: the formula says {wanted}, and a step has sent {found}")
 
 
-def count(block: int, device: str, layouts: Sequence[str], kinds: Sequence[str]) -> list[dict[str, Any]]:
-    """On every rank: a row for each network and optimizer that these ranks can have. A plane takes four of them."""
+CASES = tuple(product(LAYOUTS, KINDS))
+
+
+def count(block: int, device: str, cases: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """On every rank: a row for each layout and kind that these ranks can have. A plane takes four of them."""
     warnings.simplefilter("ignore")
     world = dist.get_world_size()
     rows = []
-    for name, title in product(layouts, kinds):
+    for name, title in cases:
         if LAYOUTS[name].plane and (world < 4 or world % 2):
             continue
         turns = list(steps_of(LAYOUTS[name], KINDS[title], block, device))

@@ -172,12 +172,12 @@ class Step:
         return (self.now + self.late) / (self.compute + self.now + self.late)
 
 
-def steps(network: Network, gpus: Sequence[int], *, strong: bool) -> Iterator[Step]:
+def steps(network: Network, gpus: Sequence[int], *, strong: bool, cluster: Cluster = H100) -> Iterator[Step]:
     """By number of GPUs: all as one group, and then in replicas where there is room for more than one."""
     for count in gpus:
         tokens = BATCH // count if strong else TOKENS
         for shards in dict.fromkeys((count, min(count, network.shards))):
-            yield Step(network, count, shards, tokens)
+            yield Step(network, count, shards, tokens, cluster)
 
 
 COLUMNS = {
@@ -189,24 +189,20 @@ COLUMNS = {
     "own": "FSDP's own (ms)",
     "now": "sums now (ms)",
     "late": "late (ms)",
-    "share": "sums, of a step (%)",
-    "most": "of the products alone (%)",
-    "every": f"the same, every {EVERY}th step tracked (%)",
-    "apart": "of the products alone, late sums apart (%)",
+    "share": "sums / step (%)",
+    "most": "sums / products (%)",
+    "every": f"the same, every {EVERY}th step (%)",
+    "apart": "the same, late sums apart (%)",
 }
 
 
-def rows(networks: Sequence[Network] = tuple(NETWORKS.values()), *, strong: bool) -> list[dict[str, Any]]:
-    return [_row(step) for network in networks for step in steps(network, GPUS, strong=strong)]
-
-
-def _row(step: Step) -> dict[str, Any]:
+def row(step: Step) -> dict[str, Any]:
     name = "fully_shard" if step.shards == step.gpus else f"HSDP, shards on {step.shards}"
-    row: dict[str, Any] = {"name": step.network.title, "gpus": step.gpus, "layout": name, "tokens": step.tokens}
-    row |= {"state": step.state / 1e9, "fits": step.state < step.cluster.memory}
-    row |= {key: 1e3 * getattr(step, key) for key in ("compute", "own", "now", "late")}
-    row |= {"share": 100 * step.share, "most": 100 * step.most, "every": 100 * step.most / EVERY}
-    return row | {"apart": 100 * (step.now + step.apart) / (step.compute + step.now + step.apart)}
+    found: dict[str, Any] = {"name": step.network.title, "gpus": step.gpus, "layout": name, "tokens": step.tokens}
+    found |= {"state": step.state / 1e9, "fits": step.state < step.cluster.memory}
+    found |= {key: 1e3 * getattr(step, key) for key in ("compute", "own", "now", "late")}
+    found |= {"share": 100 * step.share, "most": 100 * step.most, "every": 100 * step.most / EVERY}
+    return found | {"apart": 100 * (step.now + step.apart) / (step.compute + step.now + step.apart)}
 
 
 BYTES = {
@@ -221,14 +217,11 @@ BYTES = {
 }
 
 
-def sizes(networks: Sequence[Network] = tuple(NETWORKS.values())) -> list[dict[str, Any]]:
-    """What all-reduces take from every rank in a step, whatever the number of ranks."""
-    found = []
-    for network in networks:
-        row: dict[str, Any] = {"name": network.title, "parameters": network.parameters / 1e9}
-        row |= {"matrices": len(network.controlled)}
-        row |= {key: network.bytes(late=key == "late") / 1e6 for key in ("now", "late")}
-        sides = {"right": partial(penalty, right=True), "left": partial(penalty, right=False)}
-        row |= {key: sum(payload.bytes for payload in network.sent(rule)) / 1e6 for key, rule in sides.items()}
-        found.append(row | {"own": (8 * network.blocks * network.of_block + 6 * network.rest) / 1e6})
-    return found
+def sizes(network: Network) -> dict[str, Any]:
+    """What collectives take from every rank in a step, whatever the number of ranks."""
+    found: dict[str, Any] = {"name": network.title, "parameters": network.parameters / 1e9}
+    found |= {"matrices": len(network.controlled)}
+    found |= {key: network.bytes(late=key == "late") / 1e6 for key in ("now", "late")}
+    for key, right in (("right", True), ("left", False)):
+        found[key] = sum(payload.bytes for payload in network.sent(partial(penalty, right=right))) / 1e6
+    return found | {"own": (8 * network.blocks * network.of_block + 6 * network.rest) / 1e6}

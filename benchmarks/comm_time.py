@@ -25,7 +25,7 @@ from benchmarks import workloads
 from benchmarks.comm_bytes import Payload, Rule, frobenius, norm_scale, penalty, sent
 from benchmarks.comm_count import by_rows, controlled, mesh_of, weight_of
 from benchmarks.timing import Stopwatch, summary
-from specopt.tracker.common import COLD_STEPS, STATS, Stat
+from specopt.tracker.common import STATS, Stat
 
 TOKENS, LENGTH, BATCH = 64, 64, 16
 """Of the text that the network is trained on: how many there are, in a sequence, and sequences on a rank."""
@@ -92,7 +92,7 @@ class Run:
         payloads = self.payloads[turn % len(self.payloads)] if self.payloads else []
         for key in ("now", "late"):
             sums = [payload for payload in payloads if payload.late == (key == "late")]
-            self.times[key].append(_together(watch, lambda sums=sums: _summed(sums, text.device)) if sums else 0.0)
+            self.times[key].append(_together(watch, partial(_summed, sums, text.device)) if sums else 0.0)
         stats = [self.optimizer.state[p].get(STATS) for p in self.model.parameters()]
         made = [float(one[Stat.PAIRS]) for one in stats if one is not None and one[Stat.PAIRS] > 0]
         self.pairs += [statistics.fmean(made)] if made else []
@@ -108,15 +108,15 @@ def _summed(payloads: Sequence[Payload], device: torch.device) -> None:
         dist.all_reduce(torch.zeros(payload.bytes // payload.dtype.itemsize, dtype=payload.dtype, device=device))
 
 
-def measure(width: int, rounds: int, device: str) -> list[dict[str, Any]]:
-    """On every rank: a row for each optimizer, of medians over rounds in which all of them were settled."""
+def measure(width: int, rounds: int, warm_up: int, device: str) -> list[dict[str, Any]]:
+    """On every rank: a row for each optimizer, of medians over the rounds after so many steps."""
     warnings.simplefilter("ignore")
-    place = torch.device(device, dist.get_rank() if device == "cuda" else None)
+    place = torch.device(f"cuda:{dist.get_rank()}" if device == "cuda" else device)
     watch, mesh = Stopwatch(place), mesh_of(False, device)
     whole = workloads.gpt(width=width, tokens=TOKENS, length=LENGTH).model.to(place)
     runs = [Run.of(peer, whole, mesh) for peer in PEERS]
     random = torch.Generator().manual_seed(dist.get_rank())
-    for turn in range(-COLD_STEPS - 2, rounds):
+    for turn in range(-warm_up, rounds):
         text = torch.randint(TOKENS, (BATCH, LENGTH + 1), generator=random).to(place)
         for run in runs:
             if turn >= 0:

@@ -33,9 +33,11 @@ def run(world: int, device: str, function: Callable[..., Any], *args: Any) -> li
     Raises:
         torch.multiprocessing.ProcessRaisedException: with the traceback of a rank that failed.
     """
+    method = "forkserver"  # no rank inherits threads or a GPU's context, and all are forked from what is imported once
+    multiprocessing.get_context(method).set_forkserver_preload([function.__module__])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        multiprocessing.start_processes(_rank, (world, device, folder, function, args), world, start_method="spawn")
+        multiprocessing.start_processes(_rank, (world, device, folder, function, args), world, start_method=method)
         return [torch.load(folder / f"result-{rank}", weights_only=False) for rank in range(world)]
 
 
