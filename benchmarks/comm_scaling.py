@@ -157,6 +157,12 @@ class Step:
         return max(self.compute, self.own + self.late) - self.step
 
     @property
+    def by_block(self) -> float:
+        """Of all sums, were those of each block to go by themselves: as many bytes, and as many latencies as blocks."""
+        blocks, sizes = self.network.blocks, (self.network.bytes(late=late) for late in (False, True))
+        return sum(blocks * all_reduce(size / blocks, self.group, self.cluster) for size in sizes)
+
+    @property
     def state(self) -> float:
         """Bytes of weights, gradients and averages on a GPU."""
         return STATE * self.network.parameters / self.shards
@@ -184,7 +190,6 @@ COLUMNS = {
     "name": "network",
     "gpus": "GPUs",
     "layout": "layout",
-    "state": "state (GB a GPU)",
     "compute": "products (ms)",
     "own": "FSDP's own (ms)",
     "now": "sums now (ms)",
@@ -193,6 +198,7 @@ COLUMNS = {
     "most": "sums / products (%)",
     "every": f"the same, every {EVERY}th step (%)",
     "apart": "the same, late sums apart (%)",
+    "by_block": "sums block by block (ms)",
 }
 
 
@@ -200,7 +206,7 @@ def row(step: Step) -> dict[str, Any]:
     name = "fully_shard" if step.shards == step.gpus else f"HSDP, shards on {step.shards}"
     found: dict[str, Any] = {"name": step.network.title, "gpus": step.gpus, "layout": name, "tokens": step.tokens}
     found |= {"state": step.state / 1e9, "fits": step.state < step.cluster.memory}
-    found |= {key: 1e3 * getattr(step, key) for key in ("compute", "own", "now", "late")}
+    found |= {key: 1e3 * getattr(step, key) for key in ("compute", "own", "now", "late", "by_block")}
     found |= {"share": 100 * step.share, "most": 100 * step.most, "every": 100 * step.most / EVERY}
     return found | {"apart": 100 * (step.now + step.apart) / (step.compute + step.now + step.apart)}
 

@@ -97,6 +97,12 @@ class Run:
         made = [float(one[Stat.PAIRS]) for one in stats if one is not None and one[Stat.PAIRS] > 0]
         self.pairs += [statistics.fmean(made)] if made else []
 
+    def medians(self) -> dict[str, float]:
+        """Where steps differ in turn, the mean of the medians of each sort."""
+        count = max(len(self.payloads), 1)
+        turns = {key: [times[i::count] for i in range(min(count, len(times)))] for key, times in self.times.items()}
+        return {key: statistics.fmean(map(statistics.median, each)) for key, each in turns.items()}
+
 
 def _together(watch: Stopwatch, work: Callable[[], object]) -> float:
     dist.barrier()
@@ -109,7 +115,7 @@ def _summed(payloads: Sequence[Payload], device: torch.device) -> None:
 
 
 def measure(width: int, rounds: int, warm_up: int, device: str) -> list[dict[str, Any]]:
-    """On every rank: a row for each optimizer, of medians over the rounds after so many steps."""
+    """On every rank: a row for each optimizer, of medians over the rounds after so many steps with control."""
     warnings.simplefilter("ignore")
     place = torch.device(f"cuda:{dist.get_rank()}" if device == "cuda" else device)
     watch, mesh = Stopwatch(place), mesh_of(False, device)
@@ -121,14 +127,14 @@ def measure(width: int, rounds: int, warm_up: int, device: str) -> list[dict[str
         for run in runs:
             if turn >= 0:
                 run.timed(watch, text, turn)
-            else:
+            elif run.peer.rules or turn == -1:
                 run.backward(text)
                 run.optimizer.step()
     return _rows(runs)
 
 
 def _rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    found = {run.peer.name: {key: statistics.median(times) for key, times in run.times.items()} for run in runs}
+    found = {run.peer.name: run.medians() for run in runs}
     rows = []
     for run in runs:
         mine, base = found[run.peer.name], found[run.peer.base]
