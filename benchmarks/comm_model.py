@@ -12,9 +12,9 @@ time. So a group with one GPU on each node has one card's bandwidth, and one wit
 
 α is the latency of a hop, t₀ of a call, and s the share of the bandwidth that a protocol leaves. There are two: LL128,
 quick to arrive, and Simple, with the whole bandwidth; NCCL takes whichever of the four is best, and so does
-:func:`all_reduce`. Latencies and shares are those of ``src/graph/tuning.cc`` in NCCL 2.20 for Hopper. Left out are LL
-(for the smallest messages), NVLS and SHARP (sums in the switches), with all of which sums would be quicker; and what
-other traffic and stragglers take.
+:func:`all_reduce`. Latencies and shares are those of ``src/graph/tuning.cc`` of https://github.com/NVIDIA/nccl at
+b647562, for Hopper. Left out are LL (for the smallest messages), NVLS and SHARP (sums in the switches), with all of
+which sums would be quicker; and what other traffic and stragglers take.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Protocol(NamedTuple):
 
 RING = (Protocol(14.0e-6, 1.9e-6, 4.0e-6, 0.92), Protocol(8.4e-6, 3.4e-6, 14.0e-6, 1.0))
 """LL128 and Simple."""
-TREE = (Protocol(14.0e-6, 1.25e-6, 8.5e-6, 0.92 * 0.92), Protocol(0.0, 28.0e-6, 28.0e-6, 0.92))
+TREE = (Protocol(14.0e-6, 1.25e-6, 8.5e-6, 0.92 * 15 / 16), Protocol(0.0, 28.0e-6, 28.0e-6, 0.92))
 
 
 def ring(size: float, group: Group, trips: int, protocol: Protocol, cluster: Cluster = H100) -> float:

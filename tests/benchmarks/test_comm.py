@@ -180,6 +180,16 @@ def test_a_longer_message_and_more_ranks_never_take_less() -> None:
     assert all(list(column) == sorted(column) for column in zip(*times, strict=True))
 
 
+def test_the_page_states_the_constants_of_the_model() -> None:
+    page = reporting.PAGES[1].read_text()
+    for name, protocol in zip(("ring, LL128", "ring, Simple", "tree, LL128", "tree, Simple"), RING + TREE, strict=True):
+        line = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        stated = [float(cell) for cell in line.split("|")[2:-1]]
+        assert stated == pytest.approx(
+            [1e6 * protocol.start, 1e6 * protocol.node, 1e6 * protocol.network, protocol.share], abs=0.005
+        )
+
+
 # --- training steps on many GPUs -----------------------------------------------------------------------------------
 
 
@@ -266,6 +276,13 @@ def test_steps_with_control_and_without_are_measured(tmp_path: Path, monkeypatch
     assert "late_ms" not in rows["SNRSGD"] and "now_ms" not in rows["AdamW"]
     page = reporting.markdown(report)
     assert "(ms)" not in page and "nccl: not measured" in page
+
+
+def test_steps_that_send_in_turn_are_judged_by_the_mean_of_both_medians() -> None:
+    taken = comm_time.Run(comm_time.PEERS[-1], None, torch.optim.SGD([torch.zeros(1)]), [[], []])
+    for times in taken.times.values():
+        times += [1.0, 5.0, 2.0, 7.0, 3.0]
+    assert taken.medians() == dict.fromkeys(taken.times, 4.0)  # of 1, 2, 3 and of 5, 7
 
 
 def test_what_is_sent_by_several_numbers_of_ranks_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
