@@ -91,8 +91,8 @@ class Run:
         self.times["train"].append(before + step)
         payloads = self.payloads[turn % len(self.payloads)] if self.payloads else []
         for key in ("now", "late"):
-            sums = [payload for payload in payloads if payload.late == (key == "late")]
-            self.times[key].append(_together(watch, partial(_summed, sums, text.device)) if sums else 0.0)
+            sums = [_buffer(payload, text.device) for payload in payloads if payload.late == (key == "late")]
+            self.times[key].append(_together(watch, partial(_summed, sums)) if sums else 0.0)
         stats = [self.optimizer.state[p].get(STATS) for p in self.model.parameters()]
         made = [float(one[Stat.PAIRS]) for one in stats if one is not None and one[Stat.PAIRS] > 0]
         self.pairs += [statistics.fmean(made)] if made else []
@@ -109,9 +109,13 @@ def _together(watch: Stopwatch, work: Callable[[], object]) -> float:
     return watch.wall(work)
 
 
-def _summed(payloads: Sequence[Payload], device: torch.device) -> None:
-    for payload in payloads:
-        dist.all_reduce(torch.zeros(payload.bytes // payload.dtype.itemsize, dtype=payload.dtype, device=device))
+def _buffer(payload: Payload, device: torch.device) -> Tensor:
+    return torch.zeros(payload.bytes // payload.dtype.itemsize, dtype=payload.dtype, device=device)
+
+
+def _summed(buffers: Sequence[Tensor]) -> None:
+    for buffer in buffers:
+        dist.all_reduce(buffer)
 
 
 def measure(width: int, rounds: int, warm_up: int, device: str) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import comm, comm_count, comm_scaling, comm_time, ranks, reporting, run
+from benchmarks import comm, comm_count, comm_scaling, comm_time, ranks, reporting, run, workloads
 from benchmarks.collectives import Collective
 from benchmarks.comm_bytes import Asks, Block, Numbers, Payload, Weight, frobenius, norm_scale, penalty, sent
 from benchmarks.comm_model import H100, RING, TREE, Group, Protocol, all_gather, all_reduce, ring, tree
@@ -276,6 +276,11 @@ def test_steps_with_control_and_without_are_measured(tmp_path: Path, monkeypatch
     assert "late_ms" not in rows["SNRSGD"] and "now_ms" not in rows["AdamW"]
     page = reporting.markdown(report)
     assert "(ms)" not in page and "nccl: not measured" in page
+
+
+def test_the_network_that_is_timed_runs_on_the_device_that_it_is_on() -> None:
+    model = workloads.gpt(width=8, tokens=4, length=6).model.to("meta")
+    assert model(torch.zeros(2, 6, dtype=torch.long, device="meta")).shape == (2, 6, 4)
 
 
 def test_steps_that_send_in_turn_are_judged_by_the_mean_of_both_medians() -> None:
