@@ -168,7 +168,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("comm", help="what sharded weights send", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--only", choices=PARTS, help="one of the three parts")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="on which sums are counted")
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", choices=(2, 4, 8), default=[2, 4], help="that sums are counted on"
+    )
     parser.add_argument("--width", type=int, default=256, help="of the network that is timed")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
