@@ -19,7 +19,7 @@ from benchmarks.comm_bytes import Asks, Block, Numbers, Payload, Weight, frobeni
 from benchmarks.comm_model import H100, RING, TREE, Group, Protocol, all_gather, all_reduce, ring, tree
 from benchmarks.comm_scaling import NETWORKS, Step, steps
 
-ROWS, COLUMNS, BOTH = (frozenset(cut) for cut in ({0}, {1}, {0, 1}))
+COLUMNS, BOTH = frozenset({1}), frozenset({0, 1})
 SINGLE, DOUBLE = torch.float32, torch.float64
 
 
