@@ -34,8 +34,9 @@ def counted(world: int, cases: Sequence[tuple[str, str]]) -> list[dict[str, Any]
 
 
 LINES = (
-    *(("GPT, fully_shard", kind) for kind in comm_count.KINDS),
+    *(("GPT, fully_shard", kind) for kind in ("NormScaleAdamW", "Frobenius", "SNRSGD")),
     ("GPT in bfloat16, fully_shard", "NormScaleAdamW"),
+    ("convolutions, fully_shard", "cap of rank 2"),
     ("convolutions, fully_shard", "SNRSGD"),
     ("convolutions, by input channels", "NormScaleAdamW"),
     ("convolutions, by input channels", "SNRSGD"),
@@ -49,6 +50,7 @@ def test_every_payload_of_a_settled_step_on_a_line_of_ranks_is_as_predicted() ->
     expected = {"reductions": 2, "now_bytes": 8 * (8 * 7**2 + 8 * 24), "late_bytes": 4 * (6 * 24 + 2 * 96) * 8}
     assert expected.items() <= found["GPT, fully_shard", "NormScaleAdamW"].items()
     assert expected.items() <= found["GPT in bfloat16, fully_shard", "NormScaleAdamW"].items()
+    assert found["convolutions, fully_shard", "cap of rank 2"]["reductions"] == 3  # returned products in the step too
 
 
 PLANES = tuple(product(("GPT, HSDP", "GPT, fully_shard x TP"), ("NormScaleAdamW", "SNRSGD")))
