@@ -53,6 +53,7 @@ bench: venv
 	$(BIN)/python -m benchmarks.run kernels --out $(BENCH_OUT)
 	$(BIN)/python -m benchmarks.run traffic --out $(BENCH_OUT)
 	$(BIN)/python -m benchmarks.run sigma $(if $(BENCH_DATA),--data-dir $(BENCH_DATA)) --out $(BENCH_OUT)
+	$(BIN)/python -m benchmarks.run comm --out $(BENCH_OUT)
 	$(BIN)/python -m benchmarks.run caps $(if $(BENCH_DATA),--data-dir $(BENCH_DATA)) --out $(BENCH_OUT)
 
 # Leaves .venv and data/, which take long to get again.

@@ -1,4 +1,4 @@
-"""The networks whose steps are timed. GPT-2 XL is a list of layers only: it is never run."""
+"""The networks whose steps are timed. GPT-2 XL and the Llamas are lists of layers only: they are never run."""
 
 from __future__ import annotations
 
@@ -62,6 +62,18 @@ def gpt2(width: int, blocks: int, tokens: int = 50257, places: int = 1024) -> nn
         layers += [nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)]
         layers += [nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)]
     return nn.ModuleList([*layers, nn.LayerNorm(width)])
+
+
+def llama(width: int, hidden: int, blocks: int, heads: int, groups: int, tokens: int = 128256) -> nn.Module:
+    """The layers of a Llama 3, whose queries share ``groups`` keys and values (arXiv:2407.21783, table 3). 8B is 32
+    blocks of width 4096 and 14336 in between, 70B is 80 of 8192 and 28672."""
+    shared = width // heads * groups
+    layers: list[nn.Module] = [nn.Embedding(tokens, width)]
+    for _ in range(blocks):
+        layers += [nn.RMSNorm(width), *(nn.Linear(width, rows, bias=False) for rows in (width, shared, shared, width))]
+        layers += [nn.RMSNorm(width), nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)]
+        layers += [nn.Linear(hidden, width, bias=False)]
+    return nn.ModuleList([*layers, nn.RMSNorm(width), nn.Linear(width, tokens, bias=False)])
 
 
 def workload(name: str, width: int = 2000, images: bool = False) -> Workload:

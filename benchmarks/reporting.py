@@ -1,6 +1,7 @@
-"""What a benchmark leaves behind: a table, a JSON file, a plot; and the tables of docs/performance.md.
+"""What a benchmark leaves behind: a table, a JSON file, a plot; and the tables of docs/performance.md and
+docs/distributed.md.
 
-    python -m benchmarks.reporting          writes the page's tables anew from benchmarks/results
+    python -m benchmarks.reporting          writes the pages' tables anew from benchmarks/results
 
 A report is one dictionary: what it was made with (:func:`about`), ``columns`` (key and head, unit included),
 ``results`` (a dictionary for each row) and ``notes``. A value that is None was not measured; a key that is absent does
@@ -27,7 +28,7 @@ from examples.papers.runs.machine import described
 Report = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+PAGES = tuple(Path(__file__).parents[1] / "docs" / f"{name}.md" for name in ("performance", "distributed"))
 NOT_MEASURED = "not measured"
 PACKAGES = ("torch", "triton", "numpy", "pytorch_optimizer")
 BAR, SLOW_BAR, GOAL = "#0072B2", "#999999", "#D55E00"  # Okabe and Ito's
@@ -172,7 +173,7 @@ def plot_bars(
     print(f"wrote {path}")
 
 
-# --- the page ------------------------------------------------------------------------------------------------------
+# --- the pages -----------------------------------------------------------------------------------------------------
 
 BLOCK = re.compile(r"<!-- table: (?P<name>\w+) \| (?P<command>.*?) -->\n.*?<!-- end -->", re.DOTALL)
 """A table of the page: the JSON file it comes from and the command that makes it."""
@@ -192,4 +193,5 @@ def refreshed(page: str, results: Path = RESULTS) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(refreshed(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(refreshed(page.read_text()))

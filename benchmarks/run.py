@@ -5,10 +5,11 @@
     python -m benchmarks.run kernels     bandwidth of every kernel, beside a copy
     python -m benchmarks.run sigma       how exact the tracked sigma is, and its cost, by block and passes
     python -m benchmarks.run caps        how well caps of rank r hold, beside exact ones
+    python -m benchmarks.run comm        what sharded weights send: counted, measured, modelled for up to 4,096 GPUs
     python -m benchmarks.run operators   cost of conv="operator" in a training step, printed only
 
 Each prints a table and writes a JSON file and a plot into --out (benchmarks/results). `python -m benchmarks.reporting`
-then puts the tables into docs/performance.md.
+then puts the tables into docs/performance.md and docs/distributed.md.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ MODULES = {
     "kernels": "kernel_bandwidth",
     "sigma": "sigma",
     "caps": "caps",
+    "comm": "comm",
     "operators": "operators",
 }
 

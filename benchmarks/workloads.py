@@ -123,7 +123,7 @@ class _GPT(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, tokens, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.tokens(x) + self.places(torch.arange(x.shape[1]))
+        hidden = self.tokens(x) + self.places(torch.arange(x.shape[1], device=x.device))
         result: Tensor = self.head(self.norm(self.blocks(hidden)))
         return result
 

@@ -361,10 +361,10 @@ def test_page_is_refreshed_from_what_there_is(tmp_path: Path) -> None:
     assert reporting.refreshed(fresh, tmp_path) == fresh
 
 
-def test_tables_of_the_page_are_those_of_the_recorded_results() -> None:
-    page = reporting.PAGE.read_text()
-    assert reporting.refreshed(page) == page
-    named = {block["name"] for block in reporting.BLOCK.finditer(page)}
+def test_tables_of_the_pages_are_those_of_the_recorded_results() -> None:
+    pages = [page.read_text() for page in reporting.PAGES]
+    assert [reporting.refreshed(page) for page in pages] == pages
+    named = {block["name"] for page in pages for block in reporting.BLOCK.finditer(page)}
     assert {path.stem for path in reporting.RESULTS.glob("*.json")} <= named
 
 

@@ -1,0 +1,55 @@
+"""Ranks of a process group on this machine: nccl with a GPU for each, else gloo on the CPU."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+TIMEOUT = timedelta(minutes=5)
+
+
+def device_of_ranks(wanted: str = "auto") -> str:
+    """``"cuda"`` where there are at least two GPUs and they are wanted, else ``"cpu"``.
+
+    Args:
+        wanted: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+    """
+    count = torch.cuda.device_count()
+    if wanted == "cuda" and count < 2:
+        raise SystemExit(f"--device cuda: ranks take two GPUs or more, and torch sees {count}; use auto or cpu")
+    return "cuda" if wanted != "cpu" and count >= 2 else "cpu"
+
+
+def run(world: int, device: str, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """``function(*args)`` on every rank, and its results by rank. The function is one of a module: processes import it.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: with the traceback of a rank that failed.
+    """
+    method = "forkserver"  # no rank inherits threads or a GPU's context, and all are forked from what is imported once
+    multiprocessing.get_context(method).set_forkserver_preload([function.__module__])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        multiprocessing.start_processes(_rank, (world, device, folder, function, args), world, start_method=method)
+        return [torch.load(folder / f"result-{rank}", weights_only=False) for rank in range(world)]
+
+
+def _rank(
+    rank: int, world: int, device: str, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    store = dist.FileStore(str(folder / "store"), world)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    torch.save(function(*args), folder / f"result-{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
