@@ -48,9 +48,9 @@ UNSIGNED = ("params", "lr", "param_names", "initial_lr", "target", "snr_lambda",
 SWITCHES = ("snr_lambda", "decay_lambda")
 """Those of them that make a difference where they are 0: it means off."""
 CUT_OFF = (
-    "the last step was cut off between its sums over ranks (a rank has died, or a sum has failed): weights and state are "
-    "those of no step. Start the ranks again, with a new process group, model and optimizer, from a checkpoint; or load "
-    "the weights and, with load_state_dict, the state of an earlier step"
+    "the last step was cut off between its sums over ranks (a rank has died, or a sum has failed): weights and state "
+    "are those of no step. Start the ranks again, with a new process group, model and optimizer, from a checkpoint; or "
+    "load the weights and, with load_state_dict, the state of an earlier step"
 )
 
 

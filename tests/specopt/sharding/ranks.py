@@ -8,7 +8,8 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,26 @@ def _mortal_rank(
         (folder / f"failed-{rank}").write_text(traceback.format_exc())
         os._exit(1)
     os._exit(0)  # a group of which a rank is missing is not left in order
+
+
+@contextmanager
+def all_reduces(see: Callable[[int, bool], None]) -> Iterator[None]:
+    """Calls of ``all_reduce`` are numbered from 0, and seen before and (True) behind each."""
+    original, calls = dist.all_reduce, 0
+
+    def all_reduce(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        call, calls = calls, calls + 1
+        see(call, False)
+        work = original(*args, **kwargs)
+        see(call, True)
+        return work
+
+    dist.all_reduce = all_reduce
+    try:
+        yield
+    finally:
+        dist.all_reduce = original
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

@@ -7,8 +7,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import specopt
-from tests.specopt.sharding.ranks import digest, run_with_deaths, state_tensors
+from tests.specopt.sharding.ranks import all_reduces, digest, run_with_deaths, state_tensors
 
 TIMEOUT = timedelta(seconds=15)
 STEPS = 3
@@ -48,29 +47,9 @@ class Found(NamedTuple):
     seconds: float
     """Until the last of these."""
     whole: bool
-    """Whether what state_dict() returned is bit for bit what the step leaves where nobody dies; True where it raised."""
+    """Whether what state_dict() returned has the bits that the step leaves where nobody dies; True where it raised."""
     recovered: bool
     """Whether the state of the step before, loaded, is there again."""
-
-
-@contextmanager
-def all_reduces(see: Callable[[int, bool], None]) -> Iterator[None]:
-    """Calls of ``all_reduce`` are numbered from 0, and seen before and (True) behind each."""
-    original, calls = dist.all_reduce, 0
-
-    def all_reduce(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        call, calls = calls, calls + 1
-        see(call, False)
-        work = original(*args, **kwargs)
-        see(call, True)
-        return work
-
-    dist.all_reduce = all_reduce
-    try:
-        yield
-    finally:
-        dist.all_reduce = original
 
 
 class Trained:
