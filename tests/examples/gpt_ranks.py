@@ -8,7 +8,7 @@ import sys
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -46,32 +46,61 @@ def losses_of(training: Training, steps: int) -> list[float]:
     return [mean_of_shares(training.advance()) for _ in range(steps)]
 
 
-def trained(way: str, steps: int) -> dict[str, Any]:
-    """A training from its start."""
-    training = training_of(way)
-    losses = losses_of(training, steps)
-    projections = [weight for weight in weights(training) if weight.shape in ((68, 68), (204, 68))]
-    return {
-        "losses": losses,
-        "held out": training.held_out_loss(),
-        "sigma": largest_sigma(training.optimizer),
-        "exact": max(float(torch.linalg.matrix_norm(m, 2)) for w in projections for m in w.double().split(68)),
-    }
+class Found(NamedTuple):
+    """Of a training."""
+
+    losses: list[float]
+    held_out: float
+    sigma: float
+    """As the table has it."""
+    exact: float
+    half: list[Tensor]
+    """Weights half-way, where a checkpoint was."""
 
 
-def saved(folder: Path, way: str, before: int, after: int) -> tuple[list[Tensor], list[float]]:
-    """Weights at a checkpoint, and the losses behind it."""
+HALF = 3
+"""Steps before the checkpoint, and behind it."""
+
+
+def trained(way: str, folder: Path) -> Found:
+    """A training from its start, that saves half-way."""
     training = training_of(way)
-    losses_of(training, before)
+    losses = losses_of(training, HALF)
     training.save(folder)
-    return weights(training), losses_of(training, after)
+    half = weights(training)
+    losses += losses_of(training, HALF)
+    ends = [weight.double() for weight in weights(training) if weight.shape in ((68, 68), (204, 68))]
+    exact = max(float(torch.linalg.matrix_norm(matrix, 2)) for end in ends for matrix in end.split(68))
+    return Found(losses, training.held_out_loss(), largest_sigma(training.optimizer), exact, half)
 
 
-def resumed(folder: Path, way: str, steps: int) -> tuple[int, list[Tensor], list[float]]:
-    """The step, weights there, and the losses behind it."""
+def resumed(folder: Path, way: str) -> Found:
+    """A training from that half on."""
     training = training_of(way)
-    assert training.resume(folder)
-    return training.step, weights(training), losses_of(training, steps)
+    assert training.resume(folder) and training.step == HALF
+    half = weights(training)
+    return Found(losses_of(training, HALF), training.held_out_loss(), 0, 0, half)
+
+
+def on_two_ranks(folder: Path, of_four: Path) -> dict[str, Found]:
+    found = {way: trained(way, folder / way) for way in ("ddp", "fsdp2")}
+    return {**found, "resumed": resumed(of_four, "fsdp2")}
+
+
+def steps_taken_up(folders: list[Path]) -> list[int]:
+    found = []
+    for folder in folders:
+        training = training_of("fsdp2")
+        assert training.resume(folder)
+        found.append(training.step)
+    return found
+
+
+def saved_three_times(folder: Path) -> None:
+    training = training_of("fsdp2")
+    for _ in range(3):
+        training.advance()
+        training.save(folder)
 
 
 def resumed_beside_damage(folder: Path) -> tuple[int, list[str]]:
@@ -122,6 +151,25 @@ def refused_for_another_recipe(folder: Path) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+class Damages(NamedTuple):
+    """What was found where checkpoints are damaged: by what was done to them."""
+
+    beside: dict[str, tuple[int, list[str]]]
+    """Where the one before is whole."""
+    refused: dict[str, tuple[str, bool]]
+    vanished: tuple[str, bool]
+    other_recipe: str
+
+
+def damages(newest: dict[str, Path], all_of_them: dict[str, Path], vanishing: Path, whole: Path) -> Damages:
+    return Damages(
+        {told: resumed_beside_damage(folder) for told, folder in newest.items()},
+        {told: refused(folder) for told, folder in all_of_them.items()},
+        read_failing_half_way(vanishing),
+        refused_for_another_recipe(whole),
+    )
 
 
 def recipe_of(about: dict[str, Any]) -> Recipe:

@@ -1,15 +1,13 @@
-"""The example on many ranks: one training whatever the ranks, and checkpoints that outlive deaths and damage."""
+"""The example on many ranks: one training, whatever the ranks and the way, restarted or not."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +19,8 @@ from torch.distributed import HashStore
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.examples import gpt_ranks
-from tests.specopt.sharding.ranks import run, run_with_deaths
+from tests.examples.gpt_ranks import Found
+from tests.specopt.sharding.ranks import run
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOSE = {"rtol": 1e-4, "atol": 0.0}
@@ -29,130 +28,46 @@ CLOSE = {"rtol": 1e-4, "atol": 0.0}
 
 
 @pytest.fixture(scope="module")
-def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """By way what rank 0 has found."""
-    return {way: run(2, gpt_ranks.trained, way, 6, folder=tmp_path_factory.mktemp(way))[0] for way in ("ddp", "fsdp2")}
-
-
-def test_every_way_makes_the_same_losses(of_two_ranks: dict[str, Any], tmp_path: Path) -> None:
-    found = {**of_two_ranks, "hsdp": run(4, gpt_ranks.trained, "hsdp", 6, folder=tmp_path)[0]}
-    for way in found:
-        for name in ("losses", "held out"):
-            torch.testing.assert_close(found[way][name], found["ddp"][name], **CLOSE)
-    assert found["ddp"]["losses"][-1] < 0.97 * found["ddp"]["losses"][0]
-
-
-@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
-def test_the_sigma_of_the_table_is_that_of_the_projections_and_near_the_cap(
-    of_two_ranks: dict[str, Any], way: str
-) -> None:
-    found = of_two_ranks[way]
-    assert found["sigma"] == pytest.approx(found["exact"], rel=1e-3)
-    assert found["exact"] < 1.1 * gpt_ranks.RECIPE.cap
-
-
-@pytest.fixture(scope="module")
-def of_four_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A checkpoint of four ranks, with the weights there and the losses behind it."""
+def of_four(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Found]:
+    """A checkpoint of four ranks, and their training."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    return folder, run(4, gpt_ranks.saved, folder, "hsdp", 3, 3, folder=tmp_path_factory.mktemp("ranks"))[0]
-
-
-@pytest.mark.parametrize(("world", "way"), [(1, "ddp"), (2, "fsdp2")])
-def test_a_checkpoint_of_four_ranks_goes_on_the_same_on_fewer_and_otherwise(
-    of_four_ranks: tuple[Path, Any], world: int, way: str, tmp_path: Path
-) -> None:
-    folder, (there, losses) = of_four_ranks
-    for step, weights, after in run(world, gpt_ranks.resumed, folder, way, 3, folder=tmp_path):
-        assert step == 3
-        assert all(map(torch.equal, weights, there)), "loading has changed a weight"
-        torch.testing.assert_close(after, losses, **CLOSE)
+    found: Found = run(4, gpt_ranks.trained, "hsdp", folder, folder=tmp_path_factory.mktemp("ranks"))[0]
+    return folder, found
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with checkpoints of two ranks after 1 and 2 steps."""
-    folder = tmp_path_factory.mktemp("kept")
-    for steps in (1, 2):
-        run(2, gpt_ranks.saved, folder, "fsdp2", steps, 0, folder=tmp_path_factory.mktemp("ranks"))
-    return folder
+def of_two(of_four: tuple[Path, Found], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+    folder, ranks = tmp_path_factory.mktemp("checkpoints"), tmp_path_factory.mktemp("ranks")
+    first, second = run(2, gpt_ranks.on_two_ranks, folder, of_four[0], folder=ranks)
+    assert all(first[name].losses == second[name].losses for name in first)
+    return dict(first)
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+def test_every_way_makes_the_same_losses(of_four: tuple[Path, Found], of_two: dict[str, Found]) -> None:
+    reference = of_two["ddp"]
+    assert reference.losses[-1] < 0.97 * reference.losses[0]
+    for found in (of_two["fsdp2"], of_four[1]):
+        torch.testing.assert_close(found.losses, reference.losses, **CLOSE)
+        assert found.held_out == pytest.approx(reference.held_out, rel=CLOSE["rtol"])
 
 
-DAMAGE: dict[str, Callable[[Path], None]] = {
-    "__1_0.distcp is missing": lambda folder: (folder / "__1_0.distcp").unlink(),
-    "__0_0.distcp is not what was written": lambda folder: flip(folder / "__0_0.distcp"),
-    ".metadata is not what was written": lambda folder: (folder / ".metadata").write_bytes(b""),
-    "whole.json cannot be read": lambda folder: (folder / "whole.json").write_text("{"),
-}
+def test_the_sigma_of_the_table_is_that_of_the_projections_and_near_the_cap(
+    of_four: tuple[Path, Found], of_two: dict[str, Found]
+) -> None:
+    for found in (of_two["ddp"], of_two["fsdp2"], of_four[1]):
+        assert found.sigma == pytest.approx(found.exact, rel=1e-3)
+        assert found.exact < 1.1 * gpt_ranks.RECIPE.cap
 
 
-def damaged(kept: Path, folder: Path, *steps: int) -> dict[str, Path]:
-    """Copies of checkpoints by what is wrong with those of the given steps."""
-    folders = {told: folder / str(i) for i, told in enumerate(DAMAGE)}
-    for told, copy in folders.items():
-        shutil.copytree(kept, copy)
-        for step in steps:
-            DAMAGE[told](copy / f"step-{step:08d}")
-    return folders
-
-
-def all_of(function: str, folders: dict[str, Path]) -> dict[str, Any]:
-    return {told: getattr(gpt_ranks, function)(folder) for told, folder in folders.items()}
-
-
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning_of_rank_0(kept: Path, tmp_path: Path) -> None:
-    first, second = run(2, all_of, "resumed_beside_damage", damaged(kept, tmp_path, 2), folder=tmp_path)
-    for told in DAMAGE:
-        assert (first[told][0], second[told]) == (1, (1, []))
-        (warning,) = first[told][1]
-        assert "step-00000002" in warning and told in warning
-
-
-def test_where_no_checkpoint_is_whole_there_is_an_error_and_nothing_is_taken_up(kept: Path, tmp_path: Path) -> None:
-    for rank in run(2, all_of, "refused", damaged(kept, tmp_path, 1, 2), folder=tmp_path):
-        for told in DAMAGE:
-            message, is_as_it_was = rank[told]
-            assert is_as_it_was and "remove them to start anew" in message
-            assert message.count(told) == 2
-
-
-def test_a_file_that_vanishes_while_it_is_read_is_named_and_nothing_is_taken_up(kept: Path, tmp_path: Path) -> None:
-    shutil.copytree(kept, tmp_path / "copy")
-    for message, is_as_it_was in run(2, gpt_ranks.read_failing_half_way, tmp_path / "copy", folder=tmp_path):
-        assert is_as_it_was and "__1_0.distcp" in message
-
-
-def test_a_checkpoint_of_another_recipe_is_refused_by_what_differs(kept: Path, tmp_path: Path) -> None:
-    for message in run(2, gpt_ranks.refused_for_another_recipe, kept, folder=tmp_path):
-        assert "batch is 12 there and 6 here" in message
-
-
-@pytest.mark.parametrize(
-    ("rank", "sync"), [(1, 0), (0, 2), (0, 3)], ids=["its part", "whole.json", "the name of the whole"]
-)
-def test_a_death_while_a_checkpoint_is_written_leaves_the_one_before(rank: int, sync: int, tmp_path: Path) -> None:
-    folder, first, second = (tmp_path / name for name in ("out", "first", "second"))
-    first.mkdir()
-    second.mkdir()
-    save, timeout = gpt_ranks.killed_in_a_save, timedelta(seconds=15)
-    found = run_with_deaths(2, save, folder, rank, sync, folder=first, timeout=timeout)
-    assert list(found) == [1 - rank] and all(found.values()), "nobody has heard of the death"
-    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000004.part"]
-    for step, _, _ in run(2, gpt_ranks.resumed, folder, "fsdp2", 0, folder=second):
-        assert step == 2
-
-
-def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
-    for steps in (1, 2, 3):
-        (tmp_path / str(steps)).mkdir()
-        run(1, gpt_ranks.saved, tmp_path / "out", "ddp", steps, 0, folder=tmp_path / str(steps))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["step-00000002", "step-00000003"]
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_checkpoint_of_four_ranks_goes_on_the_same_on_fewer_and_otherwise(
+    of_four: tuple[Path, Found], of_two: dict[str, Found], world: int, tmp_path: Path
+) -> None:
+    folder, whole = of_four
+    found = of_two["resumed"] if world == 2 else run(1, gpt_ranks.resumed, folder, "ddp", folder=tmp_path)[0]
+    assert all(map(torch.equal, found.half, whole.half)), "loading has changed a weight"
+    torch.testing.assert_close(found.losses, whole.losses[gpt_ranks.HALF :], **CLOSE)
+    assert found.held_out == pytest.approx(whole.held_out, rel=CLOSE["rtol"])
 
 
 def environment() -> dict[str, str]:

@@ -22,7 +22,13 @@ from torch.distributed.tensor import DTensor
 TIMEOUT = timedelta(seconds=60)
 """A rank that waits for one that has failed gives up after it."""
 
-PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor", "specopt"]
+PRELOADED = [
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint",
+    "torch._dynamo",  # which the first DTensor would import
+    "specopt",
+]
 """Imported once, by the server that all ranks are forked from: it takes seconds, and ranks are many."""
 
 
