@@ -48,9 +48,9 @@ UNSIGNED = ("params", "lr", "param_names", "initial_lr", "target", "snr_lambda",
 SWITCHES = ("snr_lambda", "decay_lambda")
 """Those of them that make a difference where they are 0: it means off."""
 CUT_OFF = (
-    "the last step was cut off between its sums over ranks (a rank has died, or a sum has failed): weights and state "
-    "are those of no step. Start the ranks again, with a new process group, model and optimizer, from a checkpoint; or "
-    "load the weights and, with load_state_dict, the state of an earlier step"
+    "the last step was cut off (a rank has died, or something else has failed between its sums over ranks): weights "
+    "and state are those of no step. Start the ranks again, with a new process group, model and optimizer, from a "
+    "checkpoint; or load the weights and, with load_state_dict, the state of an earlier step"
 )
 
 
@@ -219,7 +219,7 @@ class SpectralOptimizer(Mixin):
         """What the last step has left to be summed over ranks: the state is complete then.
 
         Raises:
-            RuntimeError: the last step is not to be completed, since a sum of it has failed.
+            RuntimeError: the last step cannot be completed.
         """
         workspace = self.__dict__.get("_workspace", {})
         if workspace.get("cut off"):
@@ -373,8 +373,8 @@ class SpectralOptimizer(Mixin):
         """As the base's. Of weights that are cut up over ranks every rank has its part.
 
         Raises:
-            RuntimeError: a rank has died in the last step, or a sum over ranks has failed, so that a checkpoint would
-                hold half of a correction.
+            RuntimeError: the last step was cut off between its sums over ranks, and its state would hold half of a
+                correction.
         """
         self._take_up()
         found: dict[str, Any] = self._base.state_dict(*args, **kwargs)
