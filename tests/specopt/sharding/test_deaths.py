@@ -107,6 +107,19 @@ def killed_in_a_step(kind: str, place: str) -> Found:
     return Found(raised, seconds, whole, same(mortal.optimizer.state_dict(), before))
 
 
+def late_for_a_sum(patience: float) -> tuple[str, float]:
+    """The error of the ranks that wait for one that sleeps in its step, and after how many seconds it came."""
+    warnings.simplefilter("ignore")
+    trained = Trained("set")
+    trained.backward(STEPS)
+    dist.barrier()
+    start = time.monotonic()
+    if dist.get_rank() == 1:
+        time.sleep(3 * patience)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return error_of(trained.optimizer.step), time.monotonic() - start
+
+
 def error_of(attempt: Callable[[], Any]) -> str:
     try:
         attempt()
@@ -146,3 +159,12 @@ def test_a_rank_that_dies_in_a_step_leaves_no_half_step_to_be_saved(
         if place != "with the last sum on its way":  # which may have come through
             assert any(found.raised), "nobody has heard of the death"
             assert "cut off" in found.raised[2] and "from a checkpoint" in found.raised[2]
+
+
+@pytest.mark.full
+def test_a_rank_that_does_not_come_is_waited_for_until_the_time_out(tmp_path: Path) -> None:
+    patience = timedelta(seconds=10)
+    survivors = run_with_deaths(2, late_for_a_sum, 10.0, folder=tmp_path, timeout=patience)
+    message, seconds = survivors[0]
+    assert "timed out" in message.lower()
+    assert 9 < seconds < 20
