@@ -4,7 +4,7 @@
 
     OUT/step-00000040/          whole: it has this name since the last of its bytes was on the disk
         __0_0.distcp ...        the ranks' parts and .metadata, as torch.distributed.checkpoint writes them
-        whole.json              the step, the recipe, and of every other file its length and CRC-32
+        whole.json              the recipe, and of every other file its length and CRC-32
     OUT/step-00000060.part/     being written, or all that a death has left of that: never read, removed by the next
 
 The folder has to be one that all ranks see. A whole checkpoint whose files have been damaged since is passed over with
@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
-WHOLE, PART = "whole.json", ".part"
+NAME, PART, WHOLE = "step-", ".part", "whole.json"
 KEPT = 2
 """The newest, and the one to fall back to."""
 CHUNK = 2**20
@@ -47,13 +47,13 @@ def save(folder: Path, step: int, states: Mapping[str, Any], recipe: Mapping[str
         states: what torch.distributed.checkpoint takes.
         recipe: plain values that whoever loads it must agree with.
     """
-    whole = folder / f"step-{step:08d}"
+    whole = folder / f"{NAME}{step:08d}"
     part = whole.with_name(whole.name + PART)
     from_first(lambda: _remove(folder.glob("*" + PART)))
     save_parts(dict(states), checkpoint_id=part)
     files = from_first(lambda: sorted(path.name for path in part.iterdir()))
     sums = _shared_out(lambda name: _fingerprint(part / name), files)
-    about = {"step": step, "recipe": recipe, "files": sums}
+    about = {"recipe": recipe, "files": sums}
     from_first(lambda: _complete(part, whole, json.dumps(about, indent=1)))
 
 
@@ -80,7 +80,7 @@ def newest(folder: Path, recipe: Mapping[str, Any]) -> tuple[int, Path] | None:
             differing = list(differences(recipe, about["recipe"]))
             if differing:
                 raise ValueError(f"{path} is of another training: {'; '.join(differing)}")
-            return about["step"], path
+            return int(path.name.removeprefix(NAME)), path
         problems.append(f"{path.name}: {problem}")
         if dist.get_rank() == 0:
             warnings.warn(f"{path} is damaged and passed over ({problem})", stacklevel=2)
@@ -117,15 +117,16 @@ def _about(path: Path) -> dict[str, Any]:
     """What whole.json says, or its ``"problem"``."""
     try:
         about = json.loads((path / WHOLE).read_text(encoding="utf-8"))
-        return {name: about[name] for name in ("step", "recipe", "files")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = {name: [int(length), int(check)] for name, (length, check) in about["files"].items()}
+        return {"recipe": about["recipe"], "files": files}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {"problem": f"{WHOLE} cannot be read: {error!r}"}
 
 
-def _damage(path: Path, files: Mapping[str, Sequence[int]]) -> str | None:
+def _damage(path: Path, files: Mapping[str, list[int]]) -> str | None:
     """What has happened to the files of a checkpoint; every rank reads its share of them, and all hear of it."""
     found = _shared_out(lambda name: _fingerprint(path / name), list(files))
-    wrong = [name for name, sums in files.items() if found[name] != list(sums)]
+    wrong = [name for name, sums in files.items() if found[name] != sums]
     if not wrong:
         return None
     return ", ".join(f"{name} is {'missing' if found[name] is None else 'not what was written'}" for name in wrong)
@@ -161,7 +162,7 @@ def _shared_out(function: Callable[[str], Any], names: Sequence[str]) -> dict[st
 
 def _by_age(folder: Path) -> list[Path]:
     """Checkpoints that have been completed, the newest first."""
-    return sorted((path for path in folder.glob("step-*") if path.suffix != PART), reverse=True)
+    return sorted(folder.glob(NAME + 8 * "[0-9]"), reverse=True)
 
 
 def _remove(paths: Any) -> None:

@@ -20,7 +20,7 @@ if EXAMPLES not in sys.path:
 
 from gpt import checkpoints  # noqa: E402
 from gpt.model import Shape, largest_sigma  # noqa: E402
-from gpt.parallel import mean_of_shares  # noqa: E402
+from gpt.parallel import WAYS, mean_of_shares  # noqa: E402
 from gpt.starting import meet  # noqa: E402, F401
 from gpt.text import time_zones  # noqa: E402
 from gpt.training import Recipe, Training  # noqa: E402
@@ -83,7 +83,7 @@ def resumed(folder: Path, way: str) -> Found:
 
 
 def on_two_ranks(folder: Path, of_four: Path) -> dict[str, Found]:
-    found = {way: trained(way, folder / way) for way in ("ddp", "fsdp2")}
+    found = {way: trained(way, folder / way) for way in WAYS}
     return {**found, "resumed": resumed(of_four, "fsdp2")}
 
 

@@ -46,7 +46,7 @@ def of_two(of_four: tuple[Path, Found], tmp_path_factory: pytest.TempPathFactory
 def test_every_way_makes_the_same_losses(of_four: tuple[Path, Found], of_two: dict[str, Found]) -> None:
     reference = of_two["ddp"]
     assert reference.losses[-1] < 0.97 * reference.losses[0]
-    for found in (of_two["fsdp2"], of_four[1]):
+    for found in (of_two["fsdp2"], of_two["hsdp"], of_four[1]):
         torch.testing.assert_close(found.losses, reference.losses, **CLOSE)
         assert found.held_out == pytest.approx(reference.held_out, rel=CLOSE["rtol"])
 
