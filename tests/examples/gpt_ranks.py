@@ -24,7 +24,7 @@ from gpt.parallel import WAYS, mean_of_shares  # noqa: E402
 from gpt.starting import meet  # noqa: E402, F401
 from gpt.text import time_zones  # noqa: E402
 from gpt.training import Recipe, Training  # noqa: E402
-from train_distributed import arguments  # noqa: E402, F401
+from train_distributed import arguments, main  # noqa: E402, F401
 
 from tests.specopt.sharding.ranks import digest, state_tensors  # noqa: E402
 from tests.specopt.sharding.twins import wholes  # noqa: E402
@@ -87,13 +87,10 @@ def on_two_ranks(folder: Path, of_four: Path) -> dict[str, Found]:
     return {**found, "resumed": resumed(of_four, "fsdp2")}
 
 
-def steps_taken_up(folders: list[Path]) -> list[int]:
-    found = []
-    for folder in folders:
-        training = training_of("fsdp2")
-        assert training.resume(folder)
-        found.append(training.step)
-    return found
+def step_taken_up(folder: Path) -> int:
+    training = training_of("fsdp2")
+    assert training.resume(folder)
+    return training.step
 
 
 def saved_three_times(folder: Path) -> None:

@@ -107,19 +107,14 @@ def flat(tree: Any, name: str) -> Any:
             yield from flat(branch, f"{name}.{key}")
 
 
-def test_without_torchrun_one_process_trains(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "examples" / "train_distributed.py"),
-        *SMALL,
-        "--steps",
-        "8",
-        "--out",
-        "made/here",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    head, *lines = (re.split(r"  +", line.strip()) for line in done.stdout.splitlines())
+def test_without_torchrun_one_process_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_distributed.py", *SMALL, "--steps", "8", "--out", "made/here"])
+    gpt_ranks.main()
+    out = capsys.readouterr().out
+    head, *lines = (re.split(r"  +", line.strip()) for line in out.splitlines())
     assert head == ["step", "loss", "held-out loss", "largest sigma", "cap", "ms a step"]
     assert [line[0] for line in lines] == ["4", "8"]
     assert float(lines[1][1]) < float(lines[0][1]) and float(lines[1][3]) < 1.2

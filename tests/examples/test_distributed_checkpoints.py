@@ -85,24 +85,22 @@ def test_a_checkpoint_of_another_recipe_is_refused_by_what_differs(damages: list
     assert all("batch is 12 there and 6 here" in rank.other_recipe for rank in damages)
 
 
-DEATHS = {"its part": (1, 0), "whole.json": (0, 2), "the name of the whole": (0, 3)}
-"""What is being written when a rank dies: which, and how often it has waited for the disk before."""
-
-
-@pytest.fixture(scope="module")
-def graves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders in which a second checkpoint was not completed."""
-    folders = {}
-    for what, (rank, sync) in DEATHS.items():
-        folders[what], ranks = tmp_path_factory.mktemp("grave"), tmp_path_factory.mktemp("ranks")
-        save, timeout = gpt_ranks.killed_in_a_save, timedelta(seconds=30)
-        found = run_with_deaths(2, save, folders[what], rank, sync, folder=ranks, timeout=timeout)
-        assert list(found) == [1 - rank] and all(found.values()), "nobody has heard of the death"
-    return folders
-
-
-def test_a_death_while_a_checkpoint_is_written_leaves_the_one_before(graves: dict[str, Path], tmp_path: Path) -> None:
-    for folder in graves.values():
-        assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000004.part"]
-    folders = list(graves.values())
-    assert run(2, gpt_ranks.steps_taken_up, folders, folder=tmp_path) == [[2] * len(folders)] * 2
+@pytest.mark.parametrize(
+    ("rank", "sync"),
+    [
+        pytest.param(1, 0, id="its part", marks=pytest.mark.full),
+        pytest.param(0, 1, id="the metadata", marks=pytest.mark.full),
+        pytest.param(0, 2, id="whole.json"),
+        pytest.param(0, 3, id="the name of the whole", marks=pytest.mark.full),
+    ],
+)
+def test_a_death_while_a_checkpoint_is_written_leaves_the_one_before(rank: int, sync: int, tmp_path: Path) -> None:
+    """``sync``: how often the rank that dies has waited for the disk before."""
+    folder, first, second = (tmp_path / name for name in ("out", "first", "second"))
+    first.mkdir()
+    second.mkdir()
+    save, timeout = gpt_ranks.killed_in_a_save, timedelta(seconds=30)
+    found = run_with_deaths(2, save, folder, rank, sync, folder=first, timeout=timeout)
+    assert list(found) == [1 - rank] and all(found.values()), "nobody has heard of the death"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000004.part"]
+    assert run(1, gpt_ranks.step_taken_up, folder, folder=second) == [2]

@@ -136,11 +136,7 @@ def same(mine: Any, other: Any) -> bool:
     return bool(mine == other)
 
 
-SHORT = [
-    ("set", "before the second sum", 3),
-    ("set", "with the last sum on its way", 2),
-    ("snr", "before the last sum", 2),
-]
+SHORT = [("set", "before the second sum", 2), ("set", "with the last sum on its way", 2)]
 LONG = [(kind, place, world) for kind in KINDS for place in PLACES for world in (2, 3)]
 
 
