@@ -19,7 +19,7 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,7 +60,7 @@ def save(folder: Path, step: int, states: Mapping[str, Any], recipe: Mapping[str
 def _complete(part: Path, whole: Path, about: str) -> None:
     write_text(part / WHOLE, about)
     _sync(part)
-    _remove([whole])  # of this step one is there only where it was found damaged
+    _remove(path for path in _by_age(whole.parent) if path >= whole)  # found damaged, else no rank would be here again
     os.replace(part, whole)
     _sync(whole.parent)
     _remove(_by_age(whole.parent)[KEPT:])
@@ -165,7 +165,7 @@ def _by_age(folder: Path) -> list[Path]:
     return sorted(folder.glob(NAME + 8 * "[0-9]"), reverse=True)
 
 
-def _remove(paths: Any) -> None:
+def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
         shutil.rmtree(path, ignore_errors=True)
 

@@ -100,13 +100,15 @@ def saved_three_times(folder: Path) -> None:
         training.save(folder)
 
 
-def resumed_beside_damage(folder: Path) -> tuple[int, list[str]]:
-    """The step that is taken up, and what is warned of."""
+def resumed_beside_damage(folder: Path) -> tuple[int, list[str], list[str]]:
+    """The step that is taken up, what is warned of, and the checkpoints that are there after the next is written."""
     training = training_of("fsdp2")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         assert training.resume(folder)
-    return training.step, [str(one.message) for one in told if "damaged" in str(one.message)]
+    step, warned = training.step, [str(one.message) for one in told if "damaged" in str(one.message)]
+    training.save(folder)
+    return step, warned, sorted(path.name for path in folder.iterdir())
 
 
 def refused(folder: Path) -> tuple[str, bool]:
@@ -153,7 +155,7 @@ def refused_for_another_recipe(folder: Path) -> str:
 class Damages(NamedTuple):
     """What was found where checkpoints are damaged: by what was done to them."""
 
-    beside: dict[str, tuple[int, list[str]]]
+    beside: dict[str, tuple[int, list[str], list[str]]]
     """Where the one before is whole."""
     refused: dict[str, tuple[str, bool]]
     vanished: tuple[str, bool]

@@ -108,12 +108,12 @@ def flat(tree: Any, name: str) -> Any:
 
 
 def test_without_torchrun_one_process_trains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_distributed.py", *SMALL, "--steps", "8", "--out", "made/here"])
     gpt_ranks.main()
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     head, *lines = (re.split(r"  +", line.strip()) for line in out.splitlines())
     assert head == ["step", "loss", "held-out loss", "largest sigma", "cap", "ms a step"]
     assert [line[0] for line in lines] == ["4", "8"]
