@@ -47,6 +47,11 @@ UNSIGNED = ("params", "lr", "param_names", "initial_lr", "target", "snr_lambda",
 """What a group holds that is no option, or may change from step to step: schedules."""
 SWITCHES = ("snr_lambda", "decay_lambda")
 """Those of them that make a difference where they are 0: it means off."""
+CUT_OFF = (
+    "the last step was cut off (a rank has died, or something else has failed between its sums over ranks): weights "
+    "and state are those of no step. Start the ranks again, with a new process group, model and optimizer, from a "
+    "checkpoint; or load the weights and, with load_state_dict, the state of an earlier step"
+)
 
 
 if TYPE_CHECKING:
@@ -172,6 +177,7 @@ class SpectralOptimizer(Mixin):
             base = batch.base.refresh() if batch.base else None
             begin = partial(sharded_session, self.rule) if batch.is_sharded else self.rule.begin
             sessions.append(begin(batch.matrices, replace(gate, base=base, settled=same)))
+        gate.workspace["cut off"] = any(batch.is_sharded for batch in batches)
         exchange.run(session.before() for session in sessions if isinstance(session, ShardedSession))
         convolutions = OperatorSession(kernels_of(self), self.rule.names, gate)
         with ExitStack() as stack:
@@ -201,6 +207,7 @@ class SpectralOptimizer(Mixin):
         convolutions.finish()
         for state in kept:
             state.put_back(cast(Tensor, gate.found_inf).reshape(()) != 0)
+        gate.workspace["cut off"] = False
         versions = gate.workspace.setdefault("versions", {})
         versions.update({id(param): param._version for param in gate.written})
         if not same:
@@ -209,11 +216,20 @@ class SpectralOptimizer(Mixin):
             gate.workspace.update(batches=batches, signature=signature if settled else None, held=held)
 
     def _take_up(self) -> None:
-        """What the last step has left to be summed over ranks: the state is complete then."""
-        due: exchange.Due | None = self.__dict__.get("_workspace", {}).pop("due", None)
+        """What the last step has left to be summed over ranks: the state is complete then.
+
+        Raises:
+            RuntimeError: the last step cannot be completed.
+        """
+        workspace = self.__dict__.get("_workspace", {})
+        if workspace.get("cut off"):
+            raise RuntimeError(CUT_OFF)
+        due: exchange.Due | None = workspace.pop("due", None)
         if due is not None:
+            workspace["cut off"] = True
             with torch.no_grad(), self._without_autocast():
                 due.finish()
+            workspace["cut off"] = False
 
     def _has_state(self, matrix: Matrix) -> bool:
         return sharded_state(self.rule, matrix) if isinstance(matrix, ShardedMatrix) else self.rule.has_state(matrix)
@@ -354,7 +370,12 @@ class SpectralOptimizer(Mixin):
                 group.setdefault(name, value)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As the base's. Of weights that are cut up over ranks every rank has its part."""
+        """As the base's. Of weights that are cut up over ranks every rank has its part.
+
+        Raises:
+            RuntimeError: the last step was cut off between its sums over ranks, and its state would hold half of a
+                correction.
+        """
         self._take_up()
         found: dict[str, Any] = self._base.state_dict(*args, **kwargs)
         return found
@@ -369,9 +390,12 @@ class SpectralOptimizer(Mixin):
         Raises:
             ValueError: state of a weight of another shape, or an option that makes no sense.
         """
-        self._take_up()
+        workspace = self.__dict__.get("_workspace", {})
+        if not workspace.get("cut off"):
+            self._take_up()
         with guarded(self):
             self._base.load_state_dict(state_dict)
+        workspace.pop("cut off", None)
 
     def names(self) -> Mapping[Tensor, str]:
         """A name for every parameter: its own where the optimizer was built from named ones, else its place."""

@@ -1,0 +1,1 @@
+"""A small GPT on many ranks: the parts of examples/train_distributed.py."""
