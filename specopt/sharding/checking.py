@@ -10,7 +10,7 @@ from torch import Tensor
 from ..rules.compose import Compose
 from ..rules.operator import geometries_in
 from ..views import is_controlled
-from .cut import cutting_groups, is_distributed
+from .cut import count_of, held, is_cut, is_distributed, local_of
 
 if TYPE_CHECKING:
     from ..session import Rule
@@ -24,7 +24,7 @@ def check_whole(params: Iterable[Tensor], what: str) -> None:
         ValueError: a parameter of which a rank has a part only, for what reads whole weights.
     """
     for param in params:
-        if is_distributed(param) and cutting_groups(param):
+        if is_cut(param):
             raise ValueError(
                 f"{what} reads whole weights, got one of shape {tuple(param.shape)} that is cut up over ranks: take "
                 "what the last step has found of it, optimizer.state[param]['spectral_stats'], or a copy of the model "
@@ -57,9 +57,21 @@ def check_sharded(param: Tensor, group: Mapping[str, Any], rule: Rule, name: str
             f"conv must be 'matrix' for the sharded {name} of shape {shape}, got 'operator': an operator's norm is "
             f"followed on whole kernels; leave the convolutions out of fully_shard, {INSTEAD}"
         )
-    if not cutting_groups(param):
-        return
     if not is_controlled(param, group):
+        return
+    here, placed = tuple(local_of(param.detach()).shape), tuple(map(count_of, held(param)))
+    if here != placed:
+        raise ValueError(
+            f"what a rank holds of the sharded {name} of shape {shape} must have the shape {placed} that its mesh and "
+            f"placements {param.placements} give it, got {here}: cut it up with fully_shard or distribute_tensor"
+        )
+    if group["stochastic_rounding"] and param.dtype.itemsize == 2:
+        raise ValueError(
+            f"stochastic_rounding must be False for the sharded {name} of {param.dtype}, got True: it does not reach "
+            "base updates of parts; keep float32 weights and let fully_shard's MixedPrecisionPolicy compute in "
+            f"{param.dtype}"
+        )
+    if not is_cut(param):
         return
     if group.get("rank") == "full":
         raise ValueError(
