@@ -15,6 +15,8 @@ from weakref import ref
 import torch
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     from torch.distributed import ProcessGroup
 
     from .cut import Sharers
@@ -59,7 +61,7 @@ def _new(sharers: Sharers, device: torch.device) -> tuple[ProcessGroup, ...]:
         return sharers.groups
     found: ProcessGroup = new_group(
         list(sharers.ranks),
-        timeout=served[0].options._timeout,
+        timeout=_timeout(served[0]),
         backend=f"{device.type}:{served[0].name()}",
         use_local_synchronization=True,
         group_desc="specopt",
@@ -79,6 +81,15 @@ def _served(group: ProcessGroup, device: torch.device) -> Any:
             f"{get_backend(group)!r}: name one for each device that parameters are on, offloaded ones too, as in "
             "init_process_group('cpu:gloo,cuda:nccl')"
         ) from None
+
+
+def _timeout(backend: Any) -> timedelta | None:
+    """That of a backend; None, which stands for torch's own, of one that tells none."""
+    try:
+        found: timedelta | None = getattr(backend.options, "_timeout", None)
+    except RuntimeError:  # a backend without options
+        return None
+    return found
 
 
 def _can_meet(sharers: Sharers, device: torch.device) -> bool:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from specopt.tracker.common import BLOCK, PROBE, STATS
 from tests.specopt.helpers import with_spectrum
 from tests.specopt.sharding.cases import KINDS
-from tests.specopt.sharding.ranks import digest, run
+from tests.specopt.sharding.ranks import TIMEOUT, digest, run
 
 PLANES: dict[str, list[Placement]] = {"HSDP": [Replicate(), Shard(0)], "tiles": [Shard(0), Shard(1)]}
 SHAPES = ((40, 30), (37, 50), (60, 6))
@@ -99,6 +99,9 @@ def test_optimizers_of_the_same_ranks_share_their_communicator(found: list[dict[
 def lives(store: Path) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     found: dict[str, Any] = {"own": own_of_a_step()}
+    (own,) = (group for group in dist.distributed_c10d._world.pg_map if group.group_desc == "specopt")
+    found["time-out"] = own._get_backend(torch.device("cpu")).options._timeout
+    del own
     dist.barrier()
     rank, world = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
@@ -145,6 +148,10 @@ def lived(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_a_communicator_ends_with_the_process_group_and_is_made_anew_in_the_next(lived: list[dict[str, Any]]) -> None:
     for rank in lived:
         assert rank["own"] and rank["kept"] == [] and rank["made again"]
+
+
+def test_a_communicator_has_the_time_out_of_the_weights_own_group(lived: list[dict[str, Any]]) -> None:
+    assert {rank["time-out"] for rank in lived} == {TIMEOUT}
 
 
 def test_ranks_that_are_in_different_numbers_of_groups_sum_through_those_of_the_mesh(tmp_path: Path) -> None:

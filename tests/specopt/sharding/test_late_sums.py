@@ -111,6 +111,21 @@ def skipped() -> dict[str, bool]:
     return found
 
 
+def scaled() -> bool:
+    """The same where a scaler finds what is not finite on one rank alone."""
+    optimizer, scaler = trained(), torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    optimizer._take_up()
+    before = digest(state_tensors(optimizer)), steps_of(optimizer)
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.ones_like(param)
+        if dist.get_rank() == 1:
+            param.grad.to_local().fill_(torch.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    return before == (digest(state_tensors(optimizer)), steps_of(optimizer)) and scaler.get_scale() == 4.0
+
+
 def is_far(gate: Gate) -> bool:
     """Whether what a scaler has found stands for a number on a device, which a copy to the host is not."""
     return getattr(gate.found_inf, "is_far", False)
@@ -156,7 +171,13 @@ def ended(store: Path) -> dict[str, bool]:
 
 def everything(store: Path) -> dict[str, Any]:
     warnings.simplefilter("ignore")
-    return {"copied": copied(), "left": left(), "skipped": skipped(), "memory": memory(), "ended": ended(store)}
+    return {
+        "copied": copied(),
+        "left": left(),
+        "skipped": {**skipped(), "scaler": scaled()},
+        "memory": memory(),
+        "ended": ended(store),
+    }
 
 
 @pytest.fixture(scope="module")
