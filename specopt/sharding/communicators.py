@@ -54,7 +54,7 @@ def _is_registered(group: ProcessGroup) -> bool:
 
 
 def _new(sharers: Sharers, device: torch.device) -> tuple[ProcessGroup, ...]:
-    from torch.distributed import new_group
+    from torch.distributed import get_backend, new_group
 
     served = [_served(group, device) for group in sharers.groups]
     if not _can_meet(sharers, device):
@@ -62,7 +62,7 @@ def _new(sharers: Sharers, device: torch.device) -> tuple[ProcessGroup, ...]:
     found: ProcessGroup = new_group(
         list(sharers.ranks),
         timeout=_timeout(served[0]),
-        backend=f"{device.type}:{served[0].name()}",
+        backend=get_backend(sharers.groups[0]),
         use_local_synchronization=True,
         group_desc="specopt",
     )
