@@ -86,8 +86,8 @@ def _served(group: ProcessGroup, device: torch.device) -> Any:
 def _timeout(backend: Any) -> timedelta | None:
     """That of a backend; None, which stands for torch's own, of one that tells none."""
     try:
-        found: timedelta | None = getattr(backend.options, "_timeout", None)
-    except RuntimeError:  # a backend without options
+        found: timedelta = backend.options._timeout
+    except (AttributeError, RuntimeError):
         return None
     return found
 

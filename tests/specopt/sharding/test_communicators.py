@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from specopt.tracker.common import BLOCK, PROBE, STATS
+from specopt.tracker.common import BLOCK, PROBE, STATS, Stat
 from tests.specopt.helpers import with_spectrum
 from tests.specopt.sharding.cases import KINDS
 from tests.specopt.sharding.ranks import TIMEOUT, digest, run
@@ -63,10 +63,24 @@ def paths() -> dict[str, Any]:
         optimizer.state_dict()
         states = [optimizer.state[param] for param in optimizer.param_groups[0]["params"]]
         found[name, "bits"] = digest(state[key] for state in states for key in (BLOCK, PROBE, STATS) if key in state)
+    found["mixed"] = mixed(mesh)
     before = len(dist.distributed_c10d._world.pg_names)
     step(optimizer_of(mesh, PLANES["tiles"], "snr"))
     found["more groups"] = len(dist.distributed_c10d._world.pg_names) - before
     return found
+
+
+def mixed(mesh: Any) -> list[float]:
+    """sigma_1 of the same weight, shared among one set of ranks or another, and by one rank with nobody."""
+    kept, outer, inner = Replicate(), Shard(0), Shard(1)
+    weight = with_spectrum((40, 30), torch.float32, 0.2, torch.Generator().manual_seed(0))
+    ways: list[list[Placement]] = [[outer, kept], [kept, inner], [outer, inner], [outer, outer], [kept, kept]]
+    params = [nn.Parameter(distribute_tensor(weight, mesh, way)) for way in ways]
+    params += [nn.Parameter(distribute_tensor(weight, mesh[name], [outer])) for name in ("outer", "inner")]
+    optimizer = KINDS["set"]([{"params": params}])
+    for _ in range(2):
+        step(optimizer)
+    return [float(optimizer.state[param][STATS][Stat.SIGMA]) for param in params]
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +105,11 @@ def test_what_every_rank_keeps_is_the_same_bits_on_all(found: list[dict[Any, Any
 
 def test_optimizers_of_the_same_ranks_share_their_communicator(found: list[dict[Any, Any]]) -> None:
     assert {paths["more groups"] for paths in found} == {0}
+
+
+def test_weights_of_one_optimizer_may_be_shared_among_different_ranks(found: list[dict[Any, Any]]) -> None:
+    for rank in found:
+        assert rank["mixed"] == pytest.approx([found[0]["mixed"][0]] * 7, rel=1e-3)
 
 
 # --- what becomes of them ---------------------------------------------------------------------------------------------
