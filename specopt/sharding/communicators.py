@@ -59,13 +59,16 @@ def _new(sharers: Sharers, device: torch.device) -> tuple[ProcessGroup, ...]:
     served = [_served(group, device) for group in sharers.groups]
     if not _can_meet(sharers, device):
         return sharers.groups
-    found: ProcessGroup = new_group(
-        list(sharers.ranks),
-        timeout=_timeout(served[0]),
-        backend=get_backend(sharers.groups[0]),
-        use_local_synchronization=True,
-        group_desc="specopt",
-    )
+    try:
+        found: ProcessGroup = new_group(
+            list(sharers.ranks),
+            timeout=_timeout(served[0]),
+            backend=get_backend(sharers.groups[0]),
+            use_local_synchronization=True,
+            group_desc="specopt",
+        )
+    except (NotImplementedError, ValueError):  # of a backend whose groups take all ranks of the world, as MPI's do
+        return sharers.groups
     return (found,)
 
 
@@ -95,8 +98,9 @@ def _timeout(backend: Any) -> timedelta | None:
 def _can_meet(sharers: Sharers, device: torch.device) -> bool:
     """Whether a process group that some ranks make by themselves is the same on all of them.
 
-    They find each other by its name, which torch makes of the ranks and of how many groups each of them is in. And
-    where the default group is bound to a device, a new one is split from it, which takes all ranks of the world.
+    They find each other by its name, which torch makes of the ranks and of how many groups each of them is in (pytorch
+    issue 173608). And where the default group is bound to a device, a new one is split from it, which takes all ranks
+    of the world (pull request 129965).
     """
     from torch.distributed import ReduceOp, all_reduce, distributed_c10d, get_world_size
 

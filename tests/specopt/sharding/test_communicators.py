@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from specopt.sharding import communicators
 from specopt.tracker.common import BLOCK, PROBE, STATS, Stat
 from tests.specopt.helpers import with_spectrum
 from tests.specopt.sharding.cases import KINDS
@@ -138,12 +139,17 @@ def own_of_a_step() -> bool:
     return step(optimizer_of(mesh, [Shard(0)]))[-1] is not mesh.get_group(0)
 
 
-def apart() -> list[bool]:
-    """Of the sums of a step, whether they went through the mesh's group, where rank 0 is in one more than rank 1."""
+def apart() -> dict[str, list[bool]]:
+    """Of the sums of a step, whether they went through the mesh's group: where torch refuses a group that some ranks
+    make by themselves, and where rank 0 is in one group more than rank 1."""
     mesh = init_device_mesh("cpu", (2,))
+    group = mesh.get_group(0)
+    with mock.patch.object(dist, "new_group", side_effect=NotImplementedError):
+        refused = [through is group for through in step(optimizer_of(mesh, [Shard(0)]))]
+    communicators._made.clear()
     if dist.get_rank() == 0:
         dist.new_group([0], use_local_synchronization=True)
-    return [group is mesh.get_group(0) for group in step(optimizer_of(mesh, [Shard(0)]))]
+    return {"refused": refused, "unequal": [through is group for through in step(optimizer_of(mesh, [Shard(0)]))]}
 
 
 def unserved() -> str:
@@ -173,9 +179,9 @@ def test_a_communicator_has_the_time_out_of_the_weights_own_group(lived: list[di
     assert {rank["time-out"] for rank in lived} == {TIMEOUT}
 
 
-def test_ranks_that_are_in_different_numbers_of_groups_sum_through_those_of_the_mesh(tmp_path: Path) -> None:
-    for through in run(2, apart, folder=tmp_path):
-        assert through and all(through)
+def test_ranks_that_cannot_make_a_group_by_themselves_sum_through_those_of_the_mesh(tmp_path: Path) -> None:
+    for found in run(2, apart, folder=tmp_path):
+        assert all(through and all(through) for through in found.values())
 
 
 def test_a_device_that_the_weights_group_does_not_serve_is_told(tmp_path: Path) -> None:

@@ -72,18 +72,21 @@ class Widened(TorchDispatchMode):
         return made
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("shape", [(40, 30), (3, 400), (0, 30), (30, 0)])
 def test_a_squared_norm_is_that_in_float64_though_few_entries_are_at_a_time(
-    shape: tuple[int, int], turned: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int], turned: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pairs, "AT_ONCE", 100)
-    weight = 1e3 + torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weight = 1e3 + torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    before, exact = weight.clone(), weight.double().square().sum().item()
     matrix: Any = SimpleNamespace(weight=weight.mT if turned else weight)
     with Widened() as widened:
         (found,) = pairs.squared_norms([matrix])
-    assert found.item() == pytest.approx(weight.double().square().sum().item(), rel=1e-15)
-    assert widened.most <= max(100, matrix.weight.shape[1])
+    assert torch.equal(weight, before) and found.item() == pytest.approx(exact, rel=1e-15)
+    if dtype == torch.float32:
+        assert widened.most <= max(100, matrix.weight.shape[1])
 
 
 # --- a number that is none -------------------------------------------------------------------------------------------
