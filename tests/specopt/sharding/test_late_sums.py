@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import pickle
 import warnings
 import weakref
@@ -27,14 +28,13 @@ from tests.specopt.sharding.cases import FEW, KINDS
 from tests.specopt.sharding.ranks import digest, run, state_tensors
 
 
-def trained(kind: str = "set", steps: int = 2, make: Any = None) -> Any:
+def trained(make: Any = KINDS["set"], steps: int = 2) -> Any:
     """An optimizer whose last step has left a sum on its way."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    weights = [
-        with_spectrum(shape, torch.float32, 0.2, torch.Generator().manual_seed(0)) for shape in ((40, 30), (9, 6))
-    ]
+    generator = torch.Generator().manual_seed(0)
+    weights = [with_spectrum(shape, torch.float32, 0.2, generator) for shape in ((40, 30), (9, 6))]
     params = [nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)])) for weight in weights]
-    optimizer = (make or KINDS[kind])([{"params": params}])
+    optimizer = make([{"params": params}])
     for _ in range(steps):
         train(optimizer)
     return optimizer
@@ -55,19 +55,24 @@ def block_of(optimizer: Any) -> Tensor:
     return block
 
 
+def wrapped(groups: Any) -> Any:
+    return specopt.wrap(torch.optim.AdamW(groups), specopt.NormScale(**FEW))
+
+
+def pickled(optimizer: Any) -> Any:
+    return pickle.loads(pickle.dumps(optimizer))
+
+
 def copied() -> dict[str, bool]:
     """Of copies made while a sum is on its way, whether they have it in them."""
-    wrapped = lambda groups: specopt.wrap(torch.optim.AdamW(groups), specopt.NormScale(**FEW))  # noqa: E731
     found = {}
-    for name, make in (("of ours", None), ("wrapped", wrapped)):
-        optimizer = trained(make=make)
+    for make, made in itertools.product((KINDS["set"], wrapped), (copy.deepcopy, pickled)):
+        optimizer = trained(make)
         before, was_late = block_of(optimizer).clone(), has_late_sum(optimizer)
-        copies = {"deepcopy": copy.deepcopy(optimizer)}
-        if name == "of ours":  # a DTensor's mesh is pickled with it, and found again by its ranks
-            copies["pickle"] = pickle.loads(pickle.dumps(optimizer))
-        moved = was_late and not torch.equal(before, block_of(optimizer))
-        for way, one in copies.items():
-            found[f"{way} {name}"] = moved and torch.equal(block_of(one), block_of(optimizer))
+        block = block_of(made(optimizer))
+        optimizer.state_dict()
+        taken_up = block_of(optimizer)
+        found[f"{made} {make}"] = was_late and not torch.equal(before, taken_up) and torch.equal(block, taken_up)
     return found
 
 
@@ -96,7 +101,7 @@ def skipped() -> dict[str, bool]:
     knowing that it does."""
     found = {}
     for kind, seen in (("set", True), ("set", False), ("snr", False), ("frobenius", False)):
-        optimizer = trained(kind)
+        optimizer = trained(KINDS[kind])
         optimizer._take_up()
         before, counts = digest(state_tensors(optimizer)), steps_of(optimizer)
         flag: Any = torch.ones(())
