@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-TIMEOUT = timedelta(seconds=60)
-"""A rank that waits for one that has failed gives up after it."""
+TIMEOUT = timedelta(minutes=5)
+"""A rank that waits for one that hangs gives up after it. (Of one that has ended, gloo hears at once.)"""
 
 PRELOADED = [
     "torch.distributed.fsdp",
