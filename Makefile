@@ -35,7 +35,8 @@ test: venv
 
 # -q leaves out the header, so that the kept output says nothing of the machine's folders.
 test-full: venv
-	SPECOPT_TEST_FULL=1 $(BIN)/python -m pytest -q -ra -n 2 --dist loadfile --no-loadscope-reorder | tee tests/last_full_run.txt
+	mkdir -p out
+	SPECOPT_TEST_FULL=1 $(BIN)/python -m pytest -q -ra -n 2 --dist loadfile --no-loadscope-reorder | tee out/test-full.txt
 
 lint: venv
 	$(BIN)/ruff check .
