@@ -33,7 +33,6 @@ guide: venv
 test: venv
 	$(BIN)/python -m pytest -q -m "not full" -n 2 --dist loadfile --no-loadscope-reorder
 
-# -q leaves out the header, so that the kept output says nothing of the machine's folders.
 test-full: venv
 	mkdir -p out
 	SPECOPT_TEST_FULL=1 $(BIN)/python -m pytest -q -ra -n 2 --dist loadfile --no-loadscope-reorder | tee out/test-full.txt
