@@ -28,7 +28,7 @@ from .session import Gate, OnDevice, Rule, Session
 from .settling import adopt, refuse_target_of_off, settle
 from .sharding import exchange
 from .sharding.checking import check_sharded
-from .sharding.cut import is_distributed, local_of
+from .sharding.cut import is_cut, is_distributed, local_of
 from .sharding.sessions import ShardedSession
 from .sharding.sessions import begin as sharded_session
 from .sharding.sessions import has_state as sharded_state
@@ -153,6 +153,8 @@ class SpectralOptimizer(Mixin):
             workspace["told of compiling"] = True
             warnings.warn(NOT_COMPILED, stacklevel=5)
         gate = Gate(getattr(self, "found_inf", None), getattr(self, "grad_scale", None), workspace=workspace)
+        if gate.is_undecided and any(is_cut(param) for group in self.param_groups for param in group["params"]):
+            gate = gate.seen()
         with torch.no_grad(), self._without_autocast():
             if not gate.is_shut:
                 self._controlled_step(gate)
@@ -347,6 +349,10 @@ class SpectralOptimizer(Mixin):
     def _own_options(self) -> dict[str, Any]:
         return self._options if "_options" in self.__dict__ else {name: self.defaults[name] for name in self.rule.names}
 
+    def __getstate__(self) -> Any:
+        self._take_up()
+        return self._base.__getstate__()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._base.__setstate__(state)
         for group in self.param_groups:
@@ -379,5 +385,5 @@ class SpectralOptimizer(Mixin):
 
 
 SpectralOptimizer.front = SpectralOptimizer
-IN_FRONT = ("step", "add_param_group", "state_dict", "load_state_dict", "__setstate__")
+IN_FRONT = ("step", "add_param_group", "state_dict", "load_state_dict", "__getstate__", "__setstate__")
 """What :class:`SpectralOptimizer` does otherwise than the base."""

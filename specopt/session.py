@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -154,6 +154,12 @@ class Gate:
     def is_undecided(self) -> bool:
         """True where only the device knows whether the step is to be skipped."""
         return self.found_inf is not None and self.found_inf.device.type != "cpu"
+
+    def seen(self) -> Gate:
+        """The same with what the device knows of it waited for: a step of sharded weights, whose ranks go by what they
+        read on the host, would have sums under way when its state is put back."""
+        assert self.found_inf is not None
+        return replace(self, found_inf=self.found_inf.to("cpu", copy=True))
 
     @property
     def host_scale(self) -> float:

@@ -144,13 +144,7 @@ class _Composed:
         self.is_full = scales and group["rank"] == "full"
         self.keeps_first = rule.keeps_first(group)
         self.initial = InitialNorms(matrices) if scales else None
-        self.parts: list[tuple[pairs.Correct, int]] = []
-        for part in rule.rules:
-            if isinstance(part, NormScale) and group["norm"] == "frobenius":
-                self.parts.append((self._scale_frobenius, 1))
-            elif isinstance(part, SpectralDecay) or (isinstance(part, NormScale) and not self.is_full):
-                self.parts.append((part.correction(matrices, gate), part.reach(matrices)))
-        self.reach = max(1, sum(reach for _, reach in self.parts))
+        self.correct = Corrections(rule, matrices, gate)
         new = [matrix for matrix in matrices if not pairs.has_state(matrix)]
         self.penalty = self._penalty() if rule.penalizes(group) else None
         self.start = pairs.Start(new) if new else None
@@ -165,7 +159,7 @@ class _Composed:
             self.gate.written += [matrix.param for matrix in self.matrices]
         else:
             pairs.drop_first(self.matrices)
-        pairs.step(self.matrices, self._correct, self.reach, keep_first=self.keeps_first)
+        pairs.step(self.matrices, self.correct, self.correct.reach, keep_first=self.keeps_first)
         if self.is_full:
             stats = gather_stats(self.matrices)
             stats[:, Stat.VALID] = cap_all(self.matrices, [m.state[STEP] for m in self.matrices], stats, self.gate)
@@ -192,8 +186,23 @@ class _Composed:
         version = self.gate.workspace.get("versions", {}).get(id(matrix.param), matrix.param._version)
         return self.keeps_first and pairs.has_first(matrix) and version == matrix.param._version
 
-    def _correct(self, found: pairs.Found) -> pairs.Change:
-        """All corrections as one: each sees the singular values as those before it have left them, by size."""
+
+class Corrections:
+    """All corrections as one: each sees the singular values as those before it have left them, by size."""
+
+    def __init__(self, rule: Compose, matrices: Sequence[Matrix], gate: Gate) -> None:
+        self.matrices, self.gate = matrices, gate
+        self.parts: list[tuple[pairs.Correct, int]] = []
+        group = matrices[0].group
+        for part in rule.rules:
+            if isinstance(part, NormScale) and group["norm"] == "frobenius":
+                self.parts.append((self._scale_frobenius, 1))
+            elif isinstance(part, SpectralDecay) or (isinstance(part, NormScale) and group["rank"] != "full"):
+                self.parts.append((part.correction(matrices, gate), part.reach(matrices)))
+        self.reach = max(1, sum(reach for _, reach in self.parts))
+        """The most triplets that they may change."""
+
+    def __call__(self, found: pairs.Found) -> pairs.Change:
         sigma = found.sigma[:, : self.reach]
         added, factor = torch.zeros_like(sigma), None
         for correct, _ in self.parts:

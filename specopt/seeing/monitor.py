@@ -46,7 +46,8 @@ class SpectralMonitor:
     The monitor sees groups that are added later, a state that is loaded, and optimizers that :func:`specopt.wrap` made.
     Steps count on from those that the optimizer's state tells, also after ``load_state_dict``; :attr:`step` may be set.
     deepcopy and pickle give an optimizer that is not monitored. A replayed CUDA graph runs no hook: call
-    :meth:`observe`. With several processes, give it to one of them.
+    :meth:`observe`. With several processes, give it to one of them. Of weights that are cut up over ranks it sends
+    nothing; the residual is that of the step before, and ``weights`` and ``gradients`` cannot be asked for.
 
     A file that can no longer be written to (a full disk) ends with a warning, and the training goes on; an error of a
     function of yours is raised by the step.
@@ -62,6 +63,7 @@ class SpectralMonitor:
 
     Raises:
         OSError, ValueError: a file that cannot be written to, or is another than a monitor's; before anything is run.
+            In the first step, norms asked for of weights that are cut up over ranks.
         TypeError: an optimizer of another kind, or something in ``to`` that is none of the above.
 
     Example::

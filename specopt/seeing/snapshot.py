@@ -53,7 +53,11 @@ class Snapshot:
         """Of the step just made. Enqueues a few small operations for each device and dtype, whatever the number of
         matrices, and none that waits; ``weights`` and ``gradients`` add a read of each."""
         matrices = [m for m in optimizer.matrices(with_grad=False) if optimizer.rule.is_on(m.group)]
-        check_whole((matrix.param for matrix in matrices), "a SpectralMonitor")
+        if weights:
+            check_whole((matrix.param for matrix in matrices), "a SpectralMonitor with weights=True")
+        if gradients:
+            params = (param for group in optimizer.param_groups for param in group["params"])
+            check_whole(params, "a SpectralMonitor with gradients=True")
         operators = kernels_of(optimizer, with_grad=False)
         parts = []
         for places in _buckets(matrices):

@@ -31,9 +31,12 @@ same parameters with gradients on every rank. Ω and all other random columns ar
 taking its rows of them: sums do not depend on how many ranks there are, but by rounding. Decisions (another pair, a
 column to be replaced) are read on the host.
 
+Sums go through process groups of our own, each of all the ranks that share a weight: a late one would hold up what
+comes behind it in the weights' own.
+
 Of a DTensor with nothing but replicas every rank makes the step of the whole matrix by itself.
 
-``cut.py`` who holds what; ``views.py`` DTensors as matrices; ``exchange.py`` the packed sums; ``triplets.py`` from sums
-to triplets and bases; ``pairs.py`` and ``halves.py`` the two trackers; ``sessions.py`` what rules do with them;
-``checking.py`` what cannot be done.
+``cut.py`` who holds what; ``views.py`` DTensors as matrices; ``exchange.py`` the packed sums; ``communicators.py`` whom
+they go through; ``triplets.py`` from sums to triplets and bases; ``pairs.py`` and ``halves.py`` the two trackers;
+``sessions.py`` what rules do with them; ``checking.py`` what cannot be done.
 """

@@ -10,9 +10,11 @@ from torch import Tensor
 from ..rules.compose import Compose
 from ..rules.operator import geometries_in
 from ..views import is_controlled
-from .cut import cutting_groups, is_distributed
+from .cut import count_of, held, is_cut, is_distributed, local_of
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
     from ..session import Rule
 
 INSTEAD = "or put it into a group with spectral=False"
@@ -24,7 +26,7 @@ def check_whole(params: Iterable[Tensor], what: str) -> None:
         ValueError: a parameter of which a rank has a part only, for what reads whole weights.
     """
     for param in params:
-        if is_distributed(param) and cutting_groups(param):
+        if is_cut(param):
             raise ValueError(
                 f"{what} reads whole weights, got one of shape {tuple(param.shape)} that is cut up over ranks: take "
                 "what the last step has found of it, optimizer.state[param]['spectral_stats'], or a copy of the model "
@@ -51,23 +53,40 @@ def check_sharded(param: Tensor, group: Mapping[str, Any], rule: Rule, name: str
             f"parameter {name} must be cut up (Shard) or repeated (Replicate), got the placements {param.placements}: "
             "sum it up with redistribute"
         )
-    shape = tuple(param.shape)
+    told = f"the sharded {name} of shape {tuple(param.shape)}"
     if id(param) in geometries_in(group):
         raise ValueError(
-            f"conv must be 'matrix' for the sharded {name} of shape {shape}, got 'operator': an operator's norm is "
-            f"followed on whole kernels; leave the convolutions out of fully_shard, {INSTEAD}"
+            f"conv must be 'matrix' for {told}, got 'operator': an operator's norm is followed on whole kernels; leave "
+            f"the convolutions out of fully_shard, {INSTEAD}"
         )
-    if not cutting_groups(param):
-        return
-    if not is_controlled(param, group):
-        return
+    if is_controlled(param, group):
+        _check_parts(param, group, told)
+        if is_cut(param):
+            _check_rule(group, rule, told)
+
+
+def _check_parts(param: DTensor, group: Mapping[str, Any], told: str) -> None:
+    here, placed = tuple(local_of(param.detach()).shape), tuple(map(count_of, held(param)))
+    if here != placed:
+        raise ValueError(
+            f"what a rank holds of {told} must have the shape {placed} that its mesh and placements {param.placements} "
+            f"give it, got {here}: cut it up with fully_shard or distribute_tensor"
+        )
+    if group["stochastic_rounding"] and param.dtype.itemsize == 2:
+        raise ValueError(
+            f"stochastic_rounding must be False for {told} and {param.dtype}, got True: it does not reach base updates "
+            f"of parts; keep float32 weights and let fully_shard's MixedPrecisionPolicy compute in {param.dtype}"
+        )
+
+
+def _check_rule(group: Mapping[str, Any], rule: Rule, told: str) -> None:
     if group.get("rank") == "full":
         raise ValueError(
-            f"rank must be a number for the sharded {name} of shape {shape}, got 'full': all singular values take "
-            f"products of whole matrices; take rank=16 or less, {INSTEAD}"
+            f"rank must be a number for {told}, got 'full': all singular values take products of whole matrices; take "
+            f"rank=16 or less, {INSTEAD}"
         )
-    if isinstance(rule, Compose):
+    if isinstance(rule, Compose) and (rule.penalizes(group) or group.get("norm") == "frobenius"):
         raise ValueError(
-            f"rule must be one rule for the sharded {name} of shape {shape}, got {rule!r}: take the one that matters "
-            f"most, {INSTEAD}"
+            f"rule must compose corrections of singular values alone for {told}, got {rule!r}: of a penalty, or of "
+            f"Frobenius scaling, beside others shards know nothing; take the one that matters most, {INSTEAD}"
         )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeGuard
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 
 Index = slice | Tensor
 """Places along a dimension, rising: a range where they follow one another."""
+OUTSIDE = "a rank outside of a parameter's mesh makes no step"
+
+
+@dataclass(frozen=True)
+class Sharers:
+    """Those among whom a tensor is cut up: equal where they are the same ranks."""
+
+    ranks: tuple[int, ...]
+    """Rising, as the default process group counts them."""
+    groups: tuple[ProcessGroup, ...] = field(compare=False)
+    """One for each dimension of the mesh that cuts the tensor. A sum over all of them is one over each in turn."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +36,7 @@ class Cut:
     shape: tuple[int, int]
     rows: Index
     columns: Index
-    groups: tuple[ProcessGroup, ...]
-    """One for each dimension of the mesh that cuts the parameter. A sum over the ranks is one over each in turn."""
+    sharers: Sharers
     cuts: tuple[bool, bool]
     """Whether rows, and whether columns, are cut up: the same on every rank, also where one happens to have all."""
 
@@ -39,6 +49,26 @@ class Cut:
     def by_rows(self) -> bool:
         """Whether every rank has whole rows, each another's: ``Y = W V`` is then complete where it is made."""
         return not self.cuts[1]
+
+
+class Part(NamedTuple):
+    """What a rank holds of a tensor."""
+
+    here: Tensor
+    places: Sequence[Index]
+    """Along each dimension."""
+    shape: tuple[int, ...]
+    """Of the whole."""
+
+    @classmethod
+    def all_of(cls, tensor: Tensor) -> Part:
+        return cls(tensor, [slice(None)] * tensor.ndim, tuple(tensor.shape))
+
+    def take(self, whole: Tensor) -> None:
+        """Its values from a tensor of the shape of the whole."""
+        for dimension, index in enumerate(self.places):
+            whole = whole[(slice(None),) * dimension + (index,)]
+        self.here.copy_(whole)
 
 
 def is_distributed(tensor: object) -> TypeGuard[DTensor]:
@@ -57,16 +87,30 @@ def local_of(tensor: Tensor) -> Tensor:
     return found
 
 
-def cutting_groups(tensor: DTensor) -> tuple[ProcessGroup, ...]:
-    """The process groups that a DTensor is cut up over; none where every rank has all of it."""
-    mesh = tensor.device_mesh
-    return tuple(mesh.get_group(d) for d, place in enumerate(tensor.placements) if _cuts(tensor, d, place))
+def is_cut(tensor: object) -> TypeGuard[DTensor]:
+    """Whether ranks have different parts of it."""
+    return is_distributed(tensor) and bool(_cutting(tensor))
+
+
+def sharers_of(tensor: DTensor) -> Sharers:
+    """Among whom a DTensor is cut up, this rank one of them: along the dimensions of the mesh that cut it. Nobody
+    else where every rank has all of it."""
+    mesh, cutting = tensor.device_mesh, _cutting(tensor)
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, OUTSIDE
+    line = tuple(slice(None) if d in cutting else at for d, at in enumerate(coordinate))
+    return Sharers(tuple(sorted(mesh.mesh[line].flatten().tolist())), tuple(mesh.get_group(d) for d in cutting))
 
 
 def cut_dimensions(tensor: DTensor) -> set[int]:
     """The dimensions along which a DTensor is cut up."""
     placements = enumerate(tensor.placements)
     return {getattr(place, "dim") for d, place in placements if _cuts(tensor, d, place)}  # noqa: B009
+
+
+def _cutting(tensor: DTensor) -> list[int]:
+    """The dimensions of the mesh that cut it."""
+    return [dimension for dimension, place in enumerate(tensor.placements) if _cuts(tensor, dimension, place)]
 
 
 def _cuts(tensor: DTensor, dimension: int, placement: Placement) -> bool:
@@ -80,7 +124,7 @@ def held(tensor: DTensor) -> list[Index]:
     (FSDP2 over tensor parallelism) takes its share of each of so many pieces.
     """
     coordinate = tensor.device_mesh.get_coordinate()
-    assert coordinate is not None, "a rank outside of a parameter's mesh makes no step"
+    assert coordinate is not None, OUTSIDE
     places = [torch.arange(length) for length in tensor.shape]
     for dimension, placement in enumerate(tensor.placements):
         if placement.is_replicate():

@@ -16,14 +16,16 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from .communicators import communicators
 
+if TYPE_CHECKING:
+    from .cut import Sharers
     from .views import ShardedMatrix
 
 T = TypeVar("T")
@@ -33,7 +35,7 @@ class Asked(NamedTuple):
     """What a generator has to have summed over the ranks."""
 
     parts: list[Tensor]
-    groups: list[tuple[ProcessGroup, ...]]
+    sharers: list[Sharers]
     """Of each part."""
     late: bool = False
     """Its sums are due by the next step only. It asks for nothing after that."""
@@ -43,11 +45,11 @@ Exchange = Generator[Asked, list[Tensor], T]
 
 
 def now(matrices: Sequence[ShardedMatrix], parts: Iterable[Tensor]) -> Asked:
-    return Asked(list(parts), [matrix.cut.groups for matrix in matrices])
+    return Asked(list(parts), [matrix.cut.sharers for matrix in matrices])
 
 
 def late(matrices: Sequence[ShardedMatrix], parts: Iterable[Tensor]) -> Asked:
-    return Asked(list(parts), [matrix.cut.groups for matrix in matrices], late=True)
+    return Asked(list(parts), [matrix.cut.sharers for matrix in matrices], late=True)
 
 
 def run(works: Iterable[Exchange[Any]]) -> Due:
@@ -57,40 +59,24 @@ def run(works: Iterable[Exchange[Any]]) -> Due:
     while waiting:
         put_off += [(work, asked) for work, asked in waiting if asked.late]
         waiting = [(work, asked) for work, asked in waiting if not asked.late]
-        packs = _packed([asked for _, asked in waiting])
-        for pack in packs:
-            pack.sum()
-        sums = _unpacked(packs, [asked for _, asked in waiting])
+        sums = _Sums([asked for _, asked in waiting]).wait()
         resumed = [(work, _resumed(work, found)) for (work, _), found in zip(waiting, sums, strict=True)]
         waiting = [(work, asked) for work, asked in resumed if asked is not None]
-    return Due.of(put_off)
+    return Due([work for work, _ in put_off], _Sums([asked for _, asked in put_off]))
 
 
 @dataclass
 class Due:
     """Sums on their way, and the generators that wait for them."""
 
-    waiting: list[tuple[Exchange[Any], Asked]]
-    packs: list[_Pack]
-
-    @classmethod
-    def of(cls, waiting: list[tuple[Exchange[Any], Asked]]) -> Due:
-        packs = _packed([asked for _, asked in waiting])
-        for pack in packs:
-            pack.begin()
-        return cls(waiting, packs)
+    waiting: list[Exchange[Any]]
+    sums: _Sums
 
     def finish(self) -> None:
-        """Waits for the sums and takes the generators to their ends. Nothing, where that has been done."""
-        waiting, self.waiting = self.waiting, []
-        if not waiting:
-            return
-        for pack in self.packs:
-            pack.end()
-        for (work, _), found in zip(waiting, _unpacked(self.packs, [asked for _, asked in waiting]), strict=True):
+        """Waits for the sums and takes the generators to their ends: no other rank has to do so at the same time."""
+        for work, found in zip(self.waiting, self.sums.wait(), strict=True):
             asked = _resumed(work, found)
             assert asked is None, "what is late is last"
-        self.packs = []
 
 
 def _resumed(work: Exchange[Any], sums: list[Tensor] | None) -> Asked | None:
@@ -101,53 +87,44 @@ def _resumed(work: Exchange[Any], sums: list[Tensor] | None) -> Asked | None:
         return None
 
 
-@dataclass
+class _Sums:
+    """Sums that are under way: one all-reduce for each device and ranks that share something, of all that these are to
+    sum packed together. Of the parts themselves nothing is kept but their shapes."""
+
+    def __init__(self, asked: Sequence[Asked]) -> None:
+        self.counts = [len(one.parts) for one in asked]
+        parts = [part for one in asked for part in one.parts]
+        sharers = [one for each in asked for one in each.sharers]
+        self.kinds = [(part.shape, part.dtype) for part in parts]
+        chosen: dict[tuple[torch.device, Sharers], list[int]] = {}
+        for i, (part, among) in enumerate(zip(parts, sharers, strict=True)):
+            chosen.setdefault((part.device, among), []).append(i)
+        self.packs = [_Pack([parts[i] for i in places], places, among) for (_, among), places in chosen.items()]
+
+    def wait(self) -> list[list[Tensor]]:
+        """The sums of each generator's parts, in their dtypes."""
+        sums: dict[int, Tensor] = {}
+        for pack in self.packs:
+            found = pack.wait([self.kinds[i][0].numel() for i in pack.places])
+            sums |= zip(pack.places, found, strict=True)
+        shaped = (sums[i].view(shape).to(dtype) for i, (shape, dtype) in enumerate(self.kinds))
+        return [list(islice(shaped, count)) for count in self.counts]
+
+
 class _Pack:
-    """Tensors that one all-reduce sums, over one group after the other."""
+    """Tensors that one all-reduce sums, in the widest of their dtypes."""
 
-    groups: tuple[ProcessGroup, ...]
-    places: list[tuple[int, int]]
-    """Of each tensor: which generator's, and which of its parts."""
-    buffer: Tensor
-    work: Any = None
-
-    def sum(self) -> None:
-        self.begin()
-        self.end()
-
-    def begin(self) -> None:
+    def __init__(self, parts: Sequence[Tensor], places: list[int], sharers: Sharers) -> None:
         from torch.distributed import all_reduce
 
-        for group in self.groups[:-1]:
+        dtype = reduce(torch.promote_types, (part.dtype for part in parts))
+        self.places, self.buffer = places, torch.cat([part.reshape(-1).to(dtype) for part in parts])
+        *others, last = communicators(sharers, self.buffer.device)
+        for group in others:
             all_reduce(self.buffer, group=group)
-        self.work = all_reduce(self.buffer, group=self.groups[-1], async_op=True)
+        self.work = all_reduce(self.buffer, group=last, async_op=True)
 
-    def end(self) -> None:
+    def wait(self, lengths: list[int]) -> tuple[Tensor, ...]:
         if self.work is not None:
             self.work.wait()
-            self.work = None
-
-
-def _packed(asked: Sequence[Asked]) -> list[_Pack]:
-    """One pack for each device and tuple of groups, in the widest dtype of its parts."""
-    chosen: dict[Any, list[tuple[int, int]]] = {}
-    for i, one in enumerate(asked):
-        for j, (part, groups) in enumerate(zip(one.parts, one.groups, strict=True)):
-            chosen.setdefault((part.device, groups), []).append((i, j))
-    packs = []
-    for (_, groups), places in chosen.items():
-        parts = [asked[i].parts[j] for i, j in places]
-        dtype = reduce(torch.promote_types, (part.dtype for part in parts))
-        packs.append(_Pack(groups, places, torch.cat([part.reshape(-1).to(dtype) for part in parts])))
-    return packs
-
-
-def _unpacked(packs: Sequence[_Pack], asked: Sequence[Asked]) -> list[list[Tensor]]:
-    """The sums of each generator's parts."""
-    sums: list[list[Tensor]] = [list(one.parts) for one in asked]
-    for pack in packs:
-        lengths = [asked[i].parts[j].numel() for i, j in pack.places]
-        for (i, j), found in zip(pack.places, torch.split(pack.buffer, lengths), strict=True):
-            part = asked[i].parts[j]
-            sums[i][j] = found.view(part.shape).to(part.dtype)
-    return sums
+        return torch.split(self.buffer, lengths)

@@ -39,6 +39,9 @@ from .exchange import Exchange, late, now
 from .triplets import gram, ritz
 from .views import ShardedMatrix, with_options
 
+AT_ONCE = 2**20
+"""Entries of a weight that are copied to float64 at a time."""
+
 
 def upright(matrix: ShardedMatrix) -> ShardedMatrix:
     """Read so that ranks have whole rows, where one way or the other they have. A square one is read as it is, for
@@ -119,7 +122,16 @@ def own_omega(matrix: ShardedMatrix, columns: int, like: Tensor) -> Tensor:
 
 def squared_norms(matrices: Sequence[ShardedMatrix]) -> list[Tensor]:
     """``‖W‖²_F`` of this rank's part, (1,) in float64 each."""
-    return [matrix.weight.to(torch.float64).square().sum().reshape(1) for matrix in matrices]
+    return [_squared_norm(matrix.weight).reshape(1) for matrix in matrices]
+
+
+def _squared_norm(weight: Tensor) -> Tensor:
+    """Some rows after the others: in float64 a whole shard would take twice the memory of its own."""
+    rows = max(1, AT_ONCE // max(1, weight.shape[1]))
+    total = weight.new_zeros((), dtype=torch.float64)
+    for some in torch.split(weight, rows):
+        total += some.to(torch.float64).square().sum()
+    return total
 
 
 class Start:

@@ -12,6 +12,7 @@ from torch import Tensor
 from specopt import kernels
 from specopt.kernels import Penalty
 
+from ..rules.compose import Compose, Corrections, find
 from ..rules.decay import SpectralDecay
 from ..rules.norm_scale import NormScale
 from ..rules.penalty import SpectralPenalty, strengths
@@ -53,9 +54,13 @@ def begin(rule: Rule, matrices: Sequence[Matrix], gate: Gate) -> ShardedSession:
         return _Penalized(sharded)
     if isinstance(rule, NormScale) and sharded[0].group["norm"] == "frobenius":
         return _FrobeniusScaled(sharded, gate)
-    assert isinstance(rule, NormScale | SpectralDecay)
     upright = [pairs.upright(matrix) for matrix in sharded]
-    return _Corrected(upright, rule.correction(upright, gate), rule.reach(upright), isinstance(rule, NormScale))
+    reads_initial = find(rule, NormScale) is not None
+    if isinstance(rule, Compose):
+        correct = Corrections(rule, upright, gate)
+        return _Corrected(upright, correct, correct.reach, reads_initial)
+    assert isinstance(rule, NormScale | SpectralDecay)
+    return _Corrected(upright, rule.correction(upright, gate), rule.reach(upright), reads_initial)
 
 
 def has_state(rule: Rule, matrix: ShardedMatrix) -> bool:

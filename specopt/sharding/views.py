@@ -15,8 +15,21 @@ from specopt.kernels import MAX_COLUMNS
 
 from ..views.matrix import Matrix, block_of, readable
 from ..views.part_state import PartState
-from ..views.parts import View, parse, piece, pieces
-from .cut import Cut, Index, count_of, cut_dimensions, cutting_groups, flattened, held, local_of, narrowed
+from ..views.parts import View, parse, pieces
+from .cut import (
+    Cut,
+    Index,
+    Part,
+    Sharers,
+    count_of,
+    cut_dimensions,
+    flattened,
+    held,
+    is_cut,
+    local_of,
+    narrowed,
+    sharers_of,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -29,6 +42,8 @@ class LocalMatrix(Matrix):
 
     order: tuple[int, ...] = ()
     """The dimensions of a piece behind the first, as the columns run through them: slowest first."""
+    held: tuple[Index, ...] = ()
+    """By dimension of the parameter the places that this rank holds."""
 
     @property
     def gradient_storage(self) -> Tensor:
@@ -57,16 +72,15 @@ class LocalMatrix(Matrix):
             moved.copy_(matrix.view(moved.shape))
 
     def _piece_of(self, tensor: Tensor) -> Tensor:
-        return piece(local_of(tensor), parse(self.group["view"]), self.part or 0)
+        shape, view = tuple(self.param.shape), parse(self.group["view"])
+        return local_piece(local_of(tensor), self.held, shape, view, self.part or 0)[0]
 
 
 @dataclass(frozen=True)
 class ShardedMatrix(LocalMatrix):
     """One that is cut up over the ranks of a mesh."""
 
-    cut: Cut = field(default_factory=lambda: Cut((0, 0), slice(0, 0), slice(0, 0), (), (False, False)))
-    held: tuple[Index, ...] = ()
-    """By dimension of the parameter the places that this rank holds."""
+    cut: Cut = field(default_factory=lambda: Cut((0, 0), slice(0, 0), slice(0, 0), Sharers((), ()), (False, False)))
 
     @property
     def complete(self) -> bool:
@@ -93,10 +107,6 @@ class ShardedMatrix(LocalMatrix):
         )
         return found
 
-    def _piece_of(self, tensor: Tensor) -> Tensor:
-        shape, view = tuple(self.param.shape), parse(self.group["view"])
-        return local_piece(local_of(tensor), self.held, shape, view, self.part or 0)[0]
-
 
 def matrices_of_distributed(
     param: DTensor, group: dict[str, Any], state: MutableMapping[str, Any], columns: int, place: int = 0
@@ -104,8 +114,7 @@ def matrices_of_distributed(
     """As :func:`specopt.views.matrices_of`: of a DTensor, :class:`LocalMatrix` where every rank has all of it, else
     :class:`ShardedMatrix`."""
     view = parse(group["view"])
-    like = torch.empty_strided(param.shape, param.stride(), device="meta")
-    whole = [like] if view.kind == "bilinear" else pieces(like, view)
+    whole = _whole_pieces(param, view)
     states: Sequence[MutableMapping[str, Any]] = [state] if len(whole) == 1 else PartState.of(state, len(whole))
     made = _Maker(param, group, columns, place, view)
     parts: Sequence[int | None] = [None] if len(whole) == 1 else range(len(whole))
@@ -120,14 +129,29 @@ def with_options(matrix: ShardedMatrix, options: dict[str, Any], columns: int) -
     return replace(made, state={})
 
 
+def local_parts(param: DTensor, view: View) -> list[Part]:
+    """The matrices of a parameter, as far as they lie here."""
+    local, places = local_of(param.detach()), held(param)
+    shapes = [tuple(whole.shape) for whole in _whole_pieces(param, view)]
+    found = (local_piece(local, places, tuple(param.shape), view, i) for i in range(len(shapes)))
+    return [Part(here, kept, shape) for (here, kept), shape in zip(found, shapes, strict=True)]
+
+
+def _whole_pieces(param: DTensor, view: View) -> list[Tensor]:
+    """Laid out as the pieces of the whole parameter, without memory. Dimensions that a view joins are left apart: each
+    of them may be cut."""
+    like = torch.empty_strided(param.shape, param.stride(), device="meta")
+    return [like] if view.kind == "bilinear" else pieces(like, view)
+
+
 class _Maker:
     """Makes the matrices of one parameter."""
 
     def __init__(self, param: DTensor, group: dict[str, Any], columns: int, place: int, view: View) -> None:
         self.param, self.group, self.columns, self.place, self.view = param, group, columns, place, view
         self.local = local_of(param.detach())
-        self.groups = cutting_groups(param)
         self.held = tuple(held(param))
+        self.sharers = sharers_of(param)
 
     def __call__(self, state: MutableMapping[str, Any], like: Tensor, part: int | None) -> Matrix:
         """The matrix whose whole piece is laid out like a tensor (without memory)."""
@@ -151,12 +175,13 @@ class _Maker:
             "copy": copy,
             "place": self.place,
             "order": order,
+            "held": self.held,
         }
-        if not self.groups:
+        if not is_cut(self.param):
             return LocalMatrix(**common)
         trailing = [places[dimension] for dimension in order], [like.shape[dimension] for dimension in order]
-        cut = Cut(shape, places[0], flattened(*trailing), self.groups, _cuts(cut_dimensions(self.param), self.view))
-        return ShardedMatrix(**common, cut=cut.mT if flipped else cut, held=self.held)
+        cut = Cut(shape, places[0], flattened(*trailing), self.sharers, _cuts(cut_dimensions(self.param), self.view))
+        return ShardedMatrix(**common, cut=cut.mT if flipped else cut)
 
 
 def local_piece(

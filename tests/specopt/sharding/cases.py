@@ -24,9 +24,15 @@ KINDS: dict[str, Callable[[Any], Any]] = {
     "rescale": lambda groups: specopt.NormScaleAdamW(groups, lr=1e-2, mode="rescale", **FEW),
     "frobenius": lambda groups: specopt.NormScaleAdamW(groups, lr=1e-2, norm="frobenius"),
     "decay": lambda groups: specopt.wrap(torch.optim.RMSprop(groups, lr=1e-2), specopt.SpectralDecay(1.0, **FEW)),
+    "composed": lambda groups: specopt.wrap(
+        torch.optim.RMSprop(groups, lr=1e-2),
+        specopt.Compose(specopt.SpectralDecay(1.0), specopt.NormScale(mode="cap", target=1.2, **FEW)),
+    ),
 }
 SCALED = ("set", "cap of rank 2", "rescale", "frobenius")
-PAIRED = ("set", "initial", "cap of rank 2", "rescale", "decay")
+RANKS = {"cap of rank 2": 2, "composed": 2}
+"""Of those kinds that correct more than one singular value."""
+PAIRED = ("set", "initial", "cap of rank 2", "rescale", "decay", "composed")
 SHAPES = [(40, 30), (37, 29), (30, 40), (2, 50), (50, 2), (1, 24), (24, 6, 3, 3), (18, 18)]
 """Tracked ones, one that no number of ranks divides, short ones of which some rank of four has nothing, a kernel."""
 
@@ -48,6 +54,7 @@ def twin_steps(
     turned = [is_turned(shape, kind, placements) for shape in shapes]
     options = {"target": [1.0 + i / 8 for i in range(len(weights))]} if kind in SCALED else {}
     twins = Twins.of(KINDS[kind], weights, mesh, placements, turned, **options)
+    twins.rank = RANKS.get(kind, 1)
     found = []
     for _ in range(steps):
         twins.give([0.1 * torch.randn(shape, generator=generator).to(dtype) for shape in shapes])

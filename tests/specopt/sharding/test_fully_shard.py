@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import specopt
@@ -85,12 +85,24 @@ class ResNet(nn.Module):
 MODELS: dict[str, Callable[[], Any]] = {"transformer": Transformer, "resnet": ResNet}
 
 
+POLICIES: dict[str, dict[str, Any]] = {
+    "weights in bfloat16 where they are computed with": {
+        "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    },
+    "weights offloaded to the CPU": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+}
+"""Of ``fully_shard``. (Where everything is on a CPU an offloaded weight goes from there to there.)"""
+
+
 def trainings(steps: int) -> dict[tuple[str, str], list[list[Gap]]]:
     warnings.simplefilter("ignore")
-    return {(name, kind): training(name, kind, steps) for name in MODELS for kind in KINDS}
+    found = {(name, kind): training(name, kind, steps) for name in MODELS for kind in KINDS}
+    for name, policy in POLICIES.items():
+        found |= {(name, kind): training("transformer", kind, 3, **policy) for kind in KINDS}
+    return found
 
 
-def training(name: str, kind: str, steps: int) -> list[list[Gap]]:
+def training(name: str, kind: str, steps: int, **policy: Any) -> list[list[Gap]]:
     """By step and parameter how the step of the sharded model differs from that of the whole one."""
     torch.manual_seed(0)
     model = MODELS[name]()
@@ -98,8 +110,8 @@ def training(name: str, kind: str, steps: int) -> list[list[Gap]]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     if name == "transformer":
         for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+            fully_shard(block, mesh=mesh, **policy)
+    fully_shard(model, mesh=mesh, **policy)
     assert all(isinstance(param, DTensor) for param in model.parameters())
     optimizers = [KINDS[kind](specopt.param_groups(one)) for one in (model, whole)]
     sharded, plain = ([p for group in one.param_groups for p in group["params"]] for one in optimizers)
@@ -129,10 +141,20 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_each_step_of_a_fully_sharded_model_is_that_of_the_whole_one(trained: Any, model: str, kind: str) -> None:
     steps, ranks = trained
     for rank in ranks:
-        gaps = rank[model, kind]
-        assert len(gaps) == steps
-        # a block starts from the difference of two products, of which rounding leaves few digits
-        assert all(gap.error <= 1e-3 and gap.spectrum <= 1e-5 for gap in gaps[0])
-        assert [(i, gap) for i, row in enumerate(gaps) for gap in row if i and not gap.is_close] == []
-        # directions were compared, not spectra alone
-        assert sum(gap.gap > GAP and gap.pairs[0] > 0 for row in gaps for gap in row) > steps
+        assert_close(rank[model, kind], steps)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_steps_are_the_same_under_a_policy_of_fully_shard(trained: Any, policy: str, kind: str) -> None:
+    for rank in trained[1]:
+        assert_close(rank[policy, kind], 3)
+
+
+def assert_close(gaps: list[list[Gap]], steps: int) -> None:
+    assert len(gaps) == steps
+    # a block starts from the difference of two products, of which rounding leaves few digits
+    assert all(gap.error <= 1e-3 and gap.spectrum <= 1e-5 for gap in gaps[0])
+    assert [(i, gap) for i, row in enumerate(gaps) for gap in row if i and not gap.is_close] == []
+    # directions were compared, not spectra alone
+    assert sum(gap.gap > GAP and gap.pairs[0] > 0 for row in gaps for gap in row) > steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from typing import Any
 
@@ -36,6 +37,7 @@ VIEWS: dict[str, tuple[int, ...]] = {
 }
 
 
+PLACES = (Shard(0), Shard(1), Replicate())
 READ_BY_ROWS = {
     ("rows:2", 0),
     ("stack", 0),
@@ -58,8 +60,8 @@ def on_a_plane(steps: int) -> dict[Any, Any]:
     found |= {(STRIDED, kind): judged(strided_steps(kind, mesh, steps)) for kind in ("snr", "set")}
     line = init_device_mesh("cpu", (dist.get_world_size(),))
     for view, shape in VIEWS.items():
-        for kind, dimension in (("snr", 0), ("snr", 1), ("set", 0), ("set", 1)):
-            found[view, kind, dimension] = viewed(kind, line, dimension, view, shape)
+        for kind, place in itertools.product(("snr", "set"), PLACES):
+            found[view, kind, place] = viewed(kind, line, place, view, shape)
     found["bits"] = bits_of_replicas(mesh)
     return found
 
@@ -92,17 +94,18 @@ def part_of(whole: Tensor, like: Any) -> Any:
     )
 
 
-def viewed(kind: str, mesh: Any, dimension: int, view: str, shape: tuple[int, ...]) -> float:
+def viewed(kind: str, mesh: Any, place: Placement, view: str, shape: tuple[int, ...]) -> float:
     """The largest error of two steps, relative to the update."""
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(shape, generator=generator, dtype=torch.float64)
     # what is read transposed to be tracked has another state when it is whole: so that is solved here
-    block = 8 if kind == "snr" or (view, dimension) in READ_BY_ROWS else 32
+    is_turned = isinstance(place, Shard) and (view, place.dim) not in READ_BY_ROWS
+    block = 32 if kind == "set" and is_turned else 8
 
     def make(groups: Any) -> Any:
         return KINDS[kind]([{**groups[0], "view": view, "block": block}])
 
-    twins = Twins.of(make, [weight], mesh, [Shard(dimension)])
+    twins = Twins.of(make, [weight], mesh, [place])
     errors = []
     for _ in range(2):
         twins.give([0.1 * torch.randn(shape, generator=generator, dtype=torch.float64)])
@@ -150,14 +153,14 @@ def test_a_step_on_a_mesh_of_two_dimensions_is_that_of_the_whole_weight(
         assert rank[mesh, kind] == {}
 
 
-@pytest.mark.parametrize("dimension", [0, 1])
+@pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize("kind", ["snr", "set"])
 @pytest.mark.parametrize("view", VIEWS)
 def test_the_matrices_of_a_sharded_parameter_are_those_of_its_view(
-    plane: list[dict[Any, Any]], view: str, kind: str, dimension: int
+    plane: list[dict[Any, Any]], view: str, kind: str, place: Placement
 ) -> None:
     for rank in plane:
-        assert rank[view, kind, dimension] < 1e-6
+        assert rank[view, kind, place] < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["snr", "set"])

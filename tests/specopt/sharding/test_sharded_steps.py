@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from specopt.sharding import pairs
 from specopt.tracker.common import STATS, Stat
 from tests.specopt.sharding.cases import KINDS, judged, twin_steps
 from tests.specopt.sharding.ranks import run
@@ -52,6 +55,38 @@ def test_a_sharded_step_is_that_of_the_whole_weight(line: list[dict[Any, Any]], 
 def test_a_dtensor_of_replicas_is_stepped_as_a_whole_weight(line: list[dict[Any, Any]], kind: str) -> None:
     for rank in line:
         assert rank["replicas"][kind] == {}
+
+
+# --- norms ------------------------------------------------------------------------------------------------------------
+
+
+class Widened(TorchDispatchMode):
+    """The most entries that one operation makes of float64."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+            self.most = max(self.most, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shape", [(40, 30), (3, 400), (0, 30), (30, 0)])
+def test_a_squared_norm_is_that_in_float64_though_few_entries_are_at_a_time(
+    shape: tuple[int, int], turned: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs, "AT_ONCE", 100)
+    weight = 1e3 + torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    before, exact = weight.clone(), weight.double().square().sum().item()
+    matrix: Any = SimpleNamespace(weight=weight.mT if turned else weight)
+    with Widened() as widened:
+        (found,) = pairs.squared_norms([matrix])
+    assert torch.equal(weight, before) and found.item() == pytest.approx(exact, rel=1e-15)
+    if dtype == torch.float32:
+        assert widened.most <= max(100, matrix.weight.shape[1])
 
 
 # --- a number that is none -------------------------------------------------------------------------------------------

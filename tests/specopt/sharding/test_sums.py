@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 import specopt
 from benchmarks.collectives import Collectives
@@ -103,8 +103,8 @@ def test_frobenius_scaling_sends_a_number_for_each_matrix(sums: dict[str, Any]) 
 def refusals() -> dict[str, str]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
-    def weight(*shape: int) -> Any:
-        return torch.nn.Parameter(distribute_tensor(torch.randn(shape), mesh, [Shard(0)]))
+    def weight(*shape: int, dtype: torch.dtype | None = None) -> Any:
+        return torch.nn.Parameter(distribute_tensor(torch.randn(shape, dtype=dtype), mesh, [Shard(0)]))
 
     def report() -> None:
         specopt.spectral_report(specopt.SNRSGD([weight(8, 6)]))
@@ -127,6 +127,11 @@ def refusals() -> dict[str, str]:
         model = FullyShardedDataParallel(torch.nn.Linear(8, 6), use_orig_params=original, device_id=torch.device("cpu"))
         specopt.NormScaleAdamW(model.parameters())
 
+    def cut_otherwise() -> None:
+        rows = 5 if dist.get_rank() == 0 else 3
+        part = DTensor.from_local(torch.ones(rows, 6), mesh, [Shard(0)], run_check=False, shape=(8, 6), stride=(6, 1))
+        specopt.SNRSGD([part.requires_grad_()])
+
     both = specopt.Compose(specopt.SpectralPenalty(0.1), specopt.SpectralDecay(0.1))
     tried: dict[str, Callable[[], Any]] = {
         "full": lambda: specopt.NormScaleAdamW([weight(8, 6)], mode="cap", rank="full"),
@@ -135,6 +140,8 @@ def refusals() -> dict[str, str]:
         "operator": lambda: operator(Shard(0)),
         "operator of a replica": lambda: operator(Replicate()),
         "report": report,
+        "rounding": lambda: specopt.SNRSGD([weight(8, 6, dtype=torch.bfloat16)], stochastic_rounding=True),
+        "other parts": cut_otherwise,
         "flat": lambda: flattened(False),
         "flat, original": lambda: flattened(True),
     }
@@ -159,10 +166,12 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     [
         ("full", r"rank must be a number for the sharded 0\.0 of shape \(8, 6\), got 'full'.*rank=16 or less"),
         ("full later", r"rank must be a number for the sharded 0\.0.*spectral=False"),
-        ("compose", r"rule must be one rule for the sharded 0\.0 .*got Compose"),
+        ("compose", r"rule must compose corrections of singular values .* 0\.0 .*got Compose"),
         ("operator", r"conv must be 'matrix' for the sharded 0\.weight of shape \(6, 3, 3, 3\), got 'operator'"),
         ("operator of a replica", r"conv must be 'matrix' for the sharded 0\.weight"),
         ("report", r"spectral_report reads whole weights, got one of shape \(8, 6\).*full_tensor"),
+        ("rounding", r"stochastic_rounding must be False for the sharded 0\.0 .*MixedPrecisionPolicy"),
+        ("other parts", r"rank holds of the sharded 0\.0 of shape \(8, 6\) must have the shape \(4, 6\).*got \(3, 6\)"),
         ("flat", r"parameter 0\.0 is a flattened shard .*fully_shard"),
         ("flat, original", r"parameter 0\.0 is a flattened shard .*fully_shard"),
     ],

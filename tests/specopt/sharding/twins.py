@@ -18,7 +18,7 @@ from tests.specopt.helpers import exact, gap_of
 
 Make = Callable[[list[dict[str, Any]]], Any]
 GAP = 0.01
-"""Between the first two singular values, over the first: below it directions are not to be told from one another."""
+"""Between singular values that follow one another, over the first: below it directions are not to be told apart."""
 
 
 def wholes(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -57,7 +57,8 @@ class Gap(NamedTuple):
     error: float
     """Of the update, over the norm of the unsharded one, beyond what rounding the weights themselves makes."""
     gap: float
-    """The less of those between the first two singular values, as the unsharded step found the weight and left it."""
+    """The least of those behind a singular value that may be corrected, as the unsharded step found the weight and left
+    it."""
     spectrum: float
     """The largest difference of sorted singular values, over the largest."""
     pairs: tuple[float, float]
@@ -88,6 +89,8 @@ class Twins:
         self.ours, self.other, self.sharded, self.plain = ours, other, sharded, plain
         self.turned = [False] * len(plain) if turned is None else turned
         self.before = wholes(sharded)
+        self.rank = 1
+        """How many singular values the rule may correct."""
 
     @classmethod
     def of(
@@ -144,7 +147,8 @@ class Twins:
         (_, values, _), (_, others, _), (_, start, _) = (exact(weight) for weight in (mine, other, old))
         spectrum = float((values - others).abs().max() / others[0])
         pairs = self._pairs(self.ours, self.sharded[i]), self._pairs(self.other, self.plain[i])
-        return Gap(error, min(gap_of(others), gap_of(start)), spectrum, pairs)
+        gap = min(gap_of(each[i:]) for each in (others, start) for i in range(min(self.rank, len(each))))
+        return Gap(error, gap, spectrum, pairs)
 
     def _pairs(self, optimizer: Any, param: Tensor) -> float:
         stats = optimizer.state[param].get(STATS)

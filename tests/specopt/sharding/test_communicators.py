@@ -1,0 +1,189 @@
+"""Whom sums go through: process groups of the optimizer's own."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from specopt.sharding import communicators
+from specopt.tracker.common import BLOCK, PROBE, STATS, Stat
+from tests.specopt.helpers import with_spectrum
+from tests.specopt.sharding.cases import KINDS
+from tests.specopt.sharding.ranks import TIMEOUT, digest, run
+
+PLANES: dict[str, list[Placement]] = {"HSDP": [Replicate(), Shard(0)], "tiles": [Shard(0), Shard(1)]}
+SHAPES = ((40, 30), (37, 50), (60, 6))
+
+
+def optimizer_of(mesh: Any, placements: list[Placement], kind: str = "set") -> Any:
+    weights = [with_spectrum(shape, torch.float32, 0.2, torch.Generator().manual_seed(0)) for shape in SHAPES]
+    params = [nn.Parameter(distribute_tensor(weight, mesh, placements)) for weight in weights]
+    return KINDS[kind]([{"params": params}])
+
+
+def step(optimizer: Any) -> list[Any]:
+    """Makes one, and tells the process groups that its sums went through."""
+    seen: list[Any] = []
+
+    def noted(tensor: Any, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        seen.append(group)
+        return all_reduce(tensor, *args, group=group, **kwargs)
+
+    all_reduce = dist.all_reduce
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.full_like(param, 1e-4)
+    with mock.patch.object(dist, "all_reduce", noted):
+        optimizer.step()
+    return seen
+
+
+def paths() -> dict[str, Any]:
+    """By kind of mesh: the ranks that each sum of a step goes over, which of the groups are the mesh's, and the bits of
+    what every rank keeps of a weight."""
+    warnings.simplefilter("ignore")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    weights_own = [mesh.get_group(0), mesh.get_group(1), dist.group.WORLD]
+    found: dict[str, Any] = {}
+    for name, placements in PLANES.items():
+        optimizer = optimizer_of(mesh, placements)
+        for _ in range(3):
+            step(optimizer)
+        groups = step(optimizer)
+        found[name] = [dist.get_process_group_ranks(group) for group in groups]
+        found[name, "shared"] = [group for group in groups if group in weights_own]
+        optimizer.state_dict()
+        states = [optimizer.state[param] for param in optimizer.param_groups[0]["params"]]
+        found[name, "bits"] = digest(state[key] for state in states for key in (BLOCK, PROBE, STATS) if key in state)
+    found["mixed"] = mixed(mesh)
+    before = len(dist.distributed_c10d._world.pg_names)
+    step(optimizer_of(mesh, PLANES["tiles"], "snr"))
+    found["more groups"] = len(dist.distributed_c10d._world.pg_names) - before
+    return found
+
+
+def mixed(mesh: Any) -> list[float]:
+    """sigma_1 of the same weight, shared among one set of ranks or another, and by one rank with nobody."""
+    kept, outer, inner = Replicate(), Shard(0), Shard(1)
+    weight = with_spectrum((40, 30), torch.float32, 0.2, torch.Generator().manual_seed(0))
+    ways: list[list[Placement]] = [[outer, kept], [kept, inner], [outer, inner], [outer, outer], [kept, kept]]
+    params = [nn.Parameter(distribute_tensor(weight, mesh, way)) for way in ways]
+    params += [nn.Parameter(distribute_tensor(weight, mesh[name], [outer])) for name in ("outer", "inner")]
+    optimizer = KINDS["set"]([{"params": params}])
+    for _ in range(2):
+        step(optimizer)
+    return [float(optimizer.state[param][STATS][Stat.SIGMA]) for param in params]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    return run(4, paths, folder=tmp_path_factory.mktemp("paths"))
+
+
+def test_sums_go_over_all_that_share_a_weight_at_once_and_only_over_these(found: list[dict[Any, Any]]) -> None:
+    for rank, paths in enumerate(found):
+        assert paths["HSDP"] == [[0, 1] if rank < 2 else [2, 3]] * len(paths["HSDP"])
+        assert paths["tiles"] == [[0, 1, 2, 3]] * len(paths["HSDP"])  # as many, though two dimensions cut them
+
+
+def test_sums_share_no_communicator_with_gradients_and_gathered_weights(found: list[dict[Any, Any]]) -> None:
+    assert all(paths[name, "shared"] == [] for paths in found for name in PLANES)
+
+
+@pytest.mark.parametrize("name", PLANES)
+def test_what_every_rank_keeps_is_the_same_bits_on_all(found: list[dict[Any, Any]], name: str) -> None:
+    assert len({paths[name, "bits"] for paths in found}) == 1
+
+
+def test_optimizers_of_the_same_ranks_share_their_communicator(found: list[dict[Any, Any]]) -> None:
+    assert {paths["more groups"] for paths in found} == {0}
+
+
+def test_weights_of_one_optimizer_may_be_shared_among_different_ranks(found: list[dict[Any, Any]]) -> None:
+    for rank in found:
+        assert rank["mixed"] == pytest.approx([found[0]["mixed"][0]] * 7, rel=1e-3)
+
+
+# --- what becomes of them ---------------------------------------------------------------------------------------------
+
+
+def lives(store: Path) -> dict[str, Any]:
+    warnings.simplefilter("ignore")
+    found: dict[str, Any] = {"own": own_of_a_step()}
+    (own,) = (group for group in dist.distributed_c10d._world.pg_map if group.group_desc == "specopt")
+    found["time-out"] = own._get_backend(torch.device("cpu")).options._timeout
+    del own
+    dist.barrier()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    gc.collect()
+    groups = [x for x in gc.get_objects() if isinstance(x, dist.ProcessGroup)]
+    found["kept"] = [group for group in groups if group.group_desc == "specopt"]
+    dist.init_process_group("gloo", store=dist.FileStore(str(store), world), rank=rank, world_size=world)
+    found["made again"] = own_of_a_step()
+    return found
+
+
+def own_of_a_step() -> bool:
+    """Whether the last sum of a step goes through a group that is none of the mesh's."""
+    mesh = init_device_mesh("cpu", (2,))
+    return step(optimizer_of(mesh, [Shard(0)]))[-1] is not mesh.get_group(0)
+
+
+def apart() -> dict[str, list[bool]]:
+    """Of the sums of a step, whether they went through the mesh's group: where torch refuses a group that some ranks
+    make by themselves, and where rank 0 is in one group more than rank 1."""
+    mesh = init_device_mesh("cpu", (2,))
+    group = mesh.get_group(0)
+    with mock.patch.object(dist, "new_group", side_effect=NotImplementedError):
+        refused = [through is group for through in step(optimizer_of(mesh, [Shard(0)]))]
+    communicators._made.clear()
+    if dist.get_rank() == 0:
+        dist.new_group([0], use_local_synchronization=True)
+    return {"refused": refused, "unequal": [through is group for through in step(optimizer_of(mesh, [Shard(0)]))]}
+
+
+def unserved() -> str:
+    """The error of a step whose weights are on a device that their group does not serve."""
+    mesh = DeviceMesh.from_group(dist.new_group(backend="cuda:gloo"), "cpu")
+    weight: Any = nn.Parameter(DTensor.from_local(torch.randn(20, 30), mesh, [Shard(0)], run_check=False))
+    optimizer = KINDS["set"]([{"params": [weight]}])
+    weight.grad = torch.ones_like(weight)
+    try:
+        optimizer.step()
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+@pytest.fixture(scope="module")
+def lived(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run(2, lives, tmp_path_factory.mktemp("again") / "store", folder=tmp_path_factory.mktemp("lives"))
+
+
+def test_a_communicator_ends_with_the_process_group_and_is_made_anew_in_the_next(lived: list[dict[str, Any]]) -> None:
+    for rank in lived:
+        assert rank["own"] and rank["kept"] == [] and rank["made again"]
+
+
+def test_a_communicator_has_the_time_out_of_the_weights_own_group(lived: list[dict[str, Any]]) -> None:
+    assert {rank["time-out"] for rank in lived} == {TIMEOUT}
+
+
+def test_ranks_that_cannot_make_a_group_by_themselves_sum_through_those_of_the_mesh(tmp_path: Path) -> None:
+    for found in run(2, apart, folder=tmp_path):
+        assert all(through and all(through) for through in found.values())
+
+
+def test_a_device_that_the_weights_group_does_not_serve_is_told(tmp_path: Path) -> None:
+    for told in run(2, unserved, folder=tmp_path):
+        assert "weights on the device 'cpu' must" in told and "init_process_group('cpu:gloo,cuda:nccl')" in told
