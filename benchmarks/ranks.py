@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 TIMEOUT = timedelta(minutes=5)
+PRELOADED = ["torch._dynamo"]
+"""What ``fully_shard`` and optimizers import when they are first called, which takes longer than a small step."""
 
 
 def device_of_ranks(wanted: str = "auto") -> str:
@@ -35,7 +37,7 @@ def run(world: int, device: str, function: Callable[..., Any], *args: Any) -> li
         RuntimeError: with the traceback of the rank whose function failed first.
     """
     method = "forkserver"  # no rank inherits threads or a GPU's context, and all are forked from what is imported once
-    multiprocessing.get_context(method).set_forkserver_preload([function.__module__])
+    multiprocessing.get_context(method).set_forkserver_preload([function.__module__, *PRELOADED])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:
