@@ -154,6 +154,7 @@ class Step:
 
     @property
     def behind(self) -> float:
+        """Of the late sum, what is not hidden."""
         return max(self.compute, self.own + self.late) - self.step
 
     @property
@@ -169,7 +170,7 @@ class Step:
 
     @property
     def share(self) -> float:
-        """Of a step, that sums add to it."""
+        """What sums add to a step, of that step."""
         return _share(self.now + self.behind, self.step)
 
     @property
