@@ -80,10 +80,11 @@ def _report(
 def modelled(networks: Sequence[Network], *, strong: bool) -> reporting.Report:
     tokens = f"{BATCH:,} tokens in all" if strong else f"{TOKENS:,} tokens a GPU"
     title = f"NormScaleAdamW in a training step of {tokens}"
-    rows = [comm_scaling.row(step) for network in networks for step in steps(network, GPUS, strong=strong)]
+    found = [step for network in networks for step in steps(network, GPUS, strong=strong)]
+    rows = [comm_scaling.row(step) for step in found]
     slow = replace(H100, network=H100.network / H100.gpus)
     slowest = [step for network in networks for step in steps(network, GPUS, strong=strong, cluster=slow)]
-    notes = [*_reading(rows), _with_one_card(max(slowest, key=lambda step: step.share))]
+    notes = [*_reading(rows), _by_block(found), _with_one_card(max(slowest, key=lambda step: step.share))]
     return _of_model(title, comm_scaling.COLUMNS, rows, notes)
 
 
@@ -93,14 +94,19 @@ def _reading(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if small := sorted({row["gpus"] for row in rows if row["tokens"] < MICRO}):
         found = " and ".join(f"{number:,}" for number in small)
         yield f"On {found} GPUs each has less than {MICRO:,} tokens of the batch."
-    over = [row for row in rows if row["share"] >= 100 * GOAL]
-    yield f"{GOAL:.0%} of a step or more: {_named(over) or 'nowhere'}."
-    above = [row for row in rows if row["most"] >= 100 * GOAL]
-    yield f"{GOAL:.0%} of the products alone or more: {_named(above) or 'nowhere'}."
+    of = {"share": "a step", "shared": "a step, in the weights' group", "most": "the products"}
+    for key, what in of.items():
+        over = [row for row in rows if row[key] >= 100 * GOAL]
+        yield f"Not below {GOAL:.0%} of {what}: {_named(over) or 'none'}."
 
 
 def _named(rows: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(f"{row['name']} on {row['gpus']:,} GPUs ({row['layout']})" for row in rows)
+
+
+def _by_block(found: Sequence[Step]) -> str:
+    times = [step.by_block / (step.now + step.late) for step in found]
+    return f"Sums of each block by themselves would take {min(times):.2g} to {max(times):.2g} times as long."
 
 
 def _with_one_card(step: Step) -> str:

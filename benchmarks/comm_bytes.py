@@ -48,8 +48,8 @@ class Weight:
     """Of the whole."""
     cut: frozenset[int] = frozenset({0})
     """The dimensions that are cut up."""
-    groups: tuple[Hashable, ...] = ("shard",)
-    """What they are cut up over: a sum over all ranks is one all-reduce over each."""
+    sharers: Hashable = "all"
+    """The ranks among which it is cut up, by any name."""
     dtype: torch.dtype = torch.float32
 
     @property
@@ -95,7 +95,7 @@ class Payload(NamedTuple):
 
     bytes: int
     dtype: torch.dtype
-    group: Hashable
+    sharers: Hashable
     late: bool = False
 
 
@@ -152,21 +152,23 @@ def _gram(width: int) -> Numbers:
 
 
 def sent(weights: Iterable[Weight], rule: Rule) -> list[Payload]:
-    """The all-reduces of a step, in order. What is asked for at the same time goes in one, of the widest dtype."""
-    asked = [(weight.groups, rule(weight)) for weight in weights]
+    """The all-reduces of a step, in order. What the same ranks sum at the same time goes in one, of the widest dtype.
+
+    That is of ranks that have a process group of their own for it (``specopt/sharding/communicators.py``).
+    """
+    asked = [(weight.sharers, rule(weight)) for weight in weights]
     rounds = zip_longest(*(asks.now for _, asks in asked))
-    packed = [_packed([(groups, one) for (groups, _), one in zip(asked, each, strict=True) if one]) for each in rounds]
-    late = _packed([(groups, asks.late) for groups, asks in asked if asks.late])
+    packed = [_packed([(among, one) for (among, _), one in zip(asked, each, strict=True) if one]) for each in rounds]
+    late = _packed([(among, asks.late) for among, asks in asked if asks.late])
     return [payload for each in packed for payload in each] + [payload._replace(late=True) for payload in late]
 
 
-def _packed(parts: list[tuple[tuple[Hashable, ...], Numbers]]) -> list[Payload]:
-    by_groups: dict[tuple[Hashable, ...], list[Numbers]] = {}
-    for groups, numbers in parts:
-        by_groups.setdefault(groups, []).append(numbers)
+def _packed(parts: list[tuple[Hashable, Numbers]]) -> list[Payload]:
+    by_sharers: dict[Hashable, list[Numbers]] = {}
+    for sharers, numbers in parts:
+        by_sharers.setdefault(sharers, []).append(numbers)
     payloads = []
-    for groups, found in by_groups.items():
+    for sharers, found in by_sharers.items():
         dtype = reduce(torch.promote_types, (numbers.dtype for numbers in found))
-        size = dtype.itemsize * sum(numbers.length for numbers in found)
-        payloads += [Payload(size, dtype, group) for group in groups]
+        payloads.append(Payload(dtype.itemsize * sum(numbers.length for numbers in found), dtype, sharers))
     return payloads

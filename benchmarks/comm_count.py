@@ -130,14 +130,17 @@ def mesh_of(plane: bool, device: str) -> Any:
 
 
 def weight_of(param: DTensor) -> Weight:
-    """A parameter that is one matrix, as it lies on its mesh."""
-    cuts = [
-        (dimension, getattr(place, "dim"))  # noqa: B009 - of all placements but replicas
+    """A parameter that is one matrix, as it lies on its mesh. This rank shares it with those beside it along the
+    dimensions of the mesh that cut it."""
+    mesh = param.device_mesh
+    cuts = {
+        dimension: getattr(place, "dim")  # noqa: B009 - of all placements but replicas
         for dimension, place in enumerate(param.placements)
-        if not place.is_replicate() and param.device_mesh.size(dimension) > 1
-    ]
-    groups = tuple(tuple(dist.get_process_group_ranks(param.device_mesh.get_group(d))) for d, _ in cuts)
-    return Weight(tuple(param.shape), frozenset(cut for _, cut in cuts), groups, param.dtype)
+        if not place.is_replicate() and mesh.size(dimension) > 1
+    }
+    line = tuple(slice(None) if dimension in cuts else at for dimension, at in enumerate(mesh.get_coordinate() or ()))
+    sharers = frozenset(mesh.mesh[line].flatten().tolist())
+    return Weight(tuple(param.shape), frozenset(cuts.values()), sharers, param.dtype)
 
 
 def controlled(optimizer: torch.optim.Optimizer) -> list[Any]:

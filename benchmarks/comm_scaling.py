@@ -9,10 +9,12 @@ Everything is computed from shapes: bytes by :mod:`benchmarks.comm_bytes`, secon
               adds the all-reduce of a shard's gradients over the replicas. All of it once for each ``MICRO`` tokens.
     step      max(compute, own): FSDP's collectives are hidden behind the products as far as they can be.
     now       the all-reduce of the Gram matrices: nothing else goes on meanwhile.
-    late      the all-reduce of the returned products. It goes through the communicator of the weights' group, and the
-              next forward begins with a gather there: so all of it is waited for.
-    apart     what of ``late`` would remain through a communicator of its own, sharing links with FSDP's collectives,
-              ``max(compute, own + late) - step``.
+    late      the all-reduce of the returned products. It goes through a communicator of its own and shares the links
+              with FSDP's collectives.
+    behind    what of ``late`` does not fit beside the products: ``max(compute, own + late) - step``.
+
+Where sums go through the weights' own group (``specopt/sharding/communicators.py`` tells when), the gather that the
+next forward begins with waits there for all of ``late``: nothing of it is hidden.
 
 What the local products and corrections take is no communication, and is not in here: docs/performance.md.
 """
@@ -38,8 +40,6 @@ BATCH = 2**22
 MICRO = 8192
 """Tokens that a GPU takes through forward and backward at a time, at most."""
 GPUS = (8, 64, 512, 4096)
-EVERY = 4
-"""Steps for one that is tracked, in a plan."""
 GOAL = 0.01
 """Share of a step that sums may take."""
 STATE = 16
@@ -153,7 +153,8 @@ class Step:
         return all_reduce(self.network.bytes(late=True), self.group, self.cluster)
 
     @property
-    def apart(self) -> float:
+    def behind(self) -> float:
+        """Of the late sum, what is not hidden."""
         return max(self.compute, self.own + self.late) - self.step
 
     @property
@@ -169,13 +170,22 @@ class Step:
 
     @property
     def share(self) -> float:
-        """Of a step, that control sends."""
-        return (self.now + self.late) / (self.step + self.now + self.late)
+        """What sums add to a step, of that step."""
+        return _share(self.now + self.behind, self.step)
+
+    @property
+    def shared(self) -> float:
+        """The same through the weights' own group."""
+        return _share(self.now + self.late, self.step)
 
     @property
     def most(self) -> float:
-        """The same were all of FSDP's own hidden: no step is shorter than its products."""
-        return (self.now + self.late) / (self.compute + self.now + self.late)
+        """The same again were all of FSDP's own hidden: no step is shorter than its products."""
+        return _share(self.now + self.late, self.compute)
+
+
+def _share(added: float, step: float) -> float:
+    return added / (step + added)
 
 
 def steps(network: Network, gpus: Sequence[int], *, strong: bool, cluster: Cluster = H100) -> Iterator[Step]:
@@ -195,10 +205,8 @@ COLUMNS = {
     "now": "sums now (ms)",
     "late": "late (ms)",
     "share": "sums / step (%)",
+    "shared": "the same, in the weights' group (%)",
     "most": "sums / products (%)",
-    "every": f"the same, every {EVERY}th step (%)",
-    "apart": "the same, late sums apart (%)",
-    "by_block": "sums block by block (ms)",
 }
 
 
@@ -206,9 +214,8 @@ def row(step: Step) -> dict[str, Any]:
     name = "fully_shard" if step.shards == step.gpus else f"HSDP, shards on {step.shards}"
     found: dict[str, Any] = {"name": step.network.title, "gpus": step.gpus, "layout": name, "tokens": step.tokens}
     found |= {"state": step.state / 1e9, "fits": step.state < step.cluster.memory}
-    found |= {key: 1e3 * getattr(step, key) for key in ("compute", "own", "now", "late", "by_block")}
-    found |= {"share": 100 * step.share, "most": 100 * step.most, "every": 100 * step.most / EVERY}
-    return found | {"apart": 100 * (step.now + step.apart) / (step.compute + step.now + step.apart)}
+    found |= {key: 1e3 * getattr(step, key) for key in ("compute", "own", "now", "late")}
+    return found | {key: 100 * getattr(step, key) for key in ("share", "shared", "most")}
 
 
 BYTES = {

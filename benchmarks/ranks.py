@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 TIMEOUT = timedelta(minutes=5)
+PRELOADED = ["torch._dynamo"]
+"""What ``fully_shard`` and optimizers import when they are first called, which takes longer than a small step."""
 
 
 def device_of_ranks(wanted: str = "auto") -> str:
@@ -31,13 +34,17 @@ def run(world: int, device: str, function: Callable[..., Any], *args: Any) -> li
     """``function(*args)`` on every rank, and its results by rank. The function is one of a module: processes import it.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: with the traceback of a rank that failed.
+        RuntimeError: with the traceback of the rank whose function failed first.
     """
     method = "forkserver"  # no rank inherits threads or a GPU's context, and all are forked from what is imported once
-    multiprocessing.get_context(method).set_forkserver_preload([function.__module__])
+    multiprocessing.get_context(method).set_forkserver_preload([function.__module__, *PRELOADED])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        multiprocessing.start_processes(_rank, (world, device, folder, function, args), world, start_method=method)
+        try:
+            multiprocessing.start_processes(_rank, (world, device, folder, function, args), world, start_method=method)
+        except multiprocessing.ProcessRaisedException as error:
+            failed = sorted(folder.glob("failed-*"), key=lambda path: path.stat().st_mtime_ns)
+            raise RuntimeError(failed[0].read_text() if failed else str(error)) from None
         return [torch.load(folder / f"result-{rank}", weights_only=False) for rank in range(world)]
 
 
@@ -50,6 +57,10 @@ def _rank(
     store = dist.FileStore(str(folder / "store"), world)
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-    torch.save(function(*args), folder / f"result-{rank}")
+    try:
+        torch.save(function(*args), folder / f"result-{rank}")
+    except Exception:  # before this rank is gone, for which others fail that wait for it
+        (folder / f"failed-{rank}").write_text(traceback.format_exc())
+        raise
     dist.barrier()
     dist.destroy_process_group()
