@@ -8,9 +8,9 @@
     OUT/step-00000060.part/     being written, or all that a death has left of that: never read, removed by the next
 
 The folder has to be one that all ranks see: a checkpoint of which some rank cannot read its share is an error on all of
-them, and does not count. A whole checkpoint whose files have been damaged since is passed over with
-a warning, and the one before it is taken, of which :data:`KEPT` are there; training then makes the same steps again.
-Where no checkpoint is whole there is an error, so that nothing starts anew unasked.
+them, and does not count. A whole checkpoint whose files have been damaged since is passed over with a warning, and the
+one before it is taken, of which :data:`KEPT` are there; training then makes the same steps again. Where no checkpoint
+is whole there is an error, so that nothing starts anew unasked.
 """
 
 from __future__ import annotations

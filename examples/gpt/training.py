@@ -83,7 +83,7 @@ class Training:
             return False
         step, path = found
         states = checkpoints.read(path, self.states())
-        # the optimizer's goes first, and it alone may still refuse: that the model's fits is seen in reading
+        # The optimizer's goes first, and it alone may still refuse: that the model's fits is seen in reading.
         set_state_dict(
             self.model, self.optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"]
         )
