@@ -7,9 +7,10 @@
         whole.json              the recipe, and of every other file its length and CRC-32
     OUT/step-00000060.part/     being written, or all that a death has left of that: never read, removed by the next
 
-The folder has to be one that all ranks see. A whole checkpoint whose files have been damaged since is passed over with
-a warning, and the one before it is taken, of which :data:`KEPT` are there; training then makes the same steps again.
-Where no checkpoint is whole there is an error, so that nothing starts anew unasked.
+The folder has to be one that all ranks see: a checkpoint of which some rank cannot read its share is an error on all of
+them, and does not count. A whole checkpoint whose files have been damaged since is passed over with a warning, and the
+one before it is taken, of which :data:`KEPT` are there; training then makes the same steps again. Where no checkpoint
+is whole there is an error, so that nothing starts anew unasked.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +33,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
 NAME, PART, WHOLE = "step-", ".part", "whole.json"
+METADATA = ".metadata"
+"""Written last, by rank 0."""
 KEPT = 2
 """The newest, and the one to fall back to."""
 CHUNK = 2**20
@@ -46,15 +50,34 @@ def save(folder: Path, step: int, states: Mapping[str, Any], recipe: Mapping[str
         step: how many have been made.
         states: what torch.distributed.checkpoint takes.
         recipe: plain values that whoever loads it must agree with.
+
+    Raises:
+        ValueError: a file cannot be written, or not be read again on some rank. All ranks raise; the whole
+            checkpoints that were there still are.
     """
     whole = folder / f"{NAME}{step:08d}"
     part = whole.with_name(whole.name + PART)
     from_first(lambda: _remove(folder.glob("*" + PART)))
-    save_parts(dict(states), checkpoint_id=part)
-    files = from_first(lambda: sorted(path.name for path in part.iterdir()))
-    sums = _shared_out(lambda name: _fingerprint(part / name), files)
-    about = {"recipe": recipe, "files": sums}
+    with _one_error(f"{part} cannot be written"):
+        written = save_parts(dict(states), checkpoint_id=part)
+    files = {METADATA, *(place.relative_path for place in written.storage_data.values())}
+    about = {"recipe": recipe, "files": _sums_of(part, sorted(files))}
     from_first(lambda: _complete(part, whole, json.dumps(about, indent=1)))
+
+
+def _sums_of(part: Path, files: Sequence[str]) -> dict[str, list[int]]:
+    """Length and CRC-32 of every file, by its name.
+
+    Raises:
+        ValueError: one that is not there for the rank that reads it, or metadata that some rank does not see.
+    """
+    sees = _gathered(os.path.exists(part / METADATA))
+    unseen = [f"{METADATA} by rank {rank}" for rank, seen in enumerate(sees) if not seen]
+    sums = _shared_out(lambda name: _fingerprint(part / name), files)
+    unseen += [name for name in files if sums[name] is None]
+    if unseen:
+        raise ValueError(f"{part} has to be on a disk that all ranks see, and cannot be read: {', '.join(unseen)}")
+    return sums
 
 
 def _complete(part: Path, whole: Path, about: str) -> None:
@@ -97,14 +120,23 @@ def read(path: Path, states: dict[str, Any]) -> dict[str, Any]:
         ValueError: a file cannot be read on some rank. All ranks raise.
     """
     found: dict[str, Any] = _copied(states)
-    try:
+    with _one_error(f"{path} cannot be read"):
         load(found, checkpoint_id=path)
-    except CheckpointException as error:  # a BaseException, with a traceback for each rank
-        told = "; ".join(
-            f"rank {rank}: {type(failure).__name__}: {failure}" for rank, (failure, _) in error.failures.items()
-        )
-        raise ValueError(f"{path} cannot be read ({told})") from None
     return found
+
+
+@contextmanager
+def _one_error(what: str) -> Iterator[None]:
+    """Of all ranks that torch.distributed.checkpoint has failed on, one ValueError that says what and why."""
+    try:
+        yield
+    except CheckpointException as error:  # a BaseException, with a traceback for each rank
+        told = "; ".join(f"rank {rank}: {_told(failure)}" for rank, (failure, _) in error.failures.items())
+        raise ValueError(f"{what} ({told})") from None
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _copied(tree: Any) -> Any:
@@ -145,19 +177,37 @@ def _fingerprint(path: Path) -> list[int] | None:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What rank 0 makes, on every rank."""
-    box: list[Any] = [make() if dist.get_rank() == 0 else None]
+    """What rank 0 makes, on every rank.
+
+    Raises:
+        ValueError: rank 0 has failed. All ranks raise, so that none waits for it.
+    """
+    box: list[Any] = [None, None]
+    cause = None
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except Exception as error:
+            box[1], cause = _told(error), error
     dist.broadcast_object_list(box, src=0)
     found: T = box[0]
+    failure: str | None = box[1]
+    if failure is not None:
+        raise ValueError(f"rank 0 has failed: {failure}") from cause
     return found
 
 
 def _shared_out(function: Callable[[str], Any], names: Sequence[str]) -> dict[str, Any]:
     """``function`` of every name, of which each rank makes its share."""
     mine = {name: function(name) for name in names[dist.get_rank() :: dist.get_world_size()]}
+    return {name: value for part in _gathered(mine) for name, value in part.items()}
+
+
+def _gathered(mine: T) -> list[T]:
+    """Every rank's, by rank."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
-    return {name: value for part in found for name, value in part.items()}
+    return found
 
 
 def _by_age(folder: Path) -> list[Path]:

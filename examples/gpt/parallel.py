@@ -27,16 +27,23 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def replicas() -> int:
+    """Of the shards under "hsdp", the same on every rank: one for each machine, as shards stay where links are fast; of
+    one machine two. Where machines have unequal numbers of ranks, some shards lie on two of them."""
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    return machines if machines > 1 else 2
+
+
 def check(way: str, world: int, batch: int) -> None:
     """What can be said before any rank waits for another.
 
     Raises:
         ValueError: so many ranks cannot go this way, or not share a batch.
     """
-    if way == "hsdp" and world % 2:
+    if way == "hsdp" and world % replicas():
         raise ValueError(
-            f"--parallel hsdp takes an even number of ranks, two or more replicas of the same shards, got {world}: "
-            "torchrun --nproc-per-node 4"
+            f"--parallel hsdp takes a multiple of {replicas()} ranks, {replicas()} replicas of the same shards, got "
+            f"{world}: torchrun --nproc-per-node 4"
         )
     if batch % world:
         raise ValueError(f"--batch must be a multiple of the number of ranks, {world}, got {batch}")
@@ -67,8 +74,11 @@ def device_of(asked: str) -> torch.device:
 def process_group(device: torch.device, timeout: float) -> Iterator[None]:
     """All ranks that torchrun has started, or this process alone: over nccl on GPUs, over gloo on CPUs.
 
+    The group is not bound to the device by ``device_id``: specopt's sums over a part of the ranks (hsdp) would have to
+    share the communicator of the shards (``specopt/sharding/communicators.py``).
+
     Args:
-        device: of this rank.
+        device: of this rank, torch's current one.
         timeout: seconds that a rank waits for another in a collective before it fails.
     """
     patience = timedelta(seconds=timeout)
@@ -76,9 +86,9 @@ def process_group(device: torch.device, timeout: float) -> Iterator[None]:
     rank, world = 0, 1
     if "RANK" in os.environ:
         store, rank, world = next(rendezvous("env://", timeout=patience))
-    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     fresh = meet(store, rank, world, patience)
-    dist.init_process_group(backend, store=fresh, rank=rank, world_size=world, timeout=patience, device_id=device_id)
+    dist.init_process_group(backend, store=fresh, rank=rank, world_size=world, timeout=patience)
     yield
     dist.destroy_process_group()  # not where a step has failed: it would wait for ranks that are no more
 
@@ -100,9 +110,8 @@ def _mesh(way: str, device: torch.device) -> DeviceMesh:
     world = dist.get_world_size()
     if way == "fsdp2":
         return init_device_mesh(device.type, (world,))
-    machines = world // int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
-    replicas = machines if machines > 1 else 2  # shards stay where links are fast
-    return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+    shape = (replicas(), world // replicas())
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def share_of(batch: Tensor) -> Tensor:

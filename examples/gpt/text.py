@@ -9,6 +9,7 @@ The package ``tzdata`` has it in one file of about 100 kB, as rules, zones and l
 
 from __future__ import annotations
 
+import zlib
 from importlib import resources
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ class Text(NamedTuple):
     """(n, context + 1): what is seen, and the last one's successor."""
     held_out: Tensor
     characters: str
+    check: int
+    """CRC-32 of the text."""
 
     def batch(self, seed: int, step: int, size: int) -> Tensor:
         """Windows (size, context + 1) to train on, a function of seed and step alone: however many ranks share them,
@@ -69,4 +72,4 @@ def windows(text: str, context: int) -> Text:
     tokens = torch.tensor([places[character] for character in text])
     cut = tokens.unfold(0, context + 1, context + 1)
     is_held_out = torch.arange(len(cut)) % HELD_OUT == HELD_OUT - 1
-    return Text(cut[~is_held_out], cut[is_held_out], characters)
+    return Text(cut[~is_held_out], cut[is_held_out], characters, zlib.crc32(text.encode()))

@@ -54,30 +54,36 @@ class Training:
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """Over all windows that are not trained on. Under ``fully_shard`` a forward takes all ranks, so each makes
-        exactly one."""
+        exactly one, of no windows too."""
         own = share_of(self.text.held_out)
-        loss = self._loss(self.model, own).double()
-        total, count = summed(torch.stack([loss * len(own), torch.full_like(loss, len(own))])).tolist()
+        total = self._loss(self.model, own, "sum").double()
+        total, count = summed(torch.stack([total, torch.full_like(total, own[:, 1:].numel())])).tolist()
         return float(total / count)
 
-    def _loss(self, model: nn.Module, windows: Tensor) -> Tensor:
+    def _loss(self, model: nn.Module, windows: Tensor, reduction: str = "mean") -> Tensor:
         windows = windows.to(self.device)
-        return nn.functional.cross_entropy(model(windows[:, :-1]), windows[:, 1:].flatten())
+        return nn.functional.cross_entropy(model(windows[:, :-1]), windows[:, 1:].flatten(), reduction=reduction)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint of this training must agree with."""
+        return {**asdict(self.recipe), "text": self.text.check}
 
     def save(self, folder: Path) -> None:
-        checkpoints.save(folder, self.step, self.states(), asdict(self.recipe))
+        checkpoints.save(folder, self.step, self.states(), self.identity())
 
     def resume(self, folder: Path) -> bool:
         """Takes up the newest whole checkpoint, of any number of ranks and any way; whether there was one.
 
         Raises:
-            ValueError: checkpoints of another recipe, or none of them whole. Nothing has been taken up.
+            ValueError: checkpoints of another recipe or text, none of them whole, or a state that the optimizer
+                refuses. Nothing has been taken up.
         """
-        found = checkpoints.newest(folder, asdict(self.recipe))
+        found = checkpoints.newest(folder, self.identity())
         if found is None:
             return False
         step, path = found
         states = checkpoints.read(path, self.states())
+        # The optimizer's goes first, and it alone may still refuse: that the model's fits is seen in reading.
         set_state_dict(
             self.model, self.optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"]
         )

@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 import warnings
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +19,11 @@ EXAMPLES = str(Path(__file__).resolve().parents[2] / "examples")
 if EXAMPLES not in sys.path:
     sys.path.append(EXAMPLES)
 
-from gpt import checkpoints  # noqa: E402
+from gpt import checkpoints, parallel  # noqa: E402, F401
 from gpt.model import Shape, largest_sigma  # noqa: E402
 from gpt.parallel import WAYS, mean_of_shares  # noqa: E402
 from gpt.starting import meet  # noqa: E402, F401
-from gpt.text import time_zones  # noqa: E402
+from gpt.text import Text, time_zones, windows  # noqa: E402
 from gpt.training import Recipe, Training  # noqa: E402
 from train_distributed import arguments, main  # noqa: E402, F401
 
@@ -33,9 +34,9 @@ RECIPE = Recipe(shape=Shape(width=68, layers=1, heads=4, context=16), batch=12, 
 """Of matrices that are tracked, of which two ranks cut one across; with caps that act at once."""
 
 
-def training_of(way: str, recipe: Recipe = RECIPE) -> Training:
+def training_of(way: str, recipe: Recipe = RECIPE, text: Text | None = None) -> Training:
     warnings.filterwarnings("ignore", "the first step moves")
-    return Training(recipe, time_zones(recipe.shape.context), way, torch.device("cpu"))
+    return Training(recipe, text or time_zones(recipe.shape.context), way, torch.device("cpu"))
 
 
 def weights(training: Training) -> list[Tensor]:
@@ -56,6 +57,8 @@ class Found(NamedTuple):
     exact: float
     half: list[Tensor]
     """Weights half-way, where a checkpoint was."""
+    few: list[float]
+    """Held-out losses where the first window is all there is, or the second, or both."""
 
 
 HALF = 3
@@ -71,7 +74,17 @@ def trained(way: str, folder: Path) -> Found:
     losses += losses_of(training, HALF)
     ends = [weight.double() for weight in weights(training) if weight.shape in ((68, 68), (204, 68))]
     exact = max(float(torch.linalg.matrix_norm(matrix, 2)) for end in ends for matrix in end.split(68))
-    return Found(losses, training.held_out_loss(), largest_sigma(training.optimizer), exact, half)
+    held_out = training.held_out_loss()
+    few = [held_out_loss_of(training, chosen) for chosen in (slice(0, 1), slice(1, 2), slice(0, 2))]
+    return Found(losses, held_out, largest_sigma(training.optimizer), exact, half, few)
+
+
+def held_out_loss_of(training: Training, chosen: slice) -> float:
+    text = training.text
+    training.text = text._replace(held_out=text.held_out[chosen])
+    loss = training.held_out_loss()
+    training.text = text
+    return loss
 
 
 def resumed(folder: Path, way: str) -> Found:
@@ -79,7 +92,7 @@ def resumed(folder: Path, way: str) -> Found:
     training = training_of(way)
     assert training.resume(folder) and training.step == HALF
     half = weights(training)
-    return Found(losses_of(training, HALF), training.held_out_loss(), 0, 0, half)
+    return Found(losses_of(training, HALF), training.held_out_loss(), 0, 0, half, [])
 
 
 def on_two_ranks(folder: Path, of_four: Path) -> dict[str, Found]:
@@ -132,7 +145,7 @@ def read_failing_half_way(folder: Path) -> tuple[str, bool]:
     losses_of(training, 2)
     training.optimizer.state_dict()
     before = digest(state_tensors(training.optimizer))
-    _, path = checkpoints.newest(folder, asdict(RECIPE)) or (0, folder)
+    _, path = checkpoints.newest(folder, training.identity()) or (0, folder)
     dist.barrier()
     if dist.get_rank() == 0:
         (path / "__1_0.distcp").unlink()
@@ -145,11 +158,53 @@ def read_failing_half_way(folder: Path) -> tuple[str, bool]:
 
 
 def refused_for_another_recipe(folder: Path) -> str:
+    return error_of(lambda: training_of("fsdp2", replace(RECIPE, batch=6)).resume(folder))
+
+
+def refused_for_another_text(folder: Path) -> tuple[str, int, int]:
+    """Of the same characters: the error, and the sums of both texts."""
+    text = time_zones(RECIPE.shape.context)
+    other = windows(text.characters * 9, RECIPE.shape.context)
+    return error_of(lambda: training_of("fsdp2", text=other).resume(folder)), text.check, other.check
+
+
+def refused_by_the_optimizer(folder: Path) -> tuple[str, bool]:
+    """As :func:`refused`, of a checkpoint with an option that no optimizer takes."""
+    training = training_of("fsdp2")
+    losses_of(training, 1)
+    for group in training.optimizer.param_groups:
+        group["block"] = -1
+    training.save(folder)
+    return refused(folder)
+
+
+def error_of(attempt: Callable[[], Any]) -> str:
     try:
-        training_of("fsdp2", replace(RECIPE, batch=6)).resume(folder)
+        attempt()
     except ValueError as error:
         return str(error)
     return ""
+
+
+def failing_saves(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """The errors of saves that fail on one rank, and the whole checkpoints that are left."""
+    training, is_first = training_of("fsdp2"), dist.get_rank() == 0
+    for _ in range(2):
+        training.advance()
+        training.save(folder)
+    a_file, elsewhere = folder.with_name("file"), folder.with_name("elsewhere")
+    a_file.write_text("")
+    errors = {}
+    for step in (3, 4):
+        training.step = step
+        errors[f"disk of its own, {step}"] = error_of(lambda: training.save(folder if is_first else elsewhere))
+    errors["no folder"] = error_of(lambda: training.save(folder if is_first else a_file / "below"))
+    training.step = 5
+    taken = folder / "step-00000005"
+    taken.write_text("")  # a folder cannot take its name
+    errors["no name"] = error_of(lambda: training.save(folder))
+    dist.barrier()
+    return errors, sorted(path.name for path in folder.glob("step-????????") if path != taken)
 
 
 class Damages(NamedTuple):
@@ -160,20 +215,29 @@ class Damages(NamedTuple):
     refused: dict[str, tuple[str, bool]]
     vanished: tuple[str, bool]
     other_recipe: str
+    other_text: tuple[str, int, int]
+    by_the_optimizer: tuple[str, bool]
+    saves: tuple[dict[str, str], list[str]]
 
 
-def damages(newest: dict[str, Path], all_of_them: dict[str, Path], vanishing: Path, whole: Path) -> Damages:
+def damages(
+    newest: dict[str, Path], all_of_them: dict[str, Path], vanishing: Path, whole: Path, fresh: Path
+) -> Damages:
     return Damages(
         {told: resumed_beside_damage(folder) for told, folder in newest.items()},
         {told: refused(folder) for told, folder in all_of_them.items()},
         read_failing_half_way(vanishing),
         refused_for_another_recipe(whole),
+        refused_for_another_text(whole),
+        refused_by_the_optimizer(fresh / "options"),
+        failing_saves(fresh / "saves"),
     )
 
 
 def recipe_of(about: dict[str, Any]) -> Recipe:
     """From what a checkpoint says of it."""
-    return Recipe(**{**about, "shape": Shape(**about["shape"])})
+    plain = {name: value for name, value in about.items() if name != "text"}
+    return Recipe(**{**plain, "shape": Shape(**about["shape"])})
 
 
 def undisturbed(folder: Path, recipe: Recipe, steps: int) -> list[float]:

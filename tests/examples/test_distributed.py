@@ -51,6 +51,15 @@ def test_every_way_makes_the_same_losses(of_four: tuple[Path, Found], of_two: di
         assert found.held_out == pytest.approx(reference.held_out, rel=CLOSE["rtol"])
 
 
+def test_fewer_held_out_windows_than_ranks_have_the_loss_that_they_have_alone(
+    of_four: tuple[Path, Found], of_two: dict[str, Found]
+) -> None:
+    for found in (*(of_two[way] for way in gpt_ranks.WAYS), of_four[1]):
+        first, second, both = found.few
+        assert both == pytest.approx((first + second) / 2, rel=1e-5)
+        assert found.few == pytest.approx(of_two["ddp"].few, rel=CLOSE["rtol"])
+
+
 def test_the_sigma_of_the_table_is_that_of_the_projections_and_near_the_cap(
     of_four: tuple[Path, Found], of_two: dict[str, Found]
 ) -> None:
@@ -123,7 +132,7 @@ def test_without_torchrun_one_process_trains(
 @pytest.mark.parametrize(
     ("options", "world", "told"),
     [
-        ("--parallel hsdp", "3", "--parallel hsdp takes an even number of ranks"),
+        ("--parallel hsdp", "3", "--parallel hsdp takes a multiple of 2 ranks, 2 replicas"),
         ("--parallel hsdp", "1", "replicas of the same shards, got 1: torchrun --nproc-per-node"),
         ("--batch 10", "4", "--batch must be a multiple of the number of ranks, 4, got 10"),
         ("--width 70", "1", "--width must be a multiple of 4, got 70"),
@@ -144,6 +153,39 @@ def test_what_cannot_be_trained_is_refused_before_ranks_wait_for_one_another(
         gpt_ranks.arguments()
     assert stopped.value.code == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("machines", "ranks_here", "mesh"),
+    [
+        ("1", [4], (2, 2)),
+        ("3", [3, 3, 3], (3, 3)),
+        ("2", [3, 1], (2, 2)),
+    ],
+)
+def test_every_rank_makes_the_same_mesh_of_replicas_one_a_machine(
+    machines: str, ranks_here: list[int], mesh: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parallel, world = gpt_ranks.parallel, sum(ranks_here)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
+    monkeypatch.setattr(parallel, "init_device_mesh", lambda _, shape, **__: shape)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", machines)
+    for here in ranks_here:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+        parallel.check("hsdp", world, world)
+        assert parallel._mesh("hsdp", torch.device("cpu")) == mesh
+
+
+def test_a_group_of_gpus_is_not_bound_to_one_so_that_sums_have_communicators_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[Any] = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *given, **named: made.append((given, named)))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with gpt_ranks.parallel.process_group(torch.device("cuda", 0), timeout=1):
+        (((backend,), named),) = made
+    assert backend == "nccl" and named.get("device_id") is None
 
 
 def test_batches_are_a_function_of_seed_and_step() -> None:

@@ -45,7 +45,8 @@ def damages(kept: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Damage
     scratch, ranks = tmp_path_factory.mktemp("damaged"), tmp_path_factory.mktemp("ranks")
     newest, every = (damaged(kept, scratch / str(len(steps)), *steps) for steps in ((3,), (2, 3)))
     shutil.copytree(kept, scratch / "vanishing")
-    return run(2, gpt_ranks.damages, newest, every, scratch / "vanishing", kept, folder=ranks)
+    (scratch / "fresh" / "saves").mkdir(parents=True)
+    return run(2, gpt_ranks.damages, newest, every, scratch / "vanishing", kept, scratch / "fresh", folder=ranks)
 
 
 def damaged(kept: Path, folder: Path, *steps: int) -> dict[str, Path]:
@@ -88,6 +89,37 @@ def test_a_file_that_vanishes_while_it_is_read_is_named_and_nothing_is_taken_up(
 
 def test_a_checkpoint_of_another_recipe_is_refused_by_what_differs(damages: list[Damages]) -> None:
     assert all("batch is 12 there and 6 here" in rank.other_recipe for rank in damages)
+
+
+def test_a_checkpoint_of_another_text_is_refused_though_its_characters_are_the_same(damages: list[Damages]) -> None:
+    for rank in damages:
+        message, there, here = rank.other_text
+        assert there != here and f"text is {there} there and {here} here" in message
+
+
+def test_where_the_optimizer_refuses_a_state_the_weights_stay_the_same_bits_too(damages: list[Damages]) -> None:
+    for rank in damages:
+        message, is_as_it_was = rank.by_the_optimizer
+        assert is_as_it_was and "block must be" in message
+
+
+def test_a_checkpoint_that_not_all_ranks_see_is_an_error_on_all_of_them(damages: list[Damages]) -> None:
+    for rank in damages:
+        for step in (3, 4):
+            told = rank.saves[0][f"disk of its own, {step}"]
+            assert "has to be on a disk that all ranks see" in told
+            assert ".metadata by rank 1" in told and "__1_0.distcp" in told
+
+
+def test_a_save_that_one_rank_cannot_make_is_an_error_on_all_of_them(damages: list[Damages]) -> None:
+    for rank in damages:
+        errors = rank.saves[0]
+        assert "cannot be written (rank 1: NotADirectoryError" in errors["no folder"]
+        assert "rank 0 has failed: NotADirectoryError" in errors["no name"]
+
+
+def test_a_save_that_fails_removes_no_checkpoint(damages: list[Damages]) -> None:
+    assert [rank.saves[1] for rank in damages] == [["step-00000001", "step-00000002"]] * 2
 
 
 @pytest.mark.parametrize(
