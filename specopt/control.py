@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -32,6 +32,7 @@ from .sharding.cut import is_cut, is_distributed, local_of
 from .sharding.sessions import ShardedSession
 from .sharding.sessions import begin as sharded_session
 from .sharding.sessions import has_state as sharded_state
+from .sharding.unfinished import Unfinished, always, never, written_to
 from .sharding.views import ShardedMatrix
 from .telling import names_in, tell_of_first_steps, warn_of_unclear
 from .tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, Kept, rounding_seeds
@@ -47,11 +48,6 @@ UNSIGNED = ("params", "lr", "param_names", "initial_lr", "target", "snr_lambda",
 """What a group holds that is no option, or may change from step to step: schedules."""
 SWITCHES = ("snr_lambda", "decay_lambda")
 """Those of them that make a difference where they are 0: it means off."""
-CUT_OFF = (
-    "the last step was cut off (a rank has died, or something else has failed between its sums over ranks): weights "
-    "and state are those of no step. Start the ranks again, with a new process group, model and optimizer, from a "
-    "checkpoint; or load the weights and, with load_state_dict, the state of an earlier step"
-)
 
 
 if TYPE_CHECKING:
@@ -148,12 +144,13 @@ class SpectralOptimizer(Mixin):
             self.rule.check(group)
             if "target" in self.rule.names:
                 settle(group, self.names)
+        workspace: dict[Any, Any] = self.__dict__.setdefault("_workspace", {})
+        Unfinished.of(workspace).check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._take_up()
-        workspace: dict[Any, Any] = self.__dict__.setdefault("_workspace", {})
         if compiling and not workspace.setdefault("told of compiling", False):
             workspace["told of compiling"] = True
             warnings.warn(NOT_COMPILED, stacklevel=5)
@@ -173,15 +170,48 @@ class SpectralOptimizer(Mixin):
         seeds = [rounding_seeds(batch.matrices) for batch in batches]
         # our passes skip on the device; what torch makes has to be undone there
         kept = [Kept(batch.matrices) for batch in batches if gate.is_undecided and not batch.base]
+        sessions = self._sessions(batches, replace(gate, settled=same))
+        sharded = [session for session in sessions if isinstance(session, ShardedSession)]
+        watched, on_shards = Unfinished.of(gate.workspace).watched, always if sharded else never
+        with watched(on_shards):
+            rounds = exchange.run(session.before() for session in sharded).rounds
+        convolutions = OperatorSession(kernels_of(self), self.rule.names, gate)
+        is_begun = rounds > 0 or any(batch.ours for batch in batches)
+        with watched(written_to(self) if sharded and not is_begun else on_shards):
+            self._update_weights(batches, sessions, seeds, convolutions, gate)
+        with watched(on_shards):
+            self._finish(batches, sessions, gate)
+            convolutions.finish()
+            for state in kept:
+                state.put_back(cast(Tensor, gate.found_inf).reshape(()) != 0)
+        versions = gate.workspace.setdefault("versions", {})
+        versions.update({id(param): param._version for param in gate.written})
+        if not same:
+            self._complete_state()
+            signature, held = self._signature()
+            gate.workspace.update(batches=batches, signature=signature if settled else None, held=held)
+
+    def _sessions(self, batches: Sequence[Batch], gate: Gate) -> list[Session | ShardedSession]:
+        """One for each batch. Nothing is written here but copies of weights."""
         sessions: list[Session | ShardedSession] = []
         for batch in batches:
             refresh_copies(batch.copied)
-            base = batch.base.refresh() if batch.base else None
+            own = replace(gate, base=batch.base.refresh() if batch.base else None)
+            if batch.is_sharded and not gate.settled:
+                exchange.meet(cast("list[ShardedMatrix]", batch.matrices))
             begin = partial(sharded_session, self.rule) if batch.is_sharded else self.rule.begin
-            sessions.append(begin(batch.matrices, replace(gate, base=base, settled=same)))
-        gate.workspace["cut off"] = any(batch.is_sharded for batch in batches)
-        exchange.run(session.before() for session in sessions if isinstance(session, ShardedSession))
-        convolutions = OperatorSession(kernels_of(self), self.rule.names, gate)
+            sessions.append(begin(batch.matrices, own))
+        return sessions
+
+    def _update_weights(
+        self,
+        batches: Sequence[Batch],
+        sessions: Sequence[Session | ShardedSession],
+        seeds: Sequence[Sequence[float]],
+        convolutions: OperatorSession,
+        gate: Gate,
+    ) -> None:
+        """The base update of all parameters, with the penalties' gradients in it."""
         with ExitStack() as stack:
             for batch, session, chances in zip(batches, sessions, seeds, strict=True):
                 if batch.base:
@@ -197,6 +227,9 @@ class SpectralOptimizer(Mixin):
             stack.enter_context(gradients(convolutions.gradients))
             seen = [matrix.param for batch in batches if not batch.ours for matrix in batch.matrices]
             self._blind_step([*seen, *(kernel.param for kernel in convolutions.kernels)])
+
+    def _finish(self, batches: Sequence[Batch], sessions: Sequence[Session | ShardedSession], gate: Gate) -> None:
+        """What rules do after the base update. Sums that are due by the next step stay on their way."""
         with ExitStack() as stack:
             for batch, session in zip(batches, sessions, strict=True):
                 if batch.copied and session.writes:
@@ -205,33 +238,13 @@ class SpectralOptimizer(Mixin):
                     session.finish()
             sharded = [session.after() for session in sessions if isinstance(session, ShardedSession)]
             if sharded:
-                gate.workspace["due"] = exchange.run(sharded)
-        convolutions.finish()
-        for state in kept:
-            state.put_back(cast(Tensor, gate.found_inf).reshape(()) != 0)
-        gate.workspace["cut off"] = False
-        versions = gate.workspace.setdefault("versions", {})
-        versions.update({id(param): param._version for param in gate.written})
-        if not same:
-            self._complete_state()
-            signature, held = self._signature()
-            gate.workspace.update(batches=batches, signature=signature if settled else None, held=held)
+                Unfinished.of(gate.workspace).due = exchange.run(sharded)
 
     def _take_up(self) -> None:
-        """What the last step has left to be summed over ranks: the state is complete then.
-
-        Raises:
-            RuntimeError: the last step cannot be completed.
-        """
-        workspace = self.__dict__.get("_workspace", {})
-        if workspace.get("cut off"):
-            raise RuntimeError(CUT_OFF)
-        due: exchange.Due | None = workspace.pop("due", None)
-        if due is not None:
-            workspace["cut off"] = True
-            with torch.no_grad(), self._without_autocast():
-                due.finish()
-            workspace["cut off"] = False
+        """What the last step has left to be summed over ranks: the state is complete then. See
+        :meth:`specopt.sharding.unfinished.Unfinished.take_up`."""
+        with torch.no_grad(), self._without_autocast():
+            Unfinished.of(self.__dict__.get("_workspace", {})).take_up()
 
     def _has_state(self, matrix: Matrix) -> bool:
         return sharded_state(self.rule, matrix) if isinstance(matrix, ShardedMatrix) else self.rule.has_state(matrix)
@@ -396,12 +409,11 @@ class SpectralOptimizer(Mixin):
         Raises:
             ValueError: state of a weight of another shape, or an option that makes no sense.
         """
-        workspace = self.__dict__.get("_workspace", {})
-        if not workspace.get("cut off"):
+        with suppress(Exception):  # of a late sum, or a step, that was cut off: what is loaded takes its place
             self._take_up()
         with guarded(self):
             self._base.load_state_dict(state_dict)
-        workspace.pop("cut off", None)
+        self.__dict__.get("_workspace", {}).pop("unfinished", None)
 
     def names(self) -> Mapping[Tensor, str]:
         """A name for every parameter: its own where the optimizer was built from named ones, else its place."""
