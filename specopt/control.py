@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -15,11 +14,10 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from specopt import kernels
 from specopt.kernels import Update, base_updates_
 
-from . import updates
 from .base_step import gradients, out_of_sight, own_entries, penalized
+from .batches import Batch, batches_of, has_state, signature_of
 from .checkpoint import guarded
 from .groups import resolve
 from .options import plain
@@ -28,47 +26,25 @@ from .session import Gate, OnDevice, Rule, Session
 from .settling import adopt, refuse_target_of_off, settle
 from .sharding import exchange
 from .sharding.checking import check_sharded
-from .sharding.cut import is_cut, is_distributed, local_of
+from .sharding.cut import is_cut
 from .sharding.sessions import ShardedSession
 from .sharding.sessions import begin as sharded_session
-from .sharding.sessions import has_state as sharded_state
 from .sharding.unfinished import Unfinished, always, never, written_to
 from .sharding.views import ShardedMatrix
 from .telling import names_in, tell_of_first_steps, warn_of_unclear
 from .tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, Kept, rounding_seeds
-from .tracker.device import runs_on
-from .updates import OnDeviceBase
 from .views import Matrix, check_readable, is_controlled, matrices_of, refresh_copies, written_back
 
 NOT_COMPILED = (
     "torch.compile leaves the step of specopt's optimizers as it is: it runs between the graphs of what comes before "
     "and after, with the same result. Call it outside of the compiled function to be rid of the break and this warning."
 )
-UNSIGNED = ("params", "lr", "param_names", "initial_lr", "target", "snr_lambda", "decay_lambda")
-"""What a group holds that is no option, or may change from step to step: schedules."""
-SWITCHES = ("snr_lambda", "decay_lambda")
-"""Those of them that make a difference where they are 0: it means off."""
 
 
 if TYPE_CHECKING:
     Mixin = Optimizer
 else:
     Mixin = object
-
-
-@dataclass
-class Batch:
-    """Matrices that one call of every operation can serve."""
-
-    matrices: list[Matrix]
-    ours: bool
-    """Their base update is made by our passes, not by torch."""
-    base: OnDeviceBase | None = None
-    """That update, where a pass on the device makes it."""
-    is_sharded: bool = False
-    """They are cut up over ranks, and need what :mod:`specopt.sharding` sums over these."""
-    copied: list[Matrix] = field(default_factory=list)
-    """Those of the matrices that are read through a copy."""
 
 
 class SpectralOptimizer(Mixin):
@@ -164,9 +140,9 @@ class SpectralOptimizer(Mixin):
         return loss
 
     def _controlled_step(self, gate: Gate) -> None:
-        same = gate.workspace.get("signature") == self._signature()[0]
-        batches: list[Batch] = gate.workspace["batches"] if same else self._batches()
-        settled = same or all(self._has_state(matrix) for batch in batches for matrix in batch.matrices)
+        same = gate.workspace.get("signature") == signature_of(self)[0]
+        batches: list[Batch] = gate.workspace["batches"] if same else batches_of(self)
+        settled = same or all(has_state(self, matrix) for batch in batches for matrix in batch.matrices)
         seeds = [rounding_seeds(batch.matrices) for batch in batches]
         # our passes skip on the device; what torch makes has to be undone there
         kept = [Kept(batch.matrices) for batch in batches if gate.is_undecided and not batch.base]
@@ -188,17 +164,19 @@ class SpectralOptimizer(Mixin):
         versions.update({id(param): param._version for param in gate.written})
         if not same:
             self._complete_state()
-            signature, held = self._signature()
+            signature, held = signature_of(self)
             gate.workspace.update(batches=batches, signature=signature if settled else None, held=held)
 
     def _sessions(self, batches: Sequence[Batch], gate: Gate) -> list[Session | ShardedSession]:
-        """One for each batch. Nothing is written here but copies of weights."""
+        """One for each batch. Of what is cut up over ranks nothing is written or summed here."""
+        if not gate.settled:
+            for batch in batches:
+                if batch.is_sharded:
+                    exchange.meet(cast("list[ShardedMatrix]", batch.matrices))
         sessions: list[Session | ShardedSession] = []
         for batch in batches:
             refresh_copies(batch.copied)
             own = replace(gate, base=batch.base.refresh() if batch.base else None)
-            if batch.is_sharded and not gate.settled:
-                exchange.meet(cast("list[ShardedMatrix]", batch.matrices))
             begin = partial(sharded_session, self.rule) if batch.is_sharded else self.rule.begin
             sessions.append(begin(batch.matrices, own))
         return sessions
@@ -246,47 +224,6 @@ class SpectralOptimizer(Mixin):
         with torch.no_grad(), self._without_autocast():
             Unfinished.of(self.__dict__.get("_workspace", {})).take_up()
 
-    def _has_state(self, matrix: Matrix) -> bool:
-        return sharded_state(self.rule, matrix) if isinstance(matrix, ShardedMatrix) else self.rule.has_state(matrix)
-
-    def _signature(self) -> tuple[list[Any], list[Any]]:
-        """What the batches were made from: while it stays, so do they. And what has its id in it, to be held with it,
-        so that nothing else can take its place."""
-        signature: list[Any] = [os.environ.get("SPECOPT_BACKEND")]
-        held: list[Any] = []
-        known = [name for name in self.defaults if name not in UNSIGNED] if self.base_is_known else []
-        for group in self.param_groups:
-            held.append(group)
-            signature.append(id(group))
-            signature += [group[name] == 0 for name in SWITCHES if name in self.rule.names]
-            read = [name for name in self.rule.names if name not in UNSIGNED]
-            read += [name for name in known if name in group]
-            signature += [id(group[name]) if isinstance(group[name], Tensor) else group[name] for name in read]
-            rate = group.get("lr")
-            signature += [id(rate) if isinstance(rate, Tensor) else None, group.get("maximize")]
-            for param in group["params"]:
-                grad = param.grad
-                state = self.state.get(param, {}) if self.base_is_known else own_entries(self.state.get(param, {}))
-                kept = [value for value in state.values() if isinstance(value, Tensor)]
-                held += kept
-                layouts = [
-                    (t.layout, t.dtype, t.shape, t.layout == torch.strided and t.stride())
-                    for t in (param, grad)
-                    if t is not None
-                ]
-                signature.append(
-                    (id(param), local_of(param).data_ptr(), layouts, id(self.state.get(param)), *map(id, kept))
-                )
-        return signature, held
-
-    def _is_ours(self, matrix: Matrix) -> bool:
-        """Whether the base update of a matrix is made by our passes, or by torch."""
-        if not self.base_is_known or is_distributed(matrix.param) or not updates.is_plain(matrix):
-            return False
-        if runs_on(matrix):
-            return self.rule.has_state(matrix) and self.rule.takes_along(matrix)
-        return matrix.param.device.type == "cpu"
-
     def _update(self, matrix: Matrix) -> Update:
         raise NotImplementedError
 
@@ -324,29 +261,6 @@ class SpectralOptimizer(Mixin):
                     )
                 state = self.state[param] if with_grad else self.state.get(param, {})
                 yield from matrices_of(param, group, state, self.rule.columns(group), place)
-
-    def _batches(self) -> list[Batch]:
-        batches: dict[Any, Batch] = {}
-        names: Mapping[Tensor, str] = {}
-        for matrix in self.matrices():
-            if not self.rule.is_on(matrix.group):
-                continue
-            is_sharded = isinstance(matrix, ShardedMatrix)
-            if is_sharded:
-                names = names or self.names()
-                check_sharded(matrix.param, matrix.group, self.rule, names[matrix.param])
-            ours, fused = self._is_ours(matrix), self.rule.is_fused(matrix) and not is_sharded
-            kind: tuple[Any, ...] = (kernels.accumulation_dtype(matrix.param.dtype), matrix.complete)
-            if fused:
-                kind = (matrix.param.dtype,)
-            kind += (is_sharded, is_distributed(matrix.param), self.rule.sort(matrix))
-            batch = batches.setdefault((matrix.param.device, ours, *kind), Batch([], ours, is_sharded=is_sharded))
-            batch.matrices.append(matrix)
-            if matrix.copy is not None:
-                batch.copied.append(matrix)
-            if fused and ours:
-                batch.base = OnDeviceBase(batch.matrices)
-        return list(batches.values())
 
     def _complete_state(self) -> None:
         """Where control is off, a tracker's state would grow stale. And torch.distributed.checkpoint asks for state of
