@@ -87,22 +87,24 @@ class Unfinished:
 def written_to(optimizer: Ruled) -> Callable[[], bool]:
     """Tells whether weights, or what their states hold now, have been written to since. State that is made anew is not
     counted: a base makes it where it looks for it."""
-    before = _traces(optimizer)
+    values = _values(optimizer)  # held, so that no other object can take the id of one
+    before = {place: _trace(value) for place, value in values.items()}
 
     def has_written() -> bool:
-        after = _traces(optimizer)
-        return any(after.get(place) != trace for place, trace in before.items())
+        after = {place: _trace(value) for place, value in _values(optimizer).items() if place in values}
+        return after != before
 
     return has_written
 
 
-def _traces(optimizer: Ruled) -> dict[tuple[int, Any], Any]:
+def _values(optimizer: Ruled) -> dict[tuple[int, Any], Any]:
+    """Parameters and entries of their states."""
     found = {}
     for group in optimizer.param_groups:
         for param in group["params"]:
             state = optimizer.state.get(param, {})
             entries = {"": param, **state} if isinstance(state, dict) else {"": param}
-            found.update({(id(param), key): _trace(value) for key, value in entries.items()})
+            found.update({(id(param), key): value for key, value in entries.items()})
     return found
 
 
