@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -15,11 +14,10 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from specopt import kernels
 from specopt.kernels import Update, base_updates_
 
-from . import updates
 from .base_step import gradients, out_of_sight, own_entries, penalized
+from .batches import Batch, batches_of, has_state, signature_of
 from .checkpoint import guarded
 from .groups import resolve
 from .options import plain
@@ -28,29 +26,18 @@ from .session import Gate, OnDevice, Rule, Session
 from .settling import adopt, refuse_target_of_off, settle
 from .sharding import exchange
 from .sharding.checking import check_sharded
-from .sharding.cut import is_cut, is_distributed, local_of
+from .sharding.cut import is_cut
 from .sharding.sessions import ShardedSession
 from .sharding.sessions import begin as sharded_session
-from .sharding.sessions import has_state as sharded_state
+from .sharding.unfinished import Unfinished, always, never, written_to
 from .sharding.views import ShardedMatrix
 from .telling import names_in, tell_of_first_steps, warn_of_unclear
 from .tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, Kept, rounding_seeds
-from .tracker.device import runs_on
-from .updates import OnDeviceBase
 from .views import Matrix, check_readable, is_controlled, matrices_of, refresh_copies, written_back
 
 NOT_COMPILED = (
     "torch.compile leaves the step of specopt's optimizers as it is: it runs between the graphs of what comes before "
     "and after, with the same result. Call it outside of the compiled function to be rid of the break and this warning."
-)
-UNSIGNED = ("params", "lr", "param_names", "initial_lr", "target", "snr_lambda", "decay_lambda")
-"""What a group holds that is no option, or may change from step to step: schedules."""
-SWITCHES = ("snr_lambda", "decay_lambda")
-"""Those of them that make a difference where they are 0: it means off."""
-CUT_OFF = (
-    "the last step was cut off (a rank has died, or something else has failed between its sums over ranks): weights "
-    "and state are those of no step. Start the ranks again, with a new process group, model and optimizer, from a "
-    "checkpoint; or load the weights and, with load_state_dict, the state of an earlier step"
 )
 
 
@@ -58,21 +45,6 @@ if TYPE_CHECKING:
     Mixin = Optimizer
 else:
     Mixin = object
-
-
-@dataclass
-class Batch:
-    """Matrices that one call of every operation can serve."""
-
-    matrices: list[Matrix]
-    ours: bool
-    """Their base update is made by our passes, not by torch."""
-    base: OnDeviceBase | None = None
-    """That update, where a pass on the device makes it."""
-    is_sharded: bool = False
-    """They are cut up over ranks, and need what :mod:`specopt.sharding` sums over these."""
-    copied: list[Matrix] = field(default_factory=list)
-    """Those of the matrices that are read through a copy."""
 
 
 class SpectralOptimizer(Mixin):
@@ -148,12 +120,13 @@ class SpectralOptimizer(Mixin):
             self.rule.check(group)
             if "target" in self.rule.names:
                 settle(group, self.names)
+        workspace: dict[Any, Any] = self.__dict__.setdefault("_workspace", {})
+        Unfinished.of(workspace).check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._take_up()
-        workspace: dict[Any, Any] = self.__dict__.setdefault("_workspace", {})
         if compiling and not workspace.setdefault("told of compiling", False):
             workspace["told of compiling"] = True
             warnings.warn(NOT_COMPILED, stacklevel=5)
@@ -167,21 +140,56 @@ class SpectralOptimizer(Mixin):
         return loss
 
     def _controlled_step(self, gate: Gate) -> None:
-        same = gate.workspace.get("signature") == self._signature()[0]
-        batches: list[Batch] = gate.workspace["batches"] if same else self._batches()
-        settled = same or all(self._has_state(matrix) for batch in batches for matrix in batch.matrices)
+        same = gate.workspace.get("signature") == signature_of(self)[0]
+        batches: list[Batch] = gate.workspace["batches"] if same else batches_of(self)
+        settled = same or all(has_state(self, matrix) for batch in batches for matrix in batch.matrices)
         seeds = [rounding_seeds(batch.matrices) for batch in batches]
         # our passes skip on the device; what torch makes has to be undone there
         kept = [Kept(batch.matrices) for batch in batches if gate.is_undecided and not batch.base]
+        sessions = self._sessions(batches, replace(gate, settled=same))
+        sharded = [session for session in sessions if isinstance(session, ShardedSession)]
+        watched, on_shards = Unfinished.of(gate.workspace).watched, always if sharded else never
+        with watched(on_shards):
+            rounds = exchange.run(session.before() for session in sharded).rounds
+        convolutions = OperatorSession(kernels_of(self), self.rule.names, gate)
+        is_begun = rounds > 0 or any(batch.ours for batch in batches)
+        with watched(written_to(self) if sharded and not is_begun else on_shards):
+            self._update_weights(batches, sessions, seeds, convolutions, gate)
+        with watched(on_shards):
+            self._finish(batches, sessions, gate)
+            convolutions.finish()
+            for state in kept:
+                state.put_back(cast(Tensor, gate.found_inf).reshape(()) != 0)
+        versions = gate.workspace.setdefault("versions", {})
+        versions.update({id(param): param._version for param in gate.written})
+        if not same:
+            self._complete_state()
+            signature, held = signature_of(self)
+            gate.workspace.update(batches=batches, signature=signature if settled else None, held=held)
+
+    def _sessions(self, batches: Sequence[Batch], gate: Gate) -> list[Session | ShardedSession]:
+        """One for each batch. Of what is cut up over ranks nothing is written or summed here."""
+        if not gate.settled:
+            for batch in batches:
+                if batch.is_sharded:
+                    exchange.meet(cast("list[ShardedMatrix]", batch.matrices))
         sessions: list[Session | ShardedSession] = []
         for batch in batches:
             refresh_copies(batch.copied)
-            base = batch.base.refresh() if batch.base else None
+            own = replace(gate, base=batch.base.refresh() if batch.base else None)
             begin = partial(sharded_session, self.rule) if batch.is_sharded else self.rule.begin
-            sessions.append(begin(batch.matrices, replace(gate, base=base, settled=same)))
-        gate.workspace["cut off"] = any(batch.is_sharded for batch in batches)
-        exchange.run(session.before() for session in sessions if isinstance(session, ShardedSession))
-        convolutions = OperatorSession(kernels_of(self), self.rule.names, gate)
+            sessions.append(begin(batch.matrices, own))
+        return sessions
+
+    def _update_weights(
+        self,
+        batches: Sequence[Batch],
+        sessions: Sequence[Session | ShardedSession],
+        seeds: Sequence[Sequence[float]],
+        convolutions: OperatorSession,
+        gate: Gate,
+    ) -> None:
+        """The base update of all parameters, with the penalties' gradients in it."""
         with ExitStack() as stack:
             for batch, session, chances in zip(batches, sessions, seeds, strict=True):
                 if batch.base:
@@ -197,6 +205,9 @@ class SpectralOptimizer(Mixin):
             stack.enter_context(gradients(convolutions.gradients))
             seen = [matrix.param for batch in batches if not batch.ours for matrix in batch.matrices]
             self._blind_step([*seen, *(kernel.param for kernel in convolutions.kernels)])
+
+    def _finish(self, batches: Sequence[Batch], sessions: Sequence[Session | ShardedSession], gate: Gate) -> None:
+        """What rules do after the base update. Sums that are due by the next step stay on their way."""
         with ExitStack() as stack:
             for batch, session in zip(batches, sessions, strict=True):
                 if batch.copied and session.writes:
@@ -205,74 +216,13 @@ class SpectralOptimizer(Mixin):
                     session.finish()
             sharded = [session.after() for session in sessions if isinstance(session, ShardedSession)]
             if sharded:
-                gate.workspace["due"] = exchange.run(sharded)
-        convolutions.finish()
-        for state in kept:
-            state.put_back(cast(Tensor, gate.found_inf).reshape(()) != 0)
-        gate.workspace["cut off"] = False
-        versions = gate.workspace.setdefault("versions", {})
-        versions.update({id(param): param._version for param in gate.written})
-        if not same:
-            self._complete_state()
-            signature, held = self._signature()
-            gate.workspace.update(batches=batches, signature=signature if settled else None, held=held)
+                Unfinished.of(gate.workspace).due = exchange.run(sharded)
 
     def _take_up(self) -> None:
-        """What the last step has left to be summed over ranks: the state is complete then.
-
-        Raises:
-            RuntimeError: the last step cannot be completed.
-        """
-        workspace = self.__dict__.get("_workspace", {})
-        if workspace.get("cut off"):
-            raise RuntimeError(CUT_OFF)
-        due: exchange.Due | None = workspace.pop("due", None)
-        if due is not None:
-            workspace["cut off"] = True
-            with torch.no_grad(), self._without_autocast():
-                due.finish()
-            workspace["cut off"] = False
-
-    def _has_state(self, matrix: Matrix) -> bool:
-        return sharded_state(self.rule, matrix) if isinstance(matrix, ShardedMatrix) else self.rule.has_state(matrix)
-
-    def _signature(self) -> tuple[list[Any], list[Any]]:
-        """What the batches were made from: while it stays, so do they. And what has its id in it, to be held with it,
-        so that nothing else can take its place."""
-        signature: list[Any] = [os.environ.get("SPECOPT_BACKEND")]
-        held: list[Any] = []
-        known = [name for name in self.defaults if name not in UNSIGNED] if self.base_is_known else []
-        for group in self.param_groups:
-            held.append(group)
-            signature.append(id(group))
-            signature += [group[name] == 0 for name in SWITCHES if name in self.rule.names]
-            read = [name for name in self.rule.names if name not in UNSIGNED]
-            read += [name for name in known if name in group]
-            signature += [id(group[name]) if isinstance(group[name], Tensor) else group[name] for name in read]
-            rate = group.get("lr")
-            signature += [id(rate) if isinstance(rate, Tensor) else None, group.get("maximize")]
-            for param in group["params"]:
-                grad = param.grad
-                state = self.state.get(param, {}) if self.base_is_known else own_entries(self.state.get(param, {}))
-                kept = [value for value in state.values() if isinstance(value, Tensor)]
-                held += kept
-                layouts = [
-                    (t.layout, t.dtype, t.shape, t.layout == torch.strided and t.stride())
-                    for t in (param, grad)
-                    if t is not None
-                ]
-                signature.append(
-                    (id(param), local_of(param).data_ptr(), layouts, id(self.state.get(param)), *map(id, kept))
-                )
-        return signature, held
-
-    def _is_ours(self, matrix: Matrix) -> bool:
-        """Whether the base update of a matrix is made by our passes, or by torch."""
-        if not self.base_is_known or is_distributed(matrix.param) or not updates.is_plain(matrix):
-            return False
-        if runs_on(matrix):
-            return self.rule.has_state(matrix) and self.rule.takes_along(matrix)
-        return matrix.param.device.type == "cpu"
+        """What the last step has left to be summed over ranks: the state is complete then. See
+        :meth:`specopt.sharding.unfinished.Unfinished.take_up`."""
+        with torch.no_grad(), self._without_autocast():
+            Unfinished.of(self.__dict__.get("_workspace", {})).take_up()
 
     def _update(self, matrix: Matrix) -> Update:
         raise NotImplementedError
@@ -311,29 +261,6 @@ class SpectralOptimizer(Mixin):
                     )
                 state = self.state[param] if with_grad else self.state.get(param, {})
                 yield from matrices_of(param, group, state, self.rule.columns(group), place)
-
-    def _batches(self) -> list[Batch]:
-        batches: dict[Any, Batch] = {}
-        names: Mapping[Tensor, str] = {}
-        for matrix in self.matrices():
-            if not self.rule.is_on(matrix.group):
-                continue
-            is_sharded = isinstance(matrix, ShardedMatrix)
-            if is_sharded:
-                names = names or self.names()
-                check_sharded(matrix.param, matrix.group, self.rule, names[matrix.param])
-            ours, fused = self._is_ours(matrix), self.rule.is_fused(matrix) and not is_sharded
-            kind: tuple[Any, ...] = (kernels.accumulation_dtype(matrix.param.dtype), matrix.complete)
-            if fused:
-                kind = (matrix.param.dtype,)
-            kind += (is_sharded, is_distributed(matrix.param), self.rule.sort(matrix))
-            batch = batches.setdefault((matrix.param.device, ours, *kind), Batch([], ours, is_sharded=is_sharded))
-            batch.matrices.append(matrix)
-            if matrix.copy is not None:
-                batch.copied.append(matrix)
-            if fused and ours:
-                batch.base = OnDeviceBase(batch.matrices)
-        return list(batches.values())
 
     def _complete_state(self) -> None:
         """Where control is off, a tracker's state would grow stale. And torch.distributed.checkpoint asks for state of
@@ -396,12 +323,11 @@ class SpectralOptimizer(Mixin):
         Raises:
             ValueError: state of a weight of another shape, or an option that makes no sense.
         """
-        workspace = self.__dict__.get("_workspace", {})
-        if not workspace.get("cut off"):
+        with suppress(Exception):  # of a late sum, or a step, that was cut off: what is loaded takes its place
             self._take_up()
         with guarded(self):
             self._base.load_state_dict(state_dict)
-        workspace.pop("cut off", None)
+        self.__dict__.get("_workspace", {}).pop("unfinished", None)
 
     def names(self) -> Mapping[Tensor, str]:
         """A name for every parameter: its own where the optimizer was built from named ones, else its place."""

@@ -43,8 +43,8 @@ def scaled_orthogonal_(
     and rounded once, each entry by 2⁻⁹ or 2⁻¹² of itself at most. Embeddings, with what is tied to them, what an
     override turns off, other modules and all biases stay as they are.
 
-    Of a DTensor every rank makes the whole matrix from the seed, one at a time, and keeps its part: the bits are those
-    of the same module when it was whole.
+    Of a DTensor every rank makes the whole matrix from the seed, one at a time, and keeps its part: on the same kind of
+    device the bits are those of the same module when it was whole.
 
     Args:
         module: with its parameters in place.

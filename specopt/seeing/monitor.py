@@ -19,7 +19,7 @@ from ..telling import outside
 from ..tracker.common import STEP
 from .history import SpectralHistory
 from .sinks import Sink, sinks_of
-from .snapshot import Snapshot
+from .snapshot import Snapshot, check_norms
 
 Target = str | PathLike[str] | Callable[[int, dict[str, dict[str, float]]], object]
 
@@ -63,7 +63,7 @@ class SpectralMonitor:
 
     Raises:
         OSError, ValueError: a file that cannot be written to, or is another than a monitor's; before anything is run.
-            In the first step, norms asked for of weights that are cut up over ranks.
+            Norms asked for of weights that are cut up over ranks; in a step, of such as were added since.
         TypeError: an optimizer of another kind, or something in ``to`` that is none of the above.
 
     Example::
@@ -83,10 +83,11 @@ class SpectralMonitor:
         gradients: bool = False,
         keep: int | None = None,
     ) -> None:
-        _check_kind(optimizer)
+        spectral = _check_kind(optimizer)
         _check_count("every", every)
         if keep is not None:
             _check_count("keep", keep)
+        check_norms(spectral, weights=weights, gradients=gradients)
         self.optimizer = optimizer
         self.every, self.weights, self.gradients = every, weights, gradients
         self.history = SpectralHistory(keep=keep)

@@ -53,11 +53,7 @@ class Snapshot:
         """Of the step just made. Enqueues a few small operations for each device and dtype, whatever the number of
         matrices, and none that waits; ``weights`` and ``gradients`` add a read of each."""
         matrices = [m for m in optimizer.matrices(with_grad=False) if optimizer.rule.is_on(m.group)]
-        if weights:
-            check_whole((matrix.param for matrix in matrices), "a SpectralMonitor with weights=True")
-        if gradients:
-            params = (param for group in optimizer.param_groups for param in group["params"])
-            check_whole(params, "a SpectralMonitor with gradients=True")
+        check_norms(optimizer, weights=weights, gradients=gradients)
         operators = kernels_of(optimizer, with_grad=False)
         parts = []
         for places in _buckets(matrices):
@@ -91,6 +87,19 @@ class Snapshot:
         norms = [float(copy.wait()) for copy in self.gradients]
         total = math.hypot(*norms) if norms else math.nan
         return Record(self.step, self.names, {name: values[name] for name in QUANTITIES}, total)
+
+
+def check_norms(optimizer: SpectralOptimizer, *, weights: bool, gradients: bool) -> None:
+    """
+    Raises:
+        ValueError: norms asked for of what is cut up over ranks.
+    """
+    if weights:
+        controlled = (m.param for m in optimizer.matrices(with_grad=False) if optimizer.rule.is_on(m.group))
+        check_whole(controlled, "a SpectralMonitor with weights=True")
+    if gradients:
+        params = (param for group in optimizer.param_groups for param in group["params"])
+        check_whole(params, "a SpectralMonitor with gradients=True")
 
 
 def _buckets(controlled: Sequence[Controlled]) -> list[list[int]]:

@@ -37,6 +37,7 @@ comes behind it in the weights' own.
 Of a DTensor with nothing but replicas every rank makes the step of the whole matrix by itself.
 
 ``cut.py`` who holds what; ``views.py`` DTensors as matrices; ``exchange.py`` the packed sums; ``communicators.py`` whom
-they go through; ``triplets.py`` from sums to triplets and bases; ``pairs.py`` and ``halves.py`` the two trackers;
-``sessions.py`` what rules do with them; ``checking.py`` what cannot be done.
+they go through; ``unfinished.py`` what a step leaves behind; ``triplets.py`` from sums to triplets and bases;
+``pairs.py`` and ``halves.py`` the two trackers; ``sessions.py`` what rules do with them; ``checking.py`` what cannot be
+done.
 """

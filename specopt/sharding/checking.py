@@ -66,6 +66,11 @@ def check_sharded(param: Tensor, group: Mapping[str, Any], rule: Rule, name: str
 
 
 def _check_parts(param: DTensor, group: Mapping[str, Any], told: str) -> None:
+    if param.device_mesh.get_coordinate() is None:
+        raise ValueError(
+            f"the mesh of {told} must have in it every rank that makes an optimizer of it, got {param.device_mesh} on "
+            f"the rank {param.device_mesh.get_rank()}: leave it out there, {INSTEAD}"
+        )
     here, placed = tuple(local_of(param.detach()).shape), tuple(map(count_of, held(param)))
     if here != placed:
         raise ValueError(

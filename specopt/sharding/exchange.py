@@ -52,17 +52,28 @@ def late(matrices: Sequence[ShardedMatrix], parts: Iterable[Tensor]) -> Asked:
     return Asked(list(parts), [matrix.cut.sharers for matrix in matrices], late=True)
 
 
+def meet(matrices: Sequence[ShardedMatrix]) -> None:
+    """Makes the process groups that sums of these matrices go through, as far as they are not there yet.
+
+    Raises:
+        ValueError: a device that the weights' process group does not serve.
+    """
+    for sharers, device in dict.fromkeys((matrix.cut.sharers, matrix.weight.device) for matrix in matrices):
+        communicators(sharers, device)
+
+
 def run(works: Iterable[Exchange[Any]]) -> Due:
     """Takes generators to their ends; those that ask for something late up to there."""
     waiting = [(work, asked) for work in works if (asked := _resumed(work, None)) is not None]
-    put_off = []
+    put_off, rounds = [], 0
     while waiting:
         put_off += [(work, asked) for work, asked in waiting if asked.late]
         waiting = [(work, asked) for work, asked in waiting if not asked.late]
+        rounds += bool(waiting)
         sums = _Sums([asked for _, asked in waiting]).wait()
         resumed = [(work, _resumed(work, found)) for (work, _), found in zip(waiting, sums, strict=True)]
         waiting = [(work, asked) for work, asked in resumed if asked is not None]
-    return Due([work for work, _ in put_off], _Sums([asked for _, asked in put_off]))
+    return Due([work for work, _ in put_off], _Sums([asked for _, asked in put_off]), rounds)
 
 
 @dataclass
@@ -71,6 +82,8 @@ class Due:
 
     waiting: list[Exchange[Any]]
     sums: _Sums
+    rounds: int
+    """Of sums that were waited for on the way."""
 
     def finish(self) -> None:
         """Waits for the sums and takes the generators to their ends: no other rank has to do so at the same time."""

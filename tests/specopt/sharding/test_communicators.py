@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -68,6 +69,24 @@ def paths() -> dict[str, Any]:
     before = len(dist.distributed_c10d._world.pg_names)
     step(optimizer_of(mesh, PLANES["tiles"], "snr"))
     found["more groups"] = len(dist.distributed_c10d._world.pg_names) - before
+    found["bound"] = bound(mesh)
+    return found
+
+
+def bound(mesh: Any) -> dict[str, tuple[bool, int]]:
+    """Where the default process group is bound to a device: whether all sums went through groups of the mesh, and how
+    often another was asked for (gloo has none to give there)."""
+    groups, found = [mesh.get_group(0), mesh.get_group(1)], {}
+    for name, placements in PLANES.items():
+        communicators._made.clear()
+        optimizer: Any = optimizer_of(mesh, placements)
+        with mock.patch.object(dist, "new_group", side_effect=NotImplementedError) as asked:
+            dist.group.WORLD.bound_device_id = torch.device("cpu", 0)  # type: ignore[union-attr]
+            try:
+                through = step(optimizer)
+            finally:
+                dist.group.WORLD.bound_device_id = None  # type: ignore[union-attr]
+        found[name] = all(group in groups for group in through), asked.call_count
     return found
 
 
@@ -97,6 +116,11 @@ def test_sums_go_over_all_that_share_a_weight_at_once_and_only_over_these(found:
 
 def test_sums_share_no_communicator_with_gradients_and_gathered_weights(found: list[dict[Any, Any]]) -> None:
     assert all(paths[name, "shared"] == [] for paths in found for name in PLANES)
+
+
+def test_where_a_group_would_be_split_from_the_world_a_part_of_it_asks_for_none(found: list[dict[Any, Any]]) -> None:
+    for paths in found:
+        assert paths["bound"] == {"HSDP": (True, 0), "tiles": (True, 1)}
 
 
 @pytest.mark.parametrize("name", PLANES)
@@ -141,28 +165,42 @@ def own_of_a_step() -> bool:
 
 def apart() -> dict[str, list[bool]]:
     """Of the sums of a step, whether they went through the mesh's group: where torch refuses a group that some ranks
-    make by themselves, and where rank 0 is in one group more than rank 1."""
+    make by themselves, in either of its ways, and where rank 0 is in one group more than rank 1."""
     mesh = init_device_mesh("cpu", (2,))
     group = mesh.get_group(0)
-    with mock.patch.object(dist, "new_group", side_effect=NotImplementedError):
-        refused = [through is group for through in step(optimizer_of(mesh, [Shard(0)]))]
-    communicators._made.clear()
+    found = {}
+    for error in (NotImplementedError, ValueError):
+        with mock.patch.object(dist, "new_group", side_effect=error):
+            found[error.__name__] = [through is group for through in step(optimizer_of(mesh, [Shard(0)]))]
+        communicators._made.clear()
     if dist.get_rank() == 0:
         dist.new_group([0], use_local_synchronization=True)
-    return {"refused": refused, "unequal": [through is group for through in step(optimizer_of(mesh, [Shard(0)]))]}
+    found["unequal"] = [through is group for through in step(optimizer_of(mesh, [Shard(0)]))]
+    return found
 
 
-def unserved() -> str:
-    """The error of a step whose weights are on a device that their group does not serve."""
+def unserved() -> list[str]:
+    """The errors of two steps whose weights are on a device that their group does not serve, and that of saving."""
     mesh = DeviceMesh.from_group(dist.new_group(backend="cuda:gloo"), "cpu")
     weight: Any = nn.Parameter(DTensor.from_local(torch.randn(20, 30), mesh, [Shard(0)], run_check=False))
     optimizer = KINDS["set"]([{"params": [weight]}])
     weight.grad = torch.ones_like(weight)
+    return [error_of(attempt) for attempt in (optimizer.step, optimizer.step, optimizer.state_dict)]
+
+
+def error_of(attempt: Callable[[], Any]) -> str:
     try:
-        optimizer.step()
-    except ValueError as error:
+        attempt()
+    except (ValueError, RuntimeError) as error:
         return str(error)
-    return "nothing was raised"
+    return ""
+
+
+def outside() -> str:
+    """The error of an optimizer on a rank that is not of the mesh; on those of it there is none."""
+    mesh = DeviceMesh("cpu", [0, 1])
+    weight: Any = nn.Parameter(distribute_tensor(torch.eye(20), mesh, [Shard(0)]))
+    return error_of(lambda: KINDS["set"]([{"params": [("head.weight", weight)]}]))
 
 
 @pytest.fixture(scope="module")
@@ -185,5 +223,11 @@ def test_ranks_that_cannot_make_a_group_by_themselves_sum_through_those_of_the_m
 
 
 def test_a_device_that_the_weights_group_does_not_serve_is_told(tmp_path: Path) -> None:
-    for told in run(2, unserved, folder=tmp_path):
-        assert "weights on the device 'cpu' must" in told and "init_process_group('cpu:gloo,cuda:nccl')" in told
+    for first, again, saving in run(2, unserved, folder=tmp_path):
+        assert "weights on the device 'cpu' must" in first and "init_process_group('cpu:gloo,cuda:nccl')" in first
+        assert (again, saving) == (first, ""), "a step that has not begun was taken for one that was cut off"
+
+
+def test_a_rank_outside_of_a_mesh_is_told_which_parameter_is_not_its_own(tmp_path: Path) -> None:
+    *inside, told = run(3, outside, folder=tmp_path)
+    assert inside == ["", ""] and "mesh of the sharded head.weight" in told and "the rank 2" in told

@@ -22,6 +22,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import specopt
 from specopt.session import Gate
 from specopt.sharding import exchange, pairs
+from specopt.sharding.unfinished import Unfinished
 from specopt.tracker.common import BLOCK
 from tests.specopt.helpers import with_spectrum
 from tests.specopt.sharding.cases import FEW, KINDS
@@ -47,7 +48,7 @@ def train(optimizer: Any, scale: float = 0.1) -> None:
 
 
 def has_late_sum(optimizer: Any) -> bool:
-    return "due" in optimizer.__dict__["_workspace"]
+    return Unfinished.of(optimizer.__dict__["_workspace"]).due is not None
 
 
 def block_of(optimizer: Any) -> Tensor:
@@ -87,7 +88,7 @@ def left() -> dict[str, Any]:
     optimizer.state_dict()
     found["bits"] = digest([block_of(optimizer)])
     dropped = trained()
-    sums = weakref.ref(dropped.__dict__["_workspace"]["due"])
+    sums = weakref.ref(dropped.__dict__["_workspace"]["unfinished"].due)
     del dropped
     gc.collect()
     found["dropped"] = sums() is None
@@ -152,7 +153,7 @@ def memory() -> dict[str, Any]:
 
     with mock.patch.object(pairs._Pair, "terms", noted):
         optimizer = trained(steps=1)
-    sums = optimizer.__dict__["_workspace"]["due"].sums
+    sums = optimizer.__dict__["_workspace"]["unfinished"].due.sums
     return {"made": len(parts), "left": sum(part() is not None for part in parts), "packs": buffers(sums)}
 
 

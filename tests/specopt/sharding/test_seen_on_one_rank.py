@@ -44,8 +44,23 @@ def watched(kind: str) -> dict[str, Any]:
 def refused(**asked: bool) -> str:
     param: Any = nn.Parameter(distribute_tensor(torch.eye(20), init_device_mesh("cpu", (2,)), [Shard(0)]))
     optimizer = specopt.NormScaleAdamW([param])
-    specopt.SpectralMonitor(optimizer, **asked)
-    param.grad = torch.ones_like(param)
+    try:
+        specopt.SpectralMonitor(optimizer, **asked)
+    except ValueError as error:
+        param.grad = torch.ones_like(param)
+        optimizer.step()  # it has left no hook that would refuse it
+        return str(error)
+    return "was not refused"
+
+
+def refused_later() -> str:
+    """The error of a step where a shard was added to what is monitored."""
+    whole, shard = (nn.Parameter(torch.eye(20)) for _ in range(2))
+    optimizer = specopt.NormScaleAdamW([whole])
+    specopt.SpectralMonitor(optimizer, weights=True)
+    cut: Any = nn.Parameter(distribute_tensor(shard.detach(), init_device_mesh("cpu", (2,)), [Shard(0)]))
+    optimizer.add_param_group({"params": [cut]})
+    whole.grad, cut.grad = torch.ones_like(whole), torch.ones_like(cut)
     try:
         optimizer.step()
     except ValueError as error:
@@ -55,7 +70,7 @@ def refused(**asked: bool) -> str:
 
 def on_each_rank() -> dict[str, Any]:
     warnings.simplefilter("ignore")
-    asked = {"weights": refused(weights=True), "gradients": refused(gradients=True)}
+    asked = {"weights": refused(weights=True), "gradients": refused(gradients=True), "later": refused_later()}
     return {**{kind: watched(kind) for kind in ("set", "snr")}, **asked}
 
 
@@ -72,6 +87,11 @@ def test_one_rank_notes_what_all_have_found_and_sends_nothing_for_it(found: list
 
 
 @pytest.mark.parametrize("what", ["weights", "gradients"])
-def test_norms_of_shards_are_refused(found: list[dict[str, Any]], what: str) -> None:
+def test_a_monitor_of_norms_of_shards_is_refused_before_any_step(found: list[dict[str, Any]], what: str) -> None:
     for rank in found:
         assert f"a SpectralMonitor with {what}=True reads whole weights" in rank[what]
+
+
+def test_norms_of_shards_that_are_added_later_are_refused_in_the_step(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert "a SpectralMonitor with weights=True reads whole weights" in rank["later"]
