@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import specopt
 from specopt import LayerShapes, MatrixInfo
@@ -496,14 +497,15 @@ def test_override_that_reaches_what_is_on_and_what_is_off_is_meant_for_the_forme
 
 
 @pytest.fixture
-def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
+def mesh() -> Iterator[DeviceMesh]:
+    """Of four ranks, the others of which there are not."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield init_device_mesh("cpu", (4,))
     dist.destroy_process_group()
 
 
 def sharded(shape: tuple[int, ...], mesh: DeviceMesh) -> nn.Parameter:
-    """A quarter of the rows of a weight, as one of four ranks has them."""
+    """A quarter of the rows of a weight, as the first of four ranks has them."""
     whole = torch.randn(shape)
     local = whole[: shape[0] // 4].clone()
     return nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], shape=whole.shape, stride=whole.stride()))
