@@ -169,6 +169,7 @@ def test_guide_spectrum_of_a_circular_convolution_is_that_of_its_map(monkeypatch
     torch.testing.assert_close(spectrum(conv, 5), torch.linalg.svdvals(dense))
 
 
+@pytest.mark.full
 def test_guide_reads_mnist_in_its_publishers_files(tmp_path: Path) -> None:
     write_mnist(tmp_path / "MNIST" / "raw")
     options = ("--data-dir", tmp_path, "--out", tmp_path / "out", "--steps", "1", "--width", "16")

@@ -49,7 +49,7 @@ def test_files_are_written_one_of_each_kind_and_told(tmp_path: Path) -> None:
     assert all(f"{VGG}, tiny, 4 epochs" in what for what, _ in written)
 
 
-@pytest.mark.parametrize("layers", [8, 54])
+@pytest.mark.parametrize("layers", [8, pytest.param(54, marks=pytest.mark.full)])
 def test_no_labels_overlap_in_norms_of_shallow_and_deep_networks(layers: int) -> None:
     figure = spectral_norms(with_layers(made_row(VGG, SIX, range(1)), layers))
     assert figure is not None and clashes(figure) == []

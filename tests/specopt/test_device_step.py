@@ -165,7 +165,7 @@ def test_a_weight_written_by_somebody_else_is_noticed_at_once(kind: str, how: st
     assert abs(sigma - found) <= 0.01 * found
 
 
-@pytest.mark.parametrize("kind", ["snr", "set"])
+@pytest.mark.parametrize("kind", ["snr", pytest.param("set", marks=pytest.mark.full)])
 def test_a_whole_weight_replaced_unseen_is_found_within_three_steps(kind: str) -> None:
     optimizer, params = make(kind)
     past_the_cold_phase(optimizer, params)
