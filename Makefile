@@ -30,13 +30,12 @@ GUIDE_DATA ?=
 guide: venv
 	$(BIN)/python examples/guide.py $(if $(GUIDE_DATA),--data-dir $(GUIDE_DATA)) --out $(GUIDE_OUT)
 
-# Three at a time, for some tests wait for processes of theirs.
 test: venv
-	$(BIN)/python -m pytest -q -m "not full" -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -m "not full" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-full: venv
 	mkdir -p out
-	SPECOPT_TEST_FULL=1 $(BIN)/python -m pytest -q -ra -n 3 --dist loadfile --no-loadscope-reorder | tee out/test-full.txt
+	SPECOPT_TEST_FULL=1 $(BIN)/python -m pytest -q -ra -n 2 --dist loadfile --no-loadscope-reorder | tee out/test-full.txt
 
 lint: venv
 	$(BIN)/ruff check .

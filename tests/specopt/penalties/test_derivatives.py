@@ -27,7 +27,12 @@ PENALTIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", PENALTIES)
+LONG = ("frob_reg in chunks", "jac_reg in chunks")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full if name in LONG else ()) for name in PENALTIES]
+)
 def test_first_and_second_derivatives_by_inputs_and_weights_equal_finite_differences(name: str) -> None:
     net = smooth_net()
     names, weights = zip(*net.named_parameters(), strict=True)
