@@ -21,6 +21,7 @@ import specopt
 from benchmarks import workloads
 from benchmarks.collectives import Collective, Collectives
 from benchmarks.comm_bytes import Payload, Rule, Weight, frobenius, norm_scale, penalty, sent
+from specopt.sharding.cut import cut_dimensions, sharers_of
 from specopt.tracker.common import COLD_STEPS
 
 RANK = 2
@@ -130,17 +131,8 @@ def mesh_of(plane: bool, device: str) -> Any:
 
 
 def weight_of(param: DTensor) -> Weight:
-    """A parameter that is one matrix, as it lies on its mesh. This rank shares it with those beside it along the
-    dimensions of the mesh that cut it."""
-    mesh = param.device_mesh
-    cuts = {
-        dimension: getattr(place, "dim")  # noqa: B009 - of all placements but replicas
-        for dimension, place in enumerate(param.placements)
-        if not place.is_replicate() and mesh.size(dimension) > 1
-    }
-    line = tuple(slice(None) if dimension in cuts else at for dimension, at in enumerate(mesh.get_coordinate() or ()))
-    sharers = frozenset(mesh.mesh[line].flatten().tolist())
-    return Weight(tuple(param.shape), frozenset(cuts.values()), sharers, param.dtype)
+    """A parameter that is one matrix, as it lies on its mesh."""
+    return Weight(tuple(param.shape), frozenset(cut_dimensions(param)), sharers_of(param).ranks, param.dtype)
 
 
 def controlled(optimizer: torch.optim.Optimizer) -> list[Any]:

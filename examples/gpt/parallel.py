@@ -82,7 +82,7 @@ def process_group(device: torch.device, timeout: float) -> Iterator[None]:
         timeout: seconds that a rank waits for another in a collective before it fails.
     """
     patience = timedelta(seconds=timeout)
-    store: Store = dist.HashStore()  # type: ignore[attr-defined]
+    store: Store = dist.HashStore()  # type: ignore[attr-defined] # which torch does not list as exported
     rank, world = 0, 1
     if "RANK" in os.environ:
         store, rank, world = next(rendezvous("env://", timeout=patience))

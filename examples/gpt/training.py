@@ -46,7 +46,7 @@ class Training:
             group["lr"] = recipe.lr * min(1.0, (self.step + 1) / recipe.warm_up)
         self.optimizer.zero_grad()
         loss = self._loss(self.forward, share_of(self.text.batch(recipe.seed, self.step, recipe.batch)))
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         self.optimizer.step()
         self.step += 1
         return loss.detach()

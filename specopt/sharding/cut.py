@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -105,7 +105,12 @@ def sharers_of(tensor: DTensor) -> Sharers:
 def cut_dimensions(tensor: DTensor) -> set[int]:
     """The dimensions along which a DTensor is cut up."""
     placements = enumerate(tensor.placements)
-    return {getattr(place, "dim") for d, place in placements if _cuts(tensor, d, place)}  # noqa: B009
+    return {_dimension(place) for d, place in placements if _cuts(tensor, d, place)}
+
+
+def _dimension(placement: Any) -> int:
+    """Along which it cuts: all placements but replicas and partial sums do."""
+    return int(placement.dim)
 
 
 def _cutting(tensor: DTensor) -> list[int]:
@@ -129,7 +134,7 @@ def held(tensor: DTensor) -> list[Index]:
     for dimension, placement in enumerate(tensor.placements):
         if placement.is_replicate():
             continue
-        cut = getattr(placement, "dim")  # noqa: B009 - of all placements but replicas and partial sums
+        cut = _dimension(placement)
         size, mine = tensor.device_mesh.size(dimension), coordinate[dimension]
         pieces = _chunks(places[cut], getattr(placement, "split_factor", 1))
         places[cut] = torch.cat([_chunks(piece, size)[mine] for piece in pieces])

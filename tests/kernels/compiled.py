@@ -156,6 +156,14 @@ def usage_of(session: pytest.Session, test: Callable[..., None], module: str) ->
     return found
 
 
+def without_spilling(usage: Usage, target: str, name: str) -> dict[str, Any]:
+    """What one kernel takes, which has to compile and to keep in registers what it holds."""
+    found = usage[target, name]
+    assert "error" not in found, found["error"]
+    assert found["spilled"] == 0, found
+    return found
+
+
 def main(known: Iterable[tuple[str, Variant]]) -> None:
     target, *names = sys.argv[1:]
     chosen = dict(known)

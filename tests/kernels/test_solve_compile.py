@@ -58,9 +58,7 @@ def solve_usage(request) -> compiled.Usage:
 
 @pytest.mark.parametrize(("target", "name"), combinations())
 def test_it_compiles_without_spilling(target, name, solve_usage):
-    usage = solve_usage[target, name]
-    assert "error" not in usage, usage["error"]
-    assert usage["spilled"] == 0, usage
+    usage = compiled.without_spilling(solve_usage, target, name)
     assert usage.get("wide", 1) > 0, usage
 
 
