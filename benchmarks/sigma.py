@@ -106,9 +106,11 @@ def norm_scaling(
     warmup: int = 0,
     spikes: bool = False,
     every: int = 10,
+    period: int = 1,
     **options: Any,
 ) -> Result:
-    optimizer = specopt.NormScaleAdamW(workload.model.parameters(), lr=lr, **options)
+    """Of the steps in which sigma is looked at: the first of each ``period``."""
+    optimizer = specopt.NormScaleAdamW(workload.model.parameters(), lr=lr, every=period, **options)
     weights = list(workload.matrices().values())
     errors: list[tuple[int, float]] = []
     pairs: list[float] = []
@@ -117,13 +119,13 @@ def norm_scaling(
         optimizer.param_groups[0]["lr"] = lr * factor
         optimizer.zero_grad()
         workload.loss().backward()
-        look = sampled(t, since, every)
+        look = t % period == 0 and (period > 1 or sampled(t, since, every))
         exact = [spectral_norm(before_correction(optimizer, w, lr * factor)) for w in weights] if look else []
         times += _timed(optimizer, t)
         stats = [optimizer.state[w][STATS] for w in weights]
         errors += [(since, abs(float(s[Stat.SIGMA]) / e - 1)) for s, e in zip(stats, exact, strict=False)]
         tracked = [float(s[Stat.PAIRS]) for s in stats if s[Stat.PAIRS] >= 1]  # an exact matrix takes a half
-        pairs += tracked if t >= COLD_STEPS else []
+        pairs += tracked if t >= COLD_STEPS * period and t % period == 0 else []
     result = _result(name, steps, errors, pairs, times)
     exact_ones = [float(optimizer.state[w][STATS][Stat.PAIRS]) < 1 for w in weights]
     result.tracked = 1 - sum(exact_ones) / len(exact_ones)
@@ -206,6 +208,7 @@ def runs(folder: Path | None, steps: int) -> dict[str, Callable[[str], Result]]:
     found[f"norm scaling, MLP 5x512 {where}, lr x30 spikes"] = partial(
         _built, norm_scaling, build, steps=steps, spikes=True
     )
+    found[f"norm scaling, MLP 5x512 {where}, every 8"] = partial(_built, norm_scaling, build, steps=steps, period=8)
     found["norm scaling, GPT width 256, Markov tokens"] = partial(_built, norm_scaling, workloads.gpt, steps=steps)
     build = partial(workloads.resnet, images)
     found[f"norm scaling, ResNet {pictures}, warm-up"] = partial(_built, norm_scaling, build, steps=steps, warmup=100)

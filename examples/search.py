@@ -25,7 +25,7 @@ from papers.candidates import HELD_OUT, candidates
 from papers.recipe import FULL, SCALES, Recipe
 from papers.recipes import find
 from papers.runs.checkpoint import reserve, write_text
-from papers.runs.machine import Machine, commit, described
+from papers.runs.machine import Machine, described
 from papers.runs.running import Run, images_of
 from papers.runs.timing import time_methods
 
@@ -80,20 +80,22 @@ def compared(recipe: Recipe, patterns: list[str]) -> list[Recipe]:
     return [plain, *(one for one in others if any(fnmatch(one.method.name, pattern) for pattern in patterns))]
 
 
-def trained(args: argparse.Namespace) -> dict[str, list[float]]:
+def trained(args: argparse.Namespace) -> tuple[dict[str, list[float]], str]:
     """Validation accuracies after the last epoch, a seed each, by method; seed by seed, so that a stop leaves as many
-    of each."""
+    of each. And the commits that they were made at."""
     found: dict[str, list[float]] = {one.method.name: [] for one in args.candidates}
+    commits: set[str] = set()
     for seed in range(args.seeds):
         for one in args.candidates:
             results = Run(one, [seed], args.out, args.machine).finish(show=False)
             assert results is not None  # without a deadline every run comes to its end
             found[one.method.name].append(results[0]["epochs"][-1]["test_accuracy"])
+            commits.add(str(results[0]["commit"]))
             print(f"seed {seed}  {one.method.name:20}  {found[one.method.name][-1]:.4f}", flush=True)
-    return found
+    return found, ", ".join(sorted(commits))
 
 
-def summary(args: argparse.Namespace, accuracies: dict[str, list[float]]) -> dict[str, Any]:
+def summary(args: argparse.Namespace, accuracies: dict[str, list[float]], commits: str) -> dict[str, Any]:
     device = args.machine.settings.device
     times = time_methods(args.candidates, images_of(args.candidates[0], args.machine), device, bf16=args.bf16)
     rows = [
@@ -107,7 +109,7 @@ def summary(args: argparse.Namespace, accuracies: dict[str, list[float]]) -> dic
     ]
     allowed = [row for row in rows[1:] if row["time_over_none"] <= args.most_time]
     best, cheap = (max(some, key=lambda row: row["validation_accuracy"], default=None) for some in (rows[1:], allowed))
-    about = {"machine": described(device), "commit": commit(), "bf16": args.bf16, "held_out": HELD_OUT}
+    about = {"machine": described(device), "commit": commits, "bf16": args.bf16, "held_out": HELD_OUT}
     about |= {
         "recipe": args.recipe,
         "scale": args.scale,
@@ -120,7 +122,7 @@ def summary(args: argparse.Namespace, accuracies: dict[str, list[float]]) -> dic
 def main() -> None:
     args = arguments()
     try:
-        found = summary(args, trained(args))
+        found = summary(args, *trained(args))
     except (ValueError, OSError) as error:
         args.error(str(error))
     write_text(args.record, json.dumps(found, indent=1))

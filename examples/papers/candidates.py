@@ -56,7 +56,8 @@ def methods(base: str) -> Iterator[Method]:
     for gain in (1.0, 2.0, 4.0):
         for rank in (1, 8):
             yield _scaled(f"cap-{rank}-gain-{gain:g}", base, gain, mode="cap", rank=rank)
-        yield _scaled(f"cap-8-gain-{gain:g}-every-8", base, gain, mode="cap", rank=8, every=8)
+        for every in (3, 8):
+            yield _scaled(f"cap-8-gain-{gain:g}-every-{every}", base, gain, mode="cap", rank=8, every=every)
         yield _scaled(f"cap-full-50-gain-{gain:g}", base, gain, mode="cap", rank="full", every=50)
     for gain in (0.5, 1.0, 2.0):
         yield _scaled(f"frobenius-gain-{gain:g}", base, gain, norm="frobenius")

@@ -42,6 +42,11 @@ def test_norm_scaling_follows_sigma_through_spikes_of_the_learning_rate() -> Non
     assert_tracked(sigma.norm_scaling("spikes", workload, steps=90, spikes=True), most_pairs=2.0)
 
 
+def test_norm_scaling_follows_sigma_over_the_steps_in_which_it_does_not_look() -> None:
+    workload = workloads.mlp(workloads.digits(), width=256, orthogonal=True)
+    assert_tracked(sigma.norm_scaling("every 4", workload, steps=140, period=4), most_pairs=2.0)
+
+
 def test_norm_scaling_follows_sigma_of_a_gpt() -> None:
     assert_tracked(sigma.norm_scaling("GPT", workloads.gpt(width=128), steps=50), most_pairs=1.6)
 
