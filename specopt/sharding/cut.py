@@ -64,11 +64,26 @@ class Part(NamedTuple):
     def all_of(cls, tensor: Tensor) -> Part:
         return cls(tensor, [slice(None)] * tensor.ndim, tuple(tensor.shape))
 
-    def take(self, whole: Tensor) -> None:
-        """Its values from a tensor of the shape of the whole."""
+    def share_of(self, whole: Tensor) -> Tensor:
+        """What lies in its places of a tensor of the shape of the whole."""
         for dimension, index in enumerate(self.places):
             whole = whole[(slice(None),) * dimension + (index,)]
-        self.here.copy_(whole)
+        return whole
+
+    def take(self, whole: Tensor) -> None:
+        """Its values from a tensor of the shape of the whole."""
+        self.here.copy_(self.share_of(whole))
+
+    def amid_zeros(self) -> Tensor:
+        """Of the shape of the whole, zero in all other places: summed over the ranks, the whole. The zeros are
+        negative, which added to any number, to a zero too, leave its bits. Where a rank has all, that itself."""
+        found = self.here
+        for dimension, (index, length) in enumerate(zip(self.places, self.shape, strict=True)):
+            if found.shape[dimension] < length:
+                wide = found.new_full((*found.shape[:dimension], length, *found.shape[dimension + 1 :]), -0.0)
+                wide[(slice(None),) * dimension + (index,)] = found
+                found = wide
+        return found
 
 
 def is_distributed(tensor: object) -> TypeGuard[DTensor]:

@@ -1,0 +1,87 @@
+"""Convolutions under control as operators, their kernels cut up: every step has the bits of that of whole ones."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Placement, Replicate, Shard
+
+from tests.specopt.sharding.convolutions import RULES, Pair
+from tests.specopt.sharding.ranks import run
+
+STEPS = 3
+PRECISIONS = (torch.bfloat16, torch.float16, torch.float64)
+ON_A_LINE: dict[str, tuple[Placement, tuple[str, ...]]] = {
+    "output channels": (Shard(0), tuple(RULES)),
+    "input channels": (Shard(1), ("initial", "penalty and cap")),
+    "pixels": (Shard(2), ("initial", "penalty and cap")),
+    "replicas": (Replicate(), ("initial", "penalty and cap")),
+}
+ON_A_PLANE: dict[str, tuple[Placement, Placement]] = {
+    "replicas of shards (HSDP)": (Replicate(), Shard(0)),
+    "both dimensions": (Shard(0), Shard(1)),
+    "one dimension twice": (Shard(1), Shard(1)),
+}
+
+
+def differences(kind: str, mesh: Any, placements: Any, dtype: torch.dtype = torch.float32) -> list[str]:
+    pair = Pair(kind, mesh, placements, dtype)
+    found = []
+    for number in range(STEPS):
+        pair.step(number)
+        found += [f"step {number}: {difference}" for difference in pair.differences()]
+    return found
+
+
+def on_a_line() -> dict[Any, Any]:
+    warnings.simplefilter("ignore")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    found: dict[Any, Any] = {}
+    for name, (place, kinds) in ON_A_LINE.items():
+        found |= {(kind, name): differences(kind, mesh, [place]) for kind in kinds}
+    return found | {dtype: differences("penalty and cap", mesh, [Shard(0)], dtype) for dtype in PRECISIONS}
+
+
+def on_a_plane() -> dict[Any, Any]:
+    warnings.simplefilter("ignore")
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("outer", "inner"))
+    return {name: differences("penalty and cap", mesh, places) for name, places in ON_A_PLANE.items()}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[2, *(pytest.param(count, marks=pytest.mark.full) for count in (3, 4))],
+    ids="{} ranks".format,
+)
+def line(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    return run(request.param, on_a_line, folder=tmp_path_factory.mktemp("line"))
+
+
+@pytest.mark.parametrize(
+    ("place", "kind"), [(place, kind) for place, (_, kinds) in ON_A_LINE.items() for kind in kinds]
+)
+def test_steps_of_cut_kernels_have_the_bits_of_whole_ones(line: list[dict[Any, Any]], place: str, kind: str) -> None:
+    for rank in line:
+        assert rank[kind, place] == []
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_so_have_kernels_of_other_precision(line: list[dict[Any, Any]], dtype: torch.dtype) -> None:
+    for rank in line:
+        assert rank[dtype] == []
+
+
+@pytest.fixture(scope="module")
+def plane(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    return run(4, on_a_plane, folder=tmp_path_factory.mktemp("plane"))
+
+
+@pytest.mark.parametrize("place", ON_A_PLANE)
+def test_so_have_kernels_on_a_mesh_of_two_dimensions(plane: list[dict[Any, Any]], place: str) -> None:
+    for rank in plane:
+        assert rank[place] == []
