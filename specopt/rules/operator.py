@@ -139,7 +139,7 @@ class OperatorSession:
     @property
     def is_sharded(self) -> bool:
         """Whether ranks have to meet for it."""
-        return any(kernel.whole.is_cut for kernel in self.kernels)
+        return any(kernel.whole.sharers is not None for kernel in self.kernels)
 
     def before(self) -> Exchange[None]:
         """What comes before the base update."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -100,6 +100,16 @@ def local_of(tensor: Tensor) -> Tensor:
     wait = getattr(local, "wait", None)  # a collective of DTensor's own may still be on its way
     found: Tensor = local if wait is None else wait()
     return found
+
+
+def placed_like(tensor: Any, like: DTensor) -> DTensor:
+    """A DTensor with the same numbers, cut up as another of its shape is: where it is not yet, a collective of its own.
+
+    ``copy_`` does the same but where a dimension is shorter than the mesh that cuts it.
+    """
+    if tensor.placements == like.placements:
+        return cast("DTensor", tensor)
+    return cast("DTensor", tensor.redistribute(like.device_mesh, like.placements))
 
 
 def is_cut(tensor: object) -> TypeGuard[DTensor]:

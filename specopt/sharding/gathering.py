@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .communicators import communicators
-from .cut import Part, held, is_cut, is_distributed, local_of, sharers_of
+from .cut import Part, Sharers, held, is_cut, is_distributed, local_of, placed_like, sharers_of
 from .exchange import Asked, Exchange
 
 
@@ -18,44 +18,43 @@ class Whole:
 
     def __init__(self, param: Tensor) -> None:
         here = local_of(param.detach())
-        self.param, self.part, self.values = param, Part.all_of(here), here
-        """``values`` is of the shape of the whole and of the parameter's dtype. Before anything is gathered it has no
-        memory, and so cannot be taken for the parameter's."""
+        self.param, self.part = param, Part.all_of(here)
+        self.sharers: Sharers | None = None
+        """Those among whom it is cut up, if it is."""
+        self.values = here
+        """Of the parameter's dtype, and of the shape of the whole. Before anything is gathered it has no memory, and so
+        cannot be taken for the parameter's."""
         if is_cut(param):
-            self.part = Part(here, held(param), tuple(param.shape))
+            self.part, self.sharers = Part(here, held(param), tuple(param.shape)), sharers_of(param)
             self.values = torch.empty(param.shape, dtype=param.dtype, device="meta")
 
-    @property
-    def is_cut(self) -> bool:
-        return is_cut(self.param)
-
     def store(self, values: Tensor) -> None:
-        """Into the parameter, of which other ranks store theirs, rounded to its dtype."""
+        """Into the parameter, of which other ranks store their parts, rounded to its dtype."""
         self.values.copy_(values)
-        if self.is_cut:
+        if self.sharers is not None:
             self.part.take(self.values)
 
     def gradient_with(self, gained: Tensor) -> Tensor:
-        """The parameter's gradient, cut up as that is, with what the whole gains added."""
+        """The parameter's gradient, placed as that is, with what the whole gains added."""
         grad = cast(Tensor, self.param.grad)
         if not is_distributed(self.param):
             return grad.to(gained.dtype).add(gained).to(grad.dtype)
-        copy = torch.empty_like(self.param).copy_(grad)  # which may be cut up otherwise
-        here = local_of(copy)
-        here.copy_(here.to(gained.dtype).add(self.part.share_of(gained)))
-        return copy
+        found = torch.empty_like(self.param)
+        here = local_of(placed_like(grad, self.param)).to(gained.dtype)
+        local_of(found).copy_(here.add(self.part.share_of(gained)))
+        return found
 
 
 def meet(wholes: Sequence[Whole]) -> None:
     """As :func:`specopt.sharding.exchange.meet`, of parameters that are cut up."""
-    for whole in wholes:
-        if is_cut(whole.param):
-            communicators(sharers_of(whole.param), whole.part.here.device)
+    for sharers, device in dict.fromkeys((whole.sharers, whole.part.here.device) for whole in wholes):
+        if sharers is not None:
+            communicators(sharers, device)
 
 
 def gather(wholes: Sequence[Whole]) -> Exchange[None]:
     """Brings what is cut up, as it is now. Exact: of every number one rank has it, and the others add −0."""
-    cut = [(whole, sharers_of(whole.param)) for whole in wholes if is_cut(whole.param)]
+    cut = [(whole, whole.sharers) for whole in wholes if whole.sharers is not None]
     if not cut:
         return
     sums = yield Asked([whole.part.amid_zeros() for whole, _ in cut], [sharers for _, sharers in cut])

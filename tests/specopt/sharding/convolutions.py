@@ -66,9 +66,10 @@ class Pair:
         self.plain = [nn.Parameter(kernel) for kernel in kernels(dtype)]
         self.ours, self.other = (optimizer_of(kind, [group_of(params)]) for params in (self.sharded, self.plain))
 
-    def step(self, number: int) -> None:
+    def step(self, number: int, placed: Sequence[Placement] = ()) -> None:
+        """With gradients that are cut up as the kernels are, or otherwise."""
         for mine, other, grad in zip(self.sharded, self.plain, kernels(self.plain[0].dtype, 1 + number), strict=True):
-            other.grad, mine.grad = 0.1 * grad, cut(0.1 * grad, self.mesh, self.placements)
+            other.grad, mine.grad = 0.1 * grad, cut(0.1 * grad, self.mesh, placed or self.placements)
         self.ours.step()
         self.other.step()
 

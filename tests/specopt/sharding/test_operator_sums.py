@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import warnings
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 from unittest import mock
 
@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 import specopt
+from benchmarks import comm_bytes
 from benchmarks.collectives import Collectives
 from specopt.sharding import exchange
 from specopt.sharding.cut import Index, Part
@@ -80,6 +81,23 @@ def mixed() -> dict[str, Any]:
     bits = [torch.equal(*pair) for pair in zip(wholes(params)[:-1], plain[:-1], strict=True)]
     error = (wholes(params)[-1] - plain[-1]).norm() / (plain[-1] - starts[-1]).norm()
     return {"sums": found, "bits": bits, "error": float(error)}
+
+
+# --- gradients that are cut up otherwise ----------------------------------------------------------------------------
+
+
+def placed_otherwise() -> dict[str, Any]:
+    """What comes out otherwise, of kernels and of a matrix with one row, where gradients are replicas."""
+    pair = Pair("penalty", mesh(), [Shard(0)])
+    row = torch.linspace(1, 2, 24)[None]
+    params: list[Any] = [nn.Parameter(cut(row, mesh(), [Shard(0)])), nn.Parameter(row.clone())]
+    optimizers = [optimizer_of("penalty", [{"params": [param]}]) for param in params]
+    for number in range(2):
+        pair.step(number, placed=[Replicate()])
+        params[0].grad, params[1].grad = cut(row, mesh(), [Replicate()]), row
+        for optimizer in optimizers:
+            optimizer.step()
+    return {"kernels": pair.differences(), "row": float((wholes(params[:1])[0] - params[1]).detach().abs().max())}
 
 
 # --- numbers that are none, steps that are skipped or cut off -------------------------------------------------------
@@ -166,6 +184,7 @@ def everything() -> dict[str, Any]:
     return {
         "sent": sent(),
         "mixed": mixed(),
+        "placed otherwise": placed_otherwise(),
         "nan": {kind: with_a_nan(kind) for kind in kinds},
         "skipped": {kind: skipped(kind) for kind in kinds},
         "base fails": {kind: base_fails(kind) for kind in kinds},
@@ -203,6 +222,19 @@ def test_kernels_and_matrices_of_one_group_move_as_whole_ones_do(found: list[dic
     for rank in found:
         assert all(rank["mixed"]["bits"])
         assert rank["mixed"]["error"] < 1e-3
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_the_formula_of_the_benchmark_is_what_is_sent(found: list[dict[str, Any]], kind: str) -> None:
+    weights = [comm_bytes.Weight(shape) for shape in KERNELS.values()]
+    payloads = comm_bytes.sent(weights, partial(comm_bytes.operator, times=1 + (kind == "penalty and cap")))
+    for rank in found:
+        assert [tuple(payload[:2]) for payload in payloads] == [call[1:] for call in rank["sent"][kind][-1]]
+
+
+def test_gradients_may_be_cut_up_otherwise_than_short_weights(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert rank["placed otherwise"]["kernels"] == [] and rank["placed otherwise"]["row"] < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["penalty", "cap", "decay"])

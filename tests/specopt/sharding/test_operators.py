@@ -16,11 +16,12 @@ from tests.specopt.sharding.ranks import run
 
 STEPS = 3
 PRECISIONS = (torch.bfloat16, torch.float16, torch.float64)
+BOTH = "penalty and cap"
 ON_A_LINE: dict[str, tuple[Placement, tuple[str, ...]]] = {
     "output channels": (Shard(0), tuple(RULES)),
-    "input channels": (Shard(1), ("initial", "penalty and cap")),
-    "pixels": (Shard(2), ("initial", "penalty and cap")),
-    "replicas": (Replicate(), ("initial", "penalty and cap")),
+    "input channels": (Shard(1), (BOTH,)),
+    "pixels": (Shard(2), (BOTH,)),
+    "replicas": (Replicate(), (BOTH,)),
 }
 ON_A_PLANE: dict[str, tuple[Placement, Placement]] = {
     "replicas of shards (HSDP)": (Replicate(), Shard(0)),
@@ -44,13 +45,13 @@ def on_a_line() -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for name, (place, kinds) in ON_A_LINE.items():
         found |= {(kind, name): differences(kind, mesh, [place]) for kind in kinds}
-    return found | {dtype: differences("penalty and cap", mesh, [Shard(0)], dtype) for dtype in PRECISIONS}
+    return found | {dtype: differences(BOTH, mesh, [Shard(0)], dtype) for dtype in PRECISIONS}
 
 
 def on_a_plane() -> dict[Any, Any]:
     warnings.simplefilter("ignore")
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("outer", "inner"))
-    return {name: differences("penalty and cap", mesh, places) for name, places in ON_A_PLANE.items()}
+    return {name: differences(BOTH, mesh, places) for name, places in ON_A_PLANE.items()}
 
 
 @pytest.fixture(
