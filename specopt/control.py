@@ -98,12 +98,12 @@ class SpectralOptimizer(Mixin):
         self._base.add_param_group(param_group)
         group = self.param_groups[-1]
         names = self.names()
+        check_kernels(group, names)
         for param in group["params"]:
             check_readable(param, group)
             check_sharded(param, group, self.rule, names[param])
         if "target" in self.rule.names:
             adopt(group, self.names)
-        check_kernels(group, names)
 
     # torch declares two overloads, one of them without a closure
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

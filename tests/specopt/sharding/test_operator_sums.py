@@ -156,8 +156,8 @@ def gathering_fails() -> str:
 
 
 def refused() -> dict[str, str]:
-    def of(kernel: Any, geometry: str = "conv2d(7x7)") -> Any:
-        return specopt.SNRSGD([group_of([nn.Parameter(kernel)], [geometry])], lr=0.1)
+    def of(kernel: Any, *geometries: str) -> Any:
+        return specopt.SNRSGD([group_of([nn.Parameter(kernel)], geometries or ["conv2d(7x7)"])], lr=0.1)
 
     def placed(local: Tensor, place: Placement) -> DTensor:
         return DTensor.from_local(local, mesh(), [place], run_check=False, shape=(8, 3, 3, 3), stride=(27, 9, 3, 1))
@@ -167,6 +167,7 @@ def refused() -> dict[str, str]:
         "partial": lambda: of(placed(torch.ones(8, 3, 3, 3), Partial())),
         "other parts": lambda: of(placed(torch.ones(5 if dist.get_rank() == 0 else 3, 3, 3, 3), Shard(0))),
         "another geometry": lambda: of(cut(torch.ones(8, 3, 3, 3), mesh(), [Shard(0)]), "conv1d(7)"),
+        "too many geometries": lambda: of(cut(torch.ones(8, 3, 3, 3), mesh(), [Shard(0)]), *["conv2d(7x7)"] * 2),
         "report": lambda: specopt.spectral_report(optimizer),
         "monitor": lambda: specopt.SpectralMonitor(optimizer, weights=True),
     }
@@ -176,6 +177,17 @@ def refused() -> dict[str, str]:
     told = [float(optimizer.state[param][STATS][Stat.SIGMA]) for param in params]
     found["monitored"] = str(monitor.history["sigma"][-1].tolist() == told)
     return found
+
+
+def certified(*placements: Placement) -> tuple[Any, str]:
+    """The bound of a convolution, of which a place is given or which is whole, and what its norm is told of."""
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, bias=False))
+    start = torch.randn(6, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    net[0].weight = param = nn.Parameter(cut(start, mesh(), placements) if placements else start)
+    optimizer = optimizer_of("cap", [group_of([param], ["conv2d(6x6, padding=1x1)"])])
+    step([param], optimizer)
+    (row,) = specopt.certify(net, optimizer=optimizer).rows
+    return row.bound, row.tracked_of
 
 
 def everything() -> dict[str, Any]:
@@ -190,6 +202,7 @@ def everything() -> dict[str, Any]:
         "base fails": {kind: base_fails(kind) for kind in kinds},
         "gathering fails": gathering_fails(),
         "refused": refused(),
+        "certified": [certified(), certified(Replicate()), certified(Shard(0))],
     }
 
 
@@ -271,7 +284,8 @@ def test_a_sum_that_fails_behind_the_update_cuts_the_step_off(found: list[dict[s
     [
         ("partial", r"parameter 0\.0 must be cut up \(Shard\) or repeated \(Replicate\)"),
         ("other parts", r"rank holds of the sharded 0\.0 of shape \(8, 3, 3, 3\) must have the shape \(4, 3, 3, 3\)"),
-        ("another geometry", r"0\.0: "),
+        ("another geometry", r"0\.0: geometry conv1d\(7\) needs a kernel of 3 dimensions"),
+        ("too many geometries", r"geometry must have an entry for each of 1 params, got 2"),
         ("report", r"spectral_report reads whole weights, got one of shape \(6, 3, 3, 3\)"),
         ("monitor", r"a SpectralMonitor with weights=True reads whole weights"),
         ("monitored", "True"),
@@ -279,6 +293,13 @@ def test_a_sum_that_fails_behind_the_update_cuts_the_step_off(found: list[dict[s
 )
 def test_what_cut_kernels_do_not_allow_is_refused(found: list[dict[str, Any]], what: str, message: str) -> None:
     assert re.search(message, found[1]["refused"][what])
+
+
+def test_a_certificate_of_kernels_on_ranks_is_that_of_whole_ones(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        whole, replicas, shards = rank["certified"]
+        assert whole[1] == "operator on 6x6" and replicas == whole
+        assert shards[0] == pytest.approx(whole[0], rel=1e-6) and shards[1] == "matrix"
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
