@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement, distribute_tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 
 import specopt
 from tests.specopt.sharding.twins import wholes
@@ -53,6 +55,23 @@ def kernels(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
 
 def cut(tensor: Tensor, mesh: Any, placements: Sequence[Placement]) -> Any:
     return distribute_tensor(tensor, mesh, list(placements), src_data_rank=None)
+
+
+def mesh() -> Any:
+    """Of all ranks, on a line."""
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def made(kind: str) -> tuple[list[Any], Any]:
+    """Kernels that are cut up by output channels, and their optimizer."""
+    params: list[Any] = [nn.Parameter(cut(kernel, mesh(), [Shard(0)])) for kernel in kernels()]
+    return params, optimizer_of(kind, [group_of(params)])
+
+
+def step(params: Sequence[Tensor], optimizer: Any) -> None:
+    for param in params:
+        param.grad = torch.full_like(param, 0.01)
+    optimizer.step()
 
 
 class Pair:

@@ -1,59 +1,44 @@
-"""What steps of cut kernels send, beside matrices too, how they are cut off, and what is refused."""
+"""What steps of cut kernels send, by themselves and beside matrices."""
 
 from __future__ import annotations
 
 import itertools
-import re
 import warnings
 from functools import partial, reduce
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard
 
-import specopt
 from benchmarks import comm_bytes
 from benchmarks.collectives import Collectives
-from specopt.sharding import exchange
 from specopt.sharding.cut import Index, Part
-from specopt.tracker.common import STATS, Stat
 from tests.specopt.helpers import with_spectrum
-from tests.specopt.sharding.convolutions import KERNELS, RULES, Pair, cut, group_of, kernels, optimizer_of
-from tests.specopt.sharding.ranks import digest, run, state_tensors
-from tests.specopt.sharding.test_cut_off import error_of
+from tests.specopt.sharding.convolutions import (
+    KERNELS,
+    RULES,
+    Pair,
+    cut,
+    group_of,
+    kernels,
+    made,
+    mesh,
+    optimizer_of,
+    step,
+)
+from tests.specopt.sharding.ranks import digest, run
 from tests.specopt.sharding.twins import wholes
 
 FEW: dict[str, Any] = {"block": 8, "max_passes": 1}
 MATRIX = (40, 30)
 
 
-def mesh() -> Any:
-    return init_device_mesh("cpu", (dist.get_world_size(),))
-
-
-def made(kind: str) -> tuple[list[Any], Any]:
-    params: list[Any] = [nn.Parameter(cut(kernel, mesh(), [Shard(0)])) for kernel in kernels()]
-    return params, optimizer_of(kind, [group_of(params)])
-
-
-def step(params: list[Any], optimizer: Any) -> None:
-    for param in params:
-        param.grad = torch.full_like(param, 0.01)
-    optimizer.step()
-
-
 def sums_of(params: list[Any], optimizer: Any) -> list[tuple[Any, ...]]:
     with Collectives() as seen:
         step(params, optimizer)
     return [tuple(call) for call in seen.calls]
-
-
-# --- payloads -------------------------------------------------------------------------------------------------------
 
 
 def sent() -> dict[str, Any]:
@@ -83,9 +68,6 @@ def mixed() -> dict[str, Any]:
     return {"sums": found, "bits": bits, "error": float(error)}
 
 
-# --- gradients that are cut up otherwise ----------------------------------------------------------------------------
-
-
 def placed_otherwise() -> dict[str, Any]:
     """What comes out otherwise, of kernels and of a matrix with one row, where gradients are replicas."""
     pair = Pair("penalty", mesh(), [Shard(0)])
@@ -100,115 +82,14 @@ def placed_otherwise() -> dict[str, Any]:
     return {"kernels": pair.differences(), "row": float((wholes(params[:1])[0] - params[1]).detach().abs().max())}
 
 
-# --- numbers that are none, steps that are skipped or cut off -------------------------------------------------------
-
-
-def with_a_nan(kind: str) -> tuple[list[str], list[int], list[float]]:
-    pair = Pair(kind, mesh(), [Shard(0)])
-    with torch.no_grad():
-        for params in (pair.sharded, pair.plain):
-            first = params[0].to_local() if isinstance(params[0], DTensor) else params[0]
-            if params is pair.plain or dist.get_rank() == 0:
-                first[0, 0, 0, 0] = torch.nan
-    for number in range(2):
-        pair.step(number)
-    nans = [int(weight.isnan().sum()) for weight in wholes(pair.sharded)]
-    return pair.differences(), nans, [float(pair.ours.state[param][STATS][Stat.VALID]) for param in pair.sharded]
-
-
-def skipped(kind: str) -> bool:
-    params, optimizer = made(kind)
-    step(params, optimizer)
-    before = digest(state_tensors(optimizer))
-    optimizer.found_inf, optimizer.grad_scale = torch.ones(()), torch.ones(())
-    step(params, optimizer)
-    return digest(state_tensors(optimizer)) == before
-
-
-def base_fails(kind: str) -> dict[str, Any]:
-    """At the start of the base's step."""
-    params, optimizer = made(kind)
-    other, undisturbed = made(kind)
-    step(params, optimizer)
-    step(other, undisturbed)
-    before = digest(state_tensors(optimizer))
-    with mock.patch.object(optimizer, "_base_step", side_effect=ValueError("betas are odd")):
-        found: dict[str, Any] = {"first": error_of(step, params, optimizer)}
-    found["saving"] = error_of(optimizer.state_dict)
-    if not found["saving"]:
-        found["as before"] = digest(state_tensors(optimizer)) == before
-        step(params, optimizer)
-        step(other, undisturbed)
-        found["goes on"] = digest(state_tensors(optimizer)) == digest(state_tensors(undisturbed))
-    return found
-
-
-def gathering_fails() -> str:
-    """Behind the base update."""
-    params, optimizer = made("cap")
-    step(params, optimizer)
-    with mock.patch.object(exchange._Pack, "wait", side_effect=RuntimeError("Connection closed by peer")):
-        error_of(step, params, optimizer)
-    return error_of(optimizer.state_dict)
-
-
-# --- what is refused ------------------------------------------------------------------------------------------------
-
-
-def refused() -> dict[str, str]:
-    def of(kernel: Any, *geometries: str) -> Any:
-        return specopt.SNRSGD([group_of([nn.Parameter(kernel)], geometries or ["conv2d(7x7)"])], lr=0.1)
-
-    def placed(local: Tensor, place: Placement) -> DTensor:
-        return DTensor.from_local(local, mesh(), [place], run_check=False, shape=(8, 3, 3, 3), stride=(27, 9, 3, 1))
-
-    params, optimizer = made("cap")
-    tried = {
-        "partial": lambda: of(placed(torch.ones(8, 3, 3, 3), Partial())),
-        "other parts": lambda: of(placed(torch.ones(5 if dist.get_rank() == 0 else 3, 3, 3, 3), Shard(0))),
-        "another geometry": lambda: of(cut(torch.ones(8, 3, 3, 3), mesh(), [Shard(0)]), "conv1d(7)"),
-        "too many geometries": lambda: of(cut(torch.ones(8, 3, 3, 3), mesh(), [Shard(0)]), *["conv2d(7x7)"] * 2),
-        "report": lambda: specopt.spectral_report(optimizer),
-        "monitor": lambda: specopt.SpectralMonitor(optimizer, weights=True),
-    }
-    found = {name: error_of(attempt) for name, attempt in tried.items()}
-    monitor = specopt.SpectralMonitor(optimizer, every=1)
-    step(params, optimizer)
-    told = [float(optimizer.state[param][STATS][Stat.SIGMA]) for param in params]
-    found["monitored"] = str(monitor.history["sigma"][-1].tolist() == told)
-    return found
-
-
-def certified(*placements: Placement) -> tuple[Any, str]:
-    """The bound of a convolution, of which a place is given or which is whole, and what its norm is told of."""
-    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, bias=False))
-    start = torch.randn(6, 3, 3, 3, generator=torch.Generator().manual_seed(0))
-    net[0].weight = param = nn.Parameter(cut(start, mesh(), placements) if placements else start)
-    optimizer = optimizer_of("cap", [group_of([param], ["conv2d(6x6, padding=1x1)"])])
-    step([param], optimizer)
-    (row,) = specopt.certify(net, optimizer=optimizer).rows
-    return row.bound, row.tracked_of
-
-
 def everything() -> dict[str, Any]:
     warnings.simplefilter("ignore")
-    kinds = ("penalty", "cap", "decay")
-    return {
-        "sent": sent(),
-        "mixed": mixed(),
-        "placed otherwise": placed_otherwise(),
-        "nan": {kind: with_a_nan(kind) for kind in kinds},
-        "skipped": {kind: skipped(kind) for kind in kinds},
-        "base fails": {kind: base_fails(kind) for kind in kinds},
-        "gathering fails": gathering_fails(),
-        "refused": refused(),
-        "certified": [certified(), certified(Replicate()), certified(Shard(0))],
-    }
+    return {"sent": sent(), "mixed": mixed(), "placed otherwise": placed_otherwise()}
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(2, everything, folder=tmp_path_factory.mktemp("operators"))
+    return run(2, everything, folder=tmp_path_factory.mktemp("sums"))
 
 
 NUMBERS = sum(torch.Size(shape).numel() for shape in KERNELS.values())
@@ -248,61 +129,6 @@ def test_the_formula_of_the_benchmark_is_what_is_sent(found: list[dict[str, Any]
 def test_gradients_may_be_cut_up_otherwise_than_short_weights(found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert rank["placed otherwise"]["kernels"] == [] and rank["placed otherwise"]["row"] < 1e-6
-
-
-@pytest.mark.parametrize("kind", ["penalty", "cap", "decay"])
-def test_a_nan_on_one_rank_is_not_spread_and_is_seen_on_all(found: list[dict[str, Any]], kind: str) -> None:
-    for rank in found:
-        assert rank["nan"][kind] == ([], [1, 0, 0, 0, 0], [0.0, 1.0, 1.0, 1.0, 1.0])
-
-
-@pytest.mark.parametrize("kind", ["penalty", "cap", "decay"])
-def test_a_skipped_step_leaves_kernels_and_state_as_they_were(found: list[dict[str, Any]], kind: str) -> None:
-    assert all(rank["skipped"][kind] for rank in found)
-
-
-@pytest.mark.parametrize("kind", ["cap", "decay"])
-def test_an_error_before_anything_is_sent_or_written_cuts_nothing_off(found: list[dict[str, Any]], kind: str) -> None:
-    for rank in found:
-        assert rank["base fails"][kind] == {"first": "betas are odd", "saving": "", "as before": True, "goes on": True}
-
-
-def test_an_error_behind_the_sum_of_a_penalty_cuts_the_step_off(found: list[dict[str, Any]]) -> None:
-    for rank in found:
-        told = rank["base fails"]["penalty"]
-        assert told["first"] == "betas are odd"
-        assert "those of no step" in told["saving"] and "ValueError: betas are odd" in told["saving"]
-
-
-def test_a_sum_that_fails_behind_the_update_cuts_the_step_off(found: list[dict[str, Any]]) -> None:
-    for rank in found:
-        assert "those of no step" in rank["gathering fails"] and "Connection closed" in rank["gathering fails"]
-
-
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        ("partial", r"parameter 0\.0 must be cut up \(Shard\) or repeated \(Replicate\)"),
-        ("other parts", r"rank holds of the sharded 0\.0 of shape \(8, 3, 3, 3\) must have the shape \(4, 3, 3, 3\)"),
-        ("another geometry", r"0\.0: geometry conv1d\(7\) needs a kernel of 3 dimensions"),
-        ("too many geometries", r"geometry must have an entry for each of 1 params, got 2"),
-        ("report", r"spectral_report reads whole weights, got one of shape \(6, 3, 3, 3\)"),
-        ("monitor", r"a SpectralMonitor with weights=True reads whole weights"),
-        ("monitored", "True"),
-    ],
-)
-def test_what_cut_kernels_do_not_allow_is_refused(found: list[dict[str, Any]], what: str, message: str) -> None:
-    assert re.search(message, found[1]["refused"][what])
-
-
-def test_a_certificate_of_kernels_on_ranks_is_that_of_whole_ones(found: list[dict[str, Any]]) -> None:
-    for rank in found:
-        whole, replicas, shards = rank["certified"]
-        assert whole[1] == "operator on 6x6" and replicas == whole
-        assert shards[0] == pytest.approx(whole[0], rel=1e-6) and shards[1] == "matrix"
-
-
-# --- parts ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
