@@ -158,7 +158,8 @@ class OperatorSession:
         """After the base update: in the order of the rules, each on what the one before it has left."""
         acts = {"decay_lambda": self._decay, "mode": self._scale}
         chosen = [acts[name] for name in self.names if name in acts]
-        yield from gather([kernel.whole for kernel in self.kernels if chosen])
+        if chosen:
+            yield from gather([kernel.whole for kernel in self.kernels])
         for act in chosen:
             for seen in look(self.kernels):
                 act(seen)

@@ -103,10 +103,8 @@ def local_of(tensor: Tensor) -> Tensor:
 
 
 def placed_like(tensor: Any, like: DTensor) -> DTensor:
-    """A DTensor with the same numbers, cut up as another of its shape is: where it is not yet, a collective of its own.
-
-    ``copy_`` does the same but where a dimension is shorter than the mesh that cuts it.
-    """
+    """A DTensor with the same numbers, cut up as another of its shape is: where it is not yet, by a collective of its
+    own. (``copy_`` refuses that where a dimension is shorter than the mesh that cuts it.)"""
     if tensor.placements == like.placements:
         return cast("DTensor", tensor)
     return cast("DTensor", tensor.redistribute(like.device_mesh, like.placements))
