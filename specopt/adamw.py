@@ -43,7 +43,8 @@ class NormScaleAdamW(SpectralOptimizer, AdamW):
             of whole matrices, after which none is above ``σ*(1 + 1e-5)`` in float32. (On a GPU that is so as long as
             none was above ``4 σ*``, but for the first time: see :func:`specopt.kernels.cap_`.) Under "set" each of
             them becomes σ*.
-        every: with ``rank="full"`` the cap is made in each ``every``-th step.
+        every: the norm is looked at, and changed, in the first of so many steps; the others are AdamW's alone, and may
+            carry it away from the target until the next look. Divides what control costs. Not with ``capturable``.
         raise_small: raise also a matrix that is all zero when control starts. By default it is only capped until it has
             reached σ* by itself.
         spectral: ``False`` turns control off for a group.

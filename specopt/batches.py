@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from .sharding.checking import check_sharded
 from .sharding.cut import is_distributed, local_of
 from .sharding.sessions import has_state as sharded_state
 from .sharding.views import ShardedMatrix
+from .tracker.common import WAIT
 from .tracker.device import runs_on
 from .updates import OnDeviceBase
 from .views import Matrix
@@ -44,6 +45,21 @@ class Batch:
     """They are cut up over ranks, and need what :mod:`specopt.sharding` sums over these."""
     copied: list[Matrix] = field(default_factory=list)
     """Those of the matrices that are read through a copy."""
+    period: int = 1
+    """Of so many steps the rule acts in the first."""
+    wait: int = 0
+    """Steps that the base optimizer still makes alone."""
+
+    def move_on(self) -> None:
+        """By one step. Of a period of 1 nothing is kept."""
+        if self.period > 1:
+            self.wait = (self.wait or self.period) - 1
+            for matrix in self.matrices:
+                matrix.state[WAIT] = self.wait
+
+    def resting(self) -> Batch:
+        """For a step of the base optimizer alone. What a pass on a device would make of it torch does."""
+        return replace(self, ours=self.ours and self.base is None, base=None, copied=[])
 
 
 def batches_of(optimizer: SpectralOptimizer) -> list[Batch]:
@@ -61,13 +77,18 @@ def batches_of(optimizer: SpectralOptimizer) -> list[Batch]:
         is_sharded = isinstance(matrix, ShardedMatrix)
         if is_sharded:
             names = names or optimizer.names()
-            check_sharded(matrix.param, matrix.group, optimizer.rule, names[matrix.param])
+            check_sharded(matrix.param, matrix.group, names[matrix.param])
         ours, fused = _is_ours(optimizer, matrix), optimizer.rule.is_fused(matrix) and not is_sharded
         kind: tuple[Any, ...] = (kernels.accumulation_dtype(matrix.param.dtype), matrix.complete)
         if fused:
             kind = (matrix.param.dtype,)
-        kind += (is_sharded, is_distributed(matrix.param), optimizer.rule.sort(matrix))
-        batch = batches.setdefault((matrix.param.device, ours, *kind), Batch([], ours, is_sharded=is_sharded))
+        period = optimizer.rule.period(matrix.group)
+        if period == 1:
+            matrix.state.pop(WAIT, None)
+        wait = min(matrix.state.get(WAIT, 0), period - 1) if has_state(optimizer, matrix) else 0
+        kind += (is_sharded, is_distributed(matrix.param), optimizer.rule.sort(matrix), period, wait)
+        new = Batch([], ours, is_sharded=is_sharded, period=period, wait=wait)
+        batch = batches.setdefault((matrix.param.device, ours, *kind), new)
         batch.matrices.append(matrix)
         if matrix.copy is not None:
             batch.copied.append(matrix)

@@ -15,7 +15,7 @@ from specopt.kernels import accumulation_dtype
 from .base_step import own_entries
 from .rules.operator import OPERATOR, block_shape, geometries_in
 from .settling import settle
-from .tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, Stat
+from .tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, WAIT, Stat
 from .views import Matrix, is_controlled, matrices_of
 
 if TYPE_CHECKING:
@@ -129,9 +129,10 @@ def _check_matrix(matrix: Matrix, name: str) -> None:
         if key in (BLOCK, PROBE) and _has_shape(matrix.state.get(key), (rows, ANY)):
             shape = (rows, ANY)  # of a weight that is, or was, cut up by columns: read otherwise it starts cold
         _check(matrix.param, matrix.state, key, shape, name)
-    step = matrix.state.get(STEP, 0)
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise ValueError(f"{STEP} of parameter {name} must be a count of steps, got {step!r}; nothing was loaded")
+    for key in (STEP, WAIT):
+        count = matrix.state.get(key, 0)
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ValueError(f"{key} of parameter {name} must be a count of steps, got {count!r}; nothing was loaded")
 
 
 def _check(param: Tensor, state: Mapping[str, Any], key: str, shape: tuple[int, ...], name: str) -> None:

@@ -22,7 +22,7 @@ from .checkpoint import guarded
 from .groups import resolve
 from .options import plain
 from .rules.operator import OPERATOR, OperatorSession, check_kernels, geometries_in, kernels_of
-from .session import Gate, OnDevice, Rule, Session
+from .session import Gate, OnDevice, Resting, Rule, Session
 from .settling import adopt, refuse_target_of_off, settle
 from .sharding import exchange
 from .sharding.checking import check_sharded
@@ -32,7 +32,7 @@ from .sharding.sessions import begin as sharded_session
 from .sharding.unfinished import Unfinished, always, never, written_to
 from .sharding.views import ShardedMatrix
 from .telling import names_in, tell_of_first_steps, warn_of_unclear
-from .tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, Kept, rounding_seeds
+from .tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, WAIT, Kept, rounding_seeds
 from .views import Matrix, check_readable, is_controlled, matrices_of, refresh_copies, written_back
 
 NOT_COMPILED = (
@@ -101,7 +101,7 @@ class SpectralOptimizer(Mixin):
         check_kernels(group, names)
         for param in group["params"]:
             check_readable(param, group)
-            check_sharded(param, group, self.rule, names[param])
+            check_sharded(param, group, names[param])
         if "target" in self.rule.names:
             adopt(group, self.names)
 
@@ -141,8 +141,9 @@ class SpectralOptimizer(Mixin):
 
     def _controlled_step(self, gate: Gate) -> None:
         same = gate.workspace.get("signature") == signature_of(self)[0]
-        batches: list[Batch] = gate.workspace["batches"] if same else batches_of(self)
-        settled = same or all(has_state(self, matrix) for batch in batches for matrix in batch.matrices)
+        found: list[Batch] = gate.workspace["batches"] if same else batches_of(self)
+        settled = same or all(has_state(self, matrix) for batch in found for matrix in batch.matrices)
+        batches = [batch.resting() if batch.wait else batch for batch in found]
         seeds = [rounding_seeds(batch.matrices) for batch in batches]
         # our passes skip on the device; what torch makes has to be undone there
         kept = [Kept(batch.matrices) for batch in batches if gate.is_undecided and not batch.base]
@@ -160,12 +161,14 @@ class SpectralOptimizer(Mixin):
             self._finish(batches, sessions, convolutions, gate)
             for state in kept:
                 state.put_back(cast(Tensor, gate.found_inf).reshape(()) != 0)
+            for batch in found:
+                batch.move_on()
         versions = gate.workspace.setdefault("versions", {})
         versions.update({id(param): param._version for param in gate.written})
         if not same:
             self._complete_state()
             signature, held = signature_of(self)
-            gate.workspace.update(batches=batches, signature=signature if settled else None, held=held)
+            gate.workspace.update(batches=found, signature=signature if settled else None, held=held)
 
     def _sessions(self, batches: Sequence[Batch], gate: Gate) -> list[Session | ShardedSession]:
         """One for each batch. Of what is cut up over ranks nothing is written or summed here."""
@@ -175,6 +178,9 @@ class SpectralOptimizer(Mixin):
                     exchange.meet(cast("list[ShardedMatrix]", batch.matrices))
         sessions: list[Session | ShardedSession] = []
         for batch in batches:
+            if batch.wait:
+                sessions.append(Resting())
+                continue
             refresh_copies(batch.copied)
             own = replace(gate, base=batch.base.refresh() if batch.base else None)
             begin = partial(sharded_session, self.rule) if batch.is_sharded else self.rule.begin
@@ -281,7 +287,7 @@ class SpectralOptimizer(Mixin):
                 if self.rule.is_on(group) and (id(param) in operators or is_controlled(param, group)):
                     continue
                 if state is not None and STEP in state and len(state) > 1:
-                    for key in (STATS, BLOCK, PROBE, LEFT, RIGHT, OPERATOR):
+                    for key in (STATS, BLOCK, PROBE, LEFT, RIGHT, WAIT, OPERATOR):
                         state.pop(key, None)
                 if param.grad is not None and not self.state[param]:
                     self.state[param][STEP] = 0

@@ -143,10 +143,10 @@ def _check_rank(group: Mapping[str, Any]) -> None:
     elif int(rank) > 1 and (norm == "frobenius" or mode == "rescale"):
         raise ValueError(f"rank must be 1 with norm={norm!r} and mode={mode!r}, got {rank!r}: it changes all as one")
     check_count("every", group["every"])
-    if group["every"] > 1 and rank != "full":
+    if group["every"] > 1 and group.get("capturable"):
         raise ValueError(
-            f"every must be 1 with rank={rank!r}, got {group['every']!r}: the tracker looks at every step, and only "
-            "rank='full' can leave steps out"
+            f"every must be 1 with capturable=True, got {group['every']!r}: a graph that is replayed makes the same "
+            "step each time"
         )
 
 

@@ -75,6 +75,9 @@ class Rule(Protocol):
     def columns(self, group: Mapping[str, Any]) -> int:
         """The most columns that a matrix' block takes."""
 
+    def period(self, group: Mapping[str, Any]) -> int:
+        """Of so many steps the rule acts in the first, and the base optimizer makes the others alone."""
+
     def begin(self, matrices: Sequence[Matrix], gate: Gate) -> Session:
         """What comes before the base update of a list of matrices; they share device, accumulation dtype and kind
         (complete or tracked)."""
@@ -106,6 +109,16 @@ class Session(Protocol):
 
     def finish(self) -> None:
         """What comes after the base update."""
+
+
+class Resting:
+    """A step of the base optimizer alone."""
+
+    penalty: Penalty | None = None
+    writes = False
+
+    def finish(self) -> None:
+        pass
 
 
 class OnDevice(Session, Protocol):

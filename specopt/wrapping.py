@@ -74,7 +74,7 @@ def wrap(optimizer: AnyOptimizer, rule: AnyRule) -> AnyOptimizer:
         check_kernels(group, names)
         for param in group["params"]:
             check_readable(param, group)
-            check_sharded(param, group, rule, names[param])
+            check_sharded(param, group, names[param])
         if "target" in rule.names:
             refuse_target_of_off(given, rule.names)
             adopt(group, lambda: names_in(merged))

@@ -49,13 +49,14 @@ def decaying(like: Method) -> Iterator[Method]:
 
 
 def methods(base: str) -> Iterator[Method]:
-    """Penalties by lambda, of every layer but shortcuts; and, with the last layer free as well, caps by rank and gain,
-    Frobenius scaling by gain, and spectral scaling as stated."""
+    """Penalties by lambda, of every layer but shortcuts; and, with the last layer free as well, caps by rank, gain and
+    the steps from one to the next, Frobenius scaling by gain, and spectral scaling as stated."""
     for snr_lambda in (0.01, 0.1):
         yield Method(f"snr-{snr_lambda:g}", base=base, snr_lambda=snr_lambda)
     for gain in (1.0, 2.0, 4.0):
         for rank in (1, 8):
             yield _scaled(f"cap-{rank}-gain-{gain:g}", base, gain, mode="cap", rank=rank)
+        yield _scaled(f"cap-8-gain-{gain:g}-every-8", base, gain, mode="cap", rank=8, every=8)
         yield _scaled(f"cap-full-50-gain-{gain:g}", base, gain, mode="cap", rank="full", every=50)
     for gain in (0.5, 1.0, 2.0):
         yield _scaled(f"frobenius-gain-{gain:g}", base, gain, norm="frobenius")

@@ -88,6 +88,11 @@ class Compose:
             rule.check(group)
         if find(self, NormScale) is None:
             return
+        if group["every"] > 1 and group["rank"] != "full":
+            raise ValueError(
+                f"every must be 1 with rank={group['rank']!r} beside other rules, got {group['every']!r}: their "
+                "tracker looks at every step"
+            )
         if find(self, SpectralDecay) is not None and group["norm"] == "frobenius":
             raise ValueError("norm must be 'spectral' beside SpectralDecay, got 'frobenius'")
         if group["rank"] == "full" and not isinstance(self.rules[-1], NormScale | SpectralPenalty):
@@ -103,6 +108,9 @@ class Compose:
 
     def has_state(self, matrix: Matrix) -> bool:
         return pairs.has_first(matrix) if self.keeps_first(matrix.group) else pairs.has_state(matrix)
+
+    def period(self, group: Mapping[str, Any]) -> int:
+        return 1
 
     def is_fused(self, matrix: Matrix) -> bool:
         return False
@@ -160,10 +168,11 @@ class _Composed:
         else:
             pairs.drop_first(self.matrices)
         pairs.step(self.matrices, self.correct, self.correct.reach, keep_first=self.keeps_first)
-        if self.is_full:
-            stats = gather_stats(self.matrices)
-            stats[:, Stat.VALID] = cap_all(self.matrices, [m.state[STEP] for m in self.matrices], stats, self.gate)
-            scatter_stats(self.matrices, stats)
+        due = [m for m in self.matrices if self.is_full and (m.state[STEP] - 1) % m.group["every"] == 0]
+        if due:
+            stats = gather_stats(due)
+            stats[:, Stat.VALID] = cap_all(due, stats, self.gate, wild=any(m.state[STEP] == 1 for m in due))
+            scatter_stats(due, stats)
 
     def _penalty(self) -> Penalty:
         """With the triplets that the last step has left; measured anew where there are none that hold."""
@@ -192,6 +201,8 @@ class Corrections:
 
     def __init__(self, rule: Compose, matrices: Sequence[Matrix], gate: Gate) -> None:
         self.matrices, self.gate = matrices, gate
+        self.norm: Tensor | None = None
+        """``‖W‖_F`` (B,), where it is known."""
         self.parts: list[tuple[pairs.Correct, int]] = []
         group = matrices[0].group
         for part in rule.rules:
@@ -215,7 +226,7 @@ class Corrections:
         return pairs.Change(added, factor)
 
     def _scale_frobenius(self, found: pairs.Found) -> pairs.Change:
-        _, factors = frobenius_factors(self.matrices, found.stats, self.gate)
+        _, factors = frobenius_factors(self.matrices, found.stats, self.gate, self.norm)
         return pairs.Change(torch.zeros_like(found.sigma[:, :1]), factors)
 
 

@@ -55,6 +55,9 @@ class SpectralDecay(options.Shared):
     def columns(self, group: Mapping[str, Any]) -> int:
         return pairs.basis_columns(block_of(group))
 
+    def period(self, group: Mapping[str, Any]) -> int:
+        return 1
+
     def has_state(self, matrix: Matrix) -> bool:
         return pairs.has_state(matrix)
 

@@ -29,7 +29,10 @@ class NormScale(options.Shared):
     ``F* = sqrt(min(rows, cols)) σ*``: ``"set"``: ``W *= F*/‖W‖_F``; ``"cap"``: the same where ``‖W‖_F > F*``.
 
     ``rank="full"`` caps every singular value, ``W ← U min(Σ, σ*) Vᵀ``, by products of whole matrices
-    (:func:`specopt.kernels.cap_`), in each ``every``-th step. See there for what it holds and costs.
+    (:func:`specopt.kernels.cap_`). See there for what it holds and costs.
+
+    With ``every=n`` all that is done in the first of n steps, and the base update alone in the others: a norm is then
+    above its target by no more than what n updates add to it.
 
     A zero matrix stays zero, and so does what "set" with a rank above 1 finds below 1e-3 σ₁ (1e-7 σ₁ of float64
     weights), which has no direction in that precision; one that is zero when control starts is capped until it has
@@ -67,6 +70,9 @@ class NormScale(options.Shared):
 
     def columns(self, group: Mapping[str, Any]) -> int:
         return pairs.basis_columns(block_of(group))
+
+    def period(self, group: Mapping[str, Any]) -> int:
+        return int(group["every"])
 
     def has_state(self, matrix: Matrix) -> bool:
         return pairs.has_state(matrix) if _is_tracked(matrix) else has_stats(matrix)

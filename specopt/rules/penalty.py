@@ -54,6 +54,9 @@ class SpectralPenalty(options.Shared):
     def columns(self, group: Mapping[str, Any]) -> int:
         return halves.basis_columns(block_of(group))
 
+    def period(self, group: Mapping[str, Any]) -> int:
+        return 1
+
     def has_state(self, matrix: Matrix) -> bool:
         return halves.has_state(matrix)
 

@@ -16,7 +16,6 @@ from ..tracker.common import (
     LEFT,
     PROBE,
     RIGHT,
-    STEP,
     Stat,
     count_step,
     gather_stats,
@@ -84,30 +83,27 @@ def frobenius_factors(
 
 
 class Capped(_Whole):
-    """``W ← U min(Σ, σ*) Vᵀ`` in each ``every``-th step of a matrix."""
+    """``W ← U min(Σ, σ*) Vᵀ``."""
 
     def change(self, stats: Tensor) -> Tensor:
-        return cap_all(self.matrices, [matrix.state[STEP] + 1 for matrix in self.matrices], stats, self.gate)
+        return cap_all(self.matrices, stats, self.gate, wild=bool(beginners(self.matrices)))
 
 
-def cap_all(matrices: Sequence[Matrix], steps: Sequence[int], stats: Tensor, gate: Gate) -> Tensor:
-    """The cap of all singular values, in those of the ``steps`` (counted from 1) that ask for it; where the weights are
-    finite (B,), as far as that was looked at."""
-    due = [i for i, (matrix, step) in enumerate(zip(matrices, steps, strict=True)) if step % matrix.group["every"] == 0]
-    valid = stats[:, Stat.VALID].clone()
-    if due:
-        chosen = [matrices[i] for i in due]
-        target = targets_of(chosen, stats)
-        active = gate.open(chosen, target) > 0
-        bounds = kernels.cap_(
-            [matrix.weight for matrix in chosen],
-            target,
-            active=active,
-            wild=any(steps[i] == matrices[i].group["every"] for i in due),
-            seeds=rounding_seeds(chosen),
-        )
-        lowered = torch.where(active & bounds.isfinite(), target, torch.inf)
-        for i, bound, limit in zip(due, bounds, lowered, strict=True):
-            valid[i] = bound.isfinite()
-            stats[i, Stat.TOP] = torch.minimum(stats[i, Stat.TOP], limit)
+def cap_all(
+    matrices: Sequence[Matrix], stats: Tensor, gate: Gate, *, wild: bool, weights: Sequence[Tensor] | None = None
+) -> Tensor:
+    """The cap of all singular values; where the weights are finite (B,).
+
+    Args:
+        wild: as for weights that were never capped: see :func:`specopt.kernels.cap_`.
+        weights: what is to be capped, where the matrices hold parts of it alone.
+    """
+    if weights is None:
+        weights = [matrix.weight for matrix in matrices]
+    target = targets_of(matrices, stats)
+    active = gate.open(matrices, target) > 0
+    bounds = kernels.cap_(weights, target, active=active, wild=wild, seeds=rounding_seeds(matrices))
+    valid = bounds.isfinite()
+    lowered = torch.where(active & valid, target, torch.inf)
+    stats[:, Stat.TOP] = torch.minimum(stats[:, Stat.TOP], lowered)
     return valid

@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..rules.compose import Compose
 from ..rules.operator import geometries_in
 from ..views import is_controlled
 from .cut import count_of, held, is_cut, is_distributed, local_of
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-
-    from ..session import Rule
 
 INSTEAD = "or put it into a group with spectral=False"
 
@@ -34,7 +31,7 @@ def check_whole(params: Iterable[Tensor], what: str) -> None:
             )
 
 
-def check_sharded(param: Tensor, group: Mapping[str, Any], rule: Rule, name: str) -> None:
+def check_sharded(param: Tensor, group: Mapping[str, Any], name: str) -> None:
     """Whether a parameter that is cut up over ranks can be controlled as its group asks for.
 
     Raises:
@@ -60,8 +57,6 @@ def check_sharded(param: Tensor, group: Mapping[str, Any], rule: Rule, name: str
     if is_controlled(param, group):
         _check_parts(param, told)
         _check_rounding(param, group, told)
-        if is_cut(param):
-            _check_rule(group, rule, told)
 
 
 def _check_parts(param: DTensor, told: str) -> None:
@@ -83,17 +78,4 @@ def _check_rounding(param: DTensor, group: Mapping[str, Any], told: str) -> None
         raise ValueError(
             f"stochastic_rounding must be False for {told} and {param.dtype}, got True: it does not reach base updates "
             f"of parts; keep float32 weights and let fully_shard's MixedPrecisionPolicy compute in {param.dtype}"
-        )
-
-
-def _check_rule(group: Mapping[str, Any], rule: Rule, told: str) -> None:
-    if group.get("rank") == "full":
-        raise ValueError(
-            f"rank must be a number for {told}, got 'full': all singular values take products of whole matrices; take "
-            f"rank=16 or less, {INSTEAD}"
-        )
-    if isinstance(rule, Compose) and (rule.penalizes(group) or group.get("norm") == "frobenius"):
-        raise ValueError(
-            f"rule must compose corrections of singular values alone for {told}, got {rule!r}: of a penalty, or of "
-            f"Frobenius scaling, beside others shards know nothing; take the one that matters most, {INSTEAD}"
         )

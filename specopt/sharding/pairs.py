@@ -9,7 +9,7 @@ step itself, so those wait in each.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,15 +32,18 @@ from ..tracker.common import (
     probe_columns,
     restart,
 )
-from ..tracker.measure import OPTIONS
-from ..tracker.pairs import Correct, Found, apply, basis_columns, correct_exact, kept_columns, record
+from ..tracker.pairs import Correct, Found, apply, correct_exact, kept_columns, record
 from .cut import spread
 from .exchange import Exchange, late, now
 from .triplets import gram, ritz
-from .views import ShardedMatrix, with_options
+from .views import ShardedMatrix
 
 AT_ONCE = 2**20
 """Entries of a weight that are copied to float64 at a time."""
+
+Then = Callable[[Tensor], Exchange[None]]
+"""What else is to be done with weights once they are corrected, given the stats (B, len(Stat)) of the step, which it
+may write to."""
 
 
 def upright(matrix: ShardedMatrix) -> ShardedMatrix:
@@ -169,29 +172,39 @@ class Start:
             matrix.state[PROBE] = torch.nan_to_num(before[:, : probe_columns(matrix.block)], 0.0, 0.0, 0.0)
 
 
-def step(matrices: Sequence[ShardedMatrix], correct: Correct, rank: int = 1) -> Exchange[None]:
+def nothing_else(_: Tensor) -> Exchange[None]:
+    yield from ()
+
+
+def step(
+    matrices: Sequence[ShardedMatrix], correct: Correct, rank: int = 1, then: Then = nothing_else
+) -> Exchange[None]:
     """One step of matrices of one device, accumulation dtype and kind (complete or tracked), all with state. See
     :func:`specopt.tracker.pairs.step`."""
     stats = gather_stats(matrices)
     work = _exact if matrices[0].complete else _tracked
-    yield from work(matrices, stats, correct, rank)
+    yield from work(matrices, stats, correct, rank, then)
 
 
-def _exact(matrices: Sequence[ShardedMatrix], stats: Tensor, correct: Correct, rank: int) -> Exchange[None]:
+def _exact(matrices: Sequence[ShardedMatrix], stats: Tensor, correct: Correct, _: int, then: Then) -> Exchange[None]:
     triplets = yield from exact_triplets(matrices)
     correct_exact(matrices, stats, triplets, correct, own_part(triplets, matrices))
+    yield from then(stats)
     count_step(matrices, stats)
 
 
-def _tracked(matrices: Sequence[ShardedMatrix], stats: Tensor, correct: Correct, rank: int) -> Exchange[None]:
-    work = _Pair(matrices, rank)
-    sigma, pairs = yield from _settled(work, stats)
+def _tracked(
+    matrices: Sequence[ShardedMatrix], stats: Tensor, correct: Correct, rank: int, then: Then
+) -> Exchange[None]:
+    work = Pair(matrices, rank)
+    sigma, pairs = yield from settled(work, stats)
     valid = sigma.isfinite()
     stats[:, Stat.SIGMA] = sigma
     change = correct(Found(work.triplets.sigma, valid, stats))
     apply(change, matrices, own_part(work.triplets, matrices))
     record(stats, work.triplets, change, valid)
     stats[:, Stat.PAIRS] = pairs
+    yield from then(stats)
     starts = noise_like(work.bases, matrices)
     held = [matrix.state[STATS] for matrix in matrices]
     count_step(matrices, stats)
@@ -205,7 +218,7 @@ def _tracked(matrices: Sequence[ShardedMatrix], stats: Tensor, correct: Correct,
     work.keep_probes(chosen)
 
 
-def _settled(work: _Pair, stats: Tensor) -> Exchange[tuple[Tensor, Tensor]]:
+def settled(work: Pair, stats: Tensor) -> Exchange[tuple[Tensor, Tensor]]:
     """As many pairs as the schedule asks for; sigma₁ and their number (B,)."""
     matrices, rank = work.matrices, work.rank
     schedule = Schedule.of(matrices, stats)
@@ -239,33 +252,11 @@ def _settled(work: _Pair, stats: Tensor) -> Exchange[tuple[Tensor, Tensor]]:
     return sigma, pairs
 
 
-def measure(matrices: Sequence[ShardedMatrix]) -> Exchange[Tensor]:
-    """sigma₁ (B,) of weights as they are, from nothing: see :func:`specopt.tracker.measure.measure`."""
-    probes = [upright(with_options(matrix, OPTIONS, basis_columns(OPTIONS["block"]))) for matrix in matrices]
-    for probe in probes:
-        restart(probe)
-        if not probe.complete:
-            block = torch.empty(probe.cut.shape[1], probe.columns, dtype=probe.state[STATS].dtype)
-            block = block.to(probe.weight.device)
-            kernels.orthonormalize(noise_like([block], [probe]), noise_like([block], [probe]), [block])
-            probe.state[BLOCK] = block
-            probe.state[PROBE] = block.new_zeros(len(block), probe_columns(probe.block))
-    sigma: Tensor = probes[0].state[STATS].new_zeros(len(probes))
-    exact = [i for i, probe in enumerate(probes) if probe.complete]
-    tracked = [i for i, probe in enumerate(probes) if not probe.complete]
-    if exact:
-        sigma[exact] = (yield from exact_triplets([probes[i] for i in exact])).sigma[:, 0]
-    if tracked:
-        chosen = [probes[i] for i in tracked]
-        sigma[tracked], _ = yield from _settled(_Pair(chosen, 1), gather_stats(chosen))
-    return sigma
-
-
 def chosen_of(mask: Tensor) -> list[int]:
     return [i for i, on in enumerate(mask.tolist()) if on]
 
 
-class _Pair:
+class Pair:
     """``Y = W V`` with its Ritz triplets and ``Z = Wᵀ [U | Ω]``, made as often as a step asks for."""
 
     def __init__(self, matrices: Sequence[ShardedMatrix], rank: int) -> None:

@@ -31,13 +31,13 @@ JUMP = 10
 (a spike of the learning rate) shows there one step before it shows in a residual."""
 
 PREFIX = "spectral_"
-BLOCK, PROBE, LEFT, RIGHT, STATS, STEP = (
-    PREFIX + name for name in ("block", "probe", "left", "right", "stats", "step")
+BLOCK, PROBE, LEFT, RIGHT, STATS, STEP, WAIT = (
+    PREFIX + name for name in ("block", "probe", "left", "right", "stats", "step", "wait")
 )
 
 
 class Stat(IntEnum):
-    """Entries of the state tensor ``spectral_stats``."""
+    """Entries of the state tensor ``spectral_stats``. Steps are those in which a rule looks at the weight."""
 
     SIGMA = 0
     """sigma₁ as last measured: before the correction, if one was made."""
@@ -280,5 +280,6 @@ def all_idle(wanted: Tensor) -> bool:
 def rounding_seeds(matrices: Sequence[Matrix]) -> list[float]:
     """Of stochastic rounding in this step: another number for every matrix and step, 0 where it is off."""
     count = len(matrices)
-    seeds = [1.0 + b + count * matrix.state.get(STEP, 0) for b, matrix in enumerate(matrices)]
+    steps = [m.state.get(STEP, 0) * m.group.get("every", 1) - m.state.get(WAIT, 0) for m in matrices]
+    seeds = [1.0 + b + count * step for b, step in enumerate(steps)]
     return [s if m.group.get("stochastic_rounding") else 0.0 for s, m in zip(seeds, matrices, strict=True)]

@@ -94,7 +94,7 @@ def _buckets(matrices: Sequence[Matrix]) -> list[list[int]]:
 def measured_triplets(matrices: Sequence[Matrix]) -> Triplets:
     """The first triplets of weights as they are, each as its matrix is read, by a cold step that changes nothing. All
     of one device, accumulation dtype and kind."""
-    probes = [with_options(matrix, _careful(matrix.group), matrix.columns) for matrix in matrices]
+    probes = [with_options(matrix, careful(matrix.group), matrix.columns) for matrix in matrices]
     _start(probes)
     pairs.make_room(probes)
     pairs.step(probes, _nothing, keep_first=True)
@@ -102,7 +102,8 @@ def measured_triplets(matrices: Sequence[Matrix]) -> Triplets:
     return Triplets(sigma, *([probe.state[key] for probe in probes] for key in (LEFT, RIGHT)))
 
 
-def _careful(group: dict[str, Any]) -> dict[str, Any]:
+def careful(group: dict[str, Any]) -> dict[str, Any]:
+    """A group's options, for a measurement."""
     tolerance = min(group["tolerance"], CAREFUL["tolerance"])
     return {**group, "tolerance": tolerance, "max_passes": max(group["max_passes"] or 0, CAREFUL["max_passes"])}
 

@@ -27,6 +27,7 @@ RULES: dict[str, tuple[type, dict[str, Any]]] = {
     "set": (specopt.NormScaleAdamW, {"lr": 1e-2}),
     "cap": (specopt.NormScaleAdamW, {"lr": 1e-2, "mode": "cap", "amsgrad": True}),
     "rescale": (specopt.NormScaleAdamW, {"lr": 1e-2, "mode": "rescale", "maximize": True}),
+    "every second": (specopt.NormScaleAdamW, {"lr": 1e-2, "every": 2}),
     "initial": (specopt.NormScaleAdamW, {"lr": 1e-2, "target": "initial"}),
 }
 

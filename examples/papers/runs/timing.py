@@ -17,7 +17,8 @@ from .machine import Settings, deterministic
 from .training import Training
 
 COLD = 22
-"""Steps before any is timed: what a tracker does more of at the start, compilation, and allocation."""
+"""Steps before any is timed, of those in which a tracker looks at weights: what it does more of at the start,
+compilation, and allocation."""
 LEAST_BLOCKS = 3
 """Of which a median is worth its name."""
 
@@ -62,7 +63,7 @@ def time_methods(
     deterministic()  # as the runs themselves are
     runs = [Training(recipe, images, [0], Settings(device, bf16)) for recipe in recipes]
     batches = [_without_end(run) for run in runs]
-    _block(runs, batches, COLD, deadline)
+    _block(runs, batches, COLD * max(map(tracked_period, recipes)), deadline)
     block = max(period(recipe) for recipe in recipes)
     times = torch.stack(
         [_block(runs, batches, block, deadline) for _ in range(max(LEAST_BLOCKS, math.ceil(steps / block)))]
@@ -74,6 +75,11 @@ def time_methods(
 def period(recipe: Recipe) -> int:
     """Steps after which those of the recipe's method repeat."""
     return int(recipe.method.norm_scale.get("every", 1))
+
+
+def tracked_period(recipe: Recipe) -> int:
+    """Steps from one look of a tracker to the next."""
+    return 1 if recipe.method.norm_scale.get("rank") == "full" else period(recipe)
 
 
 def _block(runs: Sequence[Training], batches: Sequence[Iterator[Batch]], steps: int, deadline: float) -> Tensor:

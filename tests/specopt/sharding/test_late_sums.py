@@ -144,14 +144,14 @@ def steps_of(optimizer: Any) -> list[int]:
 def memory() -> dict[str, Any]:
     """What lives on after a step of what it was to sum."""
     parts: list[Any] = []
-    terms = pairs._Pair.terms
+    terms = pairs.Pair.terms
 
     def noted(self: Any, chosen: Any) -> list[Tensor]:
         made = terms(self, chosen)
         parts.extend(weakref.ref(part) for part in made)
         return made
 
-    with mock.patch.object(pairs._Pair, "terms", noted):
+    with mock.patch.object(pairs.Pair, "terms", noted):
         optimizer = trained(steps=1)
     sums = optimizer.__dict__["_workspace"]["unfinished"].due.sums
     return {"made": len(parts), "left": sum(part() is not None for part in parts), "packs": buffers(sums)}

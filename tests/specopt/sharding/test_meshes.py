@@ -20,12 +20,13 @@ from tests.specopt.sharding.cases import KINDS, SHAPES, judged, twin_steps
 from tests.specopt.sharding.ranks import digest, run, state_tensors
 from tests.specopt.sharding.twins import Gap, Twins
 
-MESHES: dict[str, tuple[tuple[Placement, Placement], str]] = {
-    "replicas of row shards (HSDP)": ((Replicate(), Shard(0)), "snr set"),
-    "replicas of column shards": ((Replicate(), Shard(1)), "snr set"),
-    "tiles (FSDP x rowwise TP)": ((Shard(0), Shard(1)), "snr set frobenius"),
+MESHES: dict[str, tuple[tuple[Placement, Placement], tuple[str, ...]]] = {
+    "replicas of row shards (HSDP)": ((Replicate(), Shard(0)), ("snr", "set")),
+    "replicas of column shards": ((Replicate(), Shard(1)), ("snr", "set")),
+    "tiles (FSDP x rowwise TP)": ((Shard(0), Shard(1)), ("snr", "set", "frobenius", "full", "penalty and cap")),
 }
 STRIDED = "strided row shards (FSDP x colwise TP)"
+STRIDED_KINDS = VIEWED = ("snr", "set", "full")
 VIEWS: dict[str, tuple[int, ...]] = {
     "rows:2": (40, 30),
     "columns:2": (24, 60),
@@ -55,12 +56,12 @@ def on_a_plane(steps: int) -> dict[Any, Any]:
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("outer", "inner"))
     found: dict[Any, Any] = {}
     for name, (placements, kinds) in MESHES.items():
-        for kind in (one for one in KINDS if one in kinds.split()):
-            found[name, kind] = judged(twin_steps(kind, mesh, placements, steps, torch.float32))
-    found |= {(STRIDED, kind): judged(strided_steps(kind, mesh, steps)) for kind in ("snr", "set")}
+        for kind in kinds:
+            found[name, kind] = judged(twin_steps(kind, mesh, placements, steps, torch.float32), kind=kind)
+    found |= {(STRIDED, kind): judged(strided_steps(kind, mesh, steps)) for kind in STRIDED_KINDS}
     line = init_device_mesh("cpu", (dist.get_world_size(),))
     for view, shape in VIEWS.items():
-        for kind, place in itertools.product(("snr", "set"), PLACES):
+        for kind, place in itertools.product(VIEWED, PLACES):
             found[view, kind, place] = viewed(kind, line, place, view, shape)
     found["bits"] = bits_of_replicas(mesh)
     return found
@@ -143,8 +144,8 @@ def plane(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize(
     ("mesh", "kind"),
-    [(mesh, kind) for mesh, (_, kinds) in MESHES.items() for kind in kinds.split()]
-    + [(STRIDED, "snr"), (STRIDED, "set")],
+    [(mesh, kind) for mesh, (_, kinds) in MESHES.items() for kind in kinds]
+    + [(STRIDED, kind) for kind in STRIDED_KINDS],
 )
 def test_a_step_on_a_mesh_of_two_dimensions_is_that_of_the_whole_weight(
     plane: list[dict[Any, Any]], mesh: str, kind: str
@@ -154,7 +155,7 @@ def test_a_step_on_a_mesh_of_two_dimensions_is_that_of_the_whole_weight(
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
-@pytest.mark.parametrize("kind", ["snr", "set"])
+@pytest.mark.parametrize("kind", VIEWED)
 @pytest.mark.parametrize("view", VIEWS)
 def test_the_matrices_of_a_sharded_parameter_are_those_of_its_view(
     plane: list[dict[Any, Any]], view: str, kind: str, place: Placement

@@ -14,7 +14,6 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from tests.specopt.sharding.convolutions import RULES, Pair
 from tests.specopt.sharding.ranks import run
 
-STEPS = 3
 PRECISIONS = (torch.bfloat16, torch.float16, torch.float64)
 BOTH = "penalty and cap"
 ON_A_LINE: dict[str, tuple[Placement, tuple[str, ...]]] = {
@@ -30,37 +29,38 @@ ON_A_PLANE: dict[str, tuple[Placement, Placement]] = {
 }
 
 
-def differences(kind: str, mesh: Any, placements: Any, dtype: torch.dtype = torch.float32) -> list[str]:
+def differences(kind: str, mesh: Any, placements: Any, steps: int, dtype: torch.dtype = torch.float32) -> list[str]:
     pair = Pair(kind, mesh, placements, dtype)
     found = []
-    for number in range(STEPS):
+    for number in range(steps):
         pair.step(number)
         found += [f"step {number}: {difference}" for difference in pair.differences()]
     return found
 
 
-def on_a_line() -> dict[Any, Any]:
+def on_a_line(steps: int) -> dict[Any, Any]:
     warnings.simplefilter("ignore")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     found: dict[Any, Any] = {}
     for name, (place, kinds) in ON_A_LINE.items():
-        found |= {(kind, name): differences(kind, mesh, [place]) for kind in kinds}
-    return found | {dtype: differences(BOTH, mesh, [Shard(0)], dtype) for dtype in PRECISIONS}
+        found |= {(kind, name): differences(kind, mesh, [place], steps) for kind in kinds}
+    return found | {dtype: differences(BOTH, mesh, [Shard(0)], steps, dtype) for dtype in PRECISIONS}
 
 
 def on_a_plane() -> dict[Any, Any]:
     warnings.simplefilter("ignore")
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("outer", "inner"))
-    return {name: differences(BOTH, mesh, places) for name, places in ON_A_PLANE.items()}
+    return {name: differences(BOTH, mesh, places, steps=2) for name, places in ON_A_PLANE.items()}
 
 
 @pytest.fixture(
     scope="module",
-    params=[2, *(pytest.param(count, marks=pytest.mark.full) for count in (3, 4))],
-    ids="{} ranks".format,
+    params=[(2, 2), *(pytest.param((world, 6), marks=pytest.mark.full) for world in (2, 3, 4))],
+    ids=lambda param: f"{param[0]} ranks, {param[1]} steps",
 )
 def line(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    return run(request.param, on_a_line, folder=tmp_path_factory.mktemp("line"))
+    world, steps = request.param
+    return run(world, on_a_line, steps, folder=tmp_path_factory.mktemp("line"))
 
 
 @pytest.mark.parametrize(

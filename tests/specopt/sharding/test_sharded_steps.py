@@ -29,7 +29,7 @@ def on_a_line(steps: int) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for kind in KINDS:
         for dtype, dimension in ((torch.float32, 0), (torch.float64, 1)):
-            found[kind, dimension] = judged(twin_steps(kind, mesh, [Shard(dimension)], steps, dtype))
+            found[kind, dimension] = judged(twin_steps(kind, mesh, [Shard(dimension)], steps, dtype), kind=kind)
     found["replicas"] = {kind: judged(twin_steps(kind, mesh, [Replicate()], 3, torch.float32)) for kind in REPEATED}
     return found
 

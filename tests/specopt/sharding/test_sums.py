@@ -27,7 +27,8 @@ def sent() -> dict[str, Any]:
     warnings.simplefilter("ignore")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     found: dict[str, Any] = {}
-    for kind, options in (("set", {}), ("snr", {}), ("frobenius", {}), ("conditional", {"max_passes": None})):
+    kinds = ("set", "snr", "frobenius", "full", "every second", "penalty and cap")
+    for kind, options in (*((kind, {}) for kind in kinds), ("conditional", {"max_passes": None})):
         params = [
             torch.nn.Parameter(
                 distribute_tensor(with_spectrum(shape, torch.float32, 0.2, torch.Generator()), mesh, cut)
@@ -35,7 +36,7 @@ def sent() -> dict[str, Any]:
             for shape, cut in (((40, 30), [Shard(0)]), ((30, 44), [Shard(1)]), ((50, 6), [Shard(0)]))
         ]
         make = KINDS["set" if kind == "conditional" else kind]
-        optimizer = make([{"params": params, **({"max_passes": 1} | options if kind != "frobenius" else {})}])
+        optimizer = make([{"params": params, **({"max_passes": 1} | options)}])
         found[kind] = []
         for step in range(5):
             for param in params:
@@ -97,6 +98,18 @@ def test_frobenius_scaling_sends_a_number_for_each_matrix(sums: dict[str, Any]) 
     assert sums["frobenius"][1:] == [[("allreduce_", DOUBLE * 3, torch.float64)]] * 4
 
 
+def test_a_cap_of_all_singular_values_sends_whole_weights(sums: dict[str, Any]) -> None:
+    assert sums["full"][1:] == [[("allreduce_", SINGLE * (40 * 30 + 30 * 44 + 50 * 6), torch.float32)]] * 4
+
+
+def test_nothing_is_sent_in_a_step_of_the_base_alone(sums: dict[str, Any]) -> None:
+    assert sums["every second"][1:] == [[], [GRAMS, PRODUCTS], [], [GRAMS, PRODUCTS]]
+
+
+def test_a_penalty_beside_a_cap_sends_gram_matrices_before_the_update_as_well(sums: dict[str, Any]) -> None:
+    assert sums["penalty and cap"][1:] == [[GRAMS, GRAMS, PRODUCTS]] * 4
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -109,13 +122,6 @@ def refusals() -> dict[str, str]:
     def report() -> None:
         specopt.spectral_report(specopt.SNRSGD([weight(8, 6)]))
 
-    def late() -> None:
-        param = weight(8, 6)
-        optimizer = specopt.NormScaleAdamW([param], mode="cap")
-        optimizer.param_groups[0]["rank"] = "full"
-        param.grad = torch.ones_like(param)
-        optimizer.step()
-
     def flattened(original: bool) -> None:
         model = FullyShardedDataParallel(torch.nn.Linear(8, 6), use_orig_params=original, device_id=torch.device("cpu"))
         specopt.NormScaleAdamW(model.parameters())
@@ -125,11 +131,7 @@ def refusals() -> dict[str, str]:
         part = DTensor.from_local(torch.ones(rows, 6), mesh, [Shard(0)], run_check=False, shape=(8, 6), stride=(6, 1))
         specopt.SNRSGD([part.requires_grad_()])
 
-    both = specopt.Compose(specopt.SpectralPenalty(0.1), specopt.SpectralDecay(0.1))
     tried: dict[str, Callable[[], Any]] = {
-        "full": lambda: specopt.NormScaleAdamW([weight(8, 6)], mode="cap", rank="full"),
-        "full later": late,
-        "compose": lambda: specopt.wrap(torch.optim.AdamW([weight(8, 6)]), both),
         "report": report,
         "rounding": lambda: specopt.SNRSGD([weight(8, 6, dtype=torch.bfloat16)], stochastic_rounding=True),
         "other parts": cut_otherwise,
@@ -155,9 +157,6 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("full", r"rank must be a number for the sharded 0\.0 of shape \(8, 6\), got 'full'.*rank=16 or less"),
-        ("full later", r"rank must be a number for the sharded 0\.0.*spectral=False"),
-        ("compose", r"rule must compose corrections of singular values .* 0\.0 .*got Compose"),
         ("report", r"spectral_report reads whole weights, got one of shape \(8, 6\).*full_tensor"),
         ("rounding", r"stochastic_rounding must be False for the sharded 0\.0 .*MixedPrecisionPolicy"),
         ("other parts", r"rank holds of the sharded 0\.0 of shape \(8, 6\) must have the shape \(4, 6\).*got \(3, 6\)"),

@@ -66,9 +66,12 @@ class Gap(NamedTuple):
 
     @property
     def is_close(self) -> bool:
+        return self.is_within(1e-5)
+
+    def is_within(self, tolerance: float) -> bool:
         """The same update from as many products; where several directions are first, the same singular values."""
         same_pairs = self.pairs[0] == self.pairs[1] or math.isnan(self.pairs[0])
-        return same_pairs and (self.error <= 1e-5 if self.gap > GAP else self.spectrum <= 1e-5)
+        return same_pairs and (self.error if self.gap > GAP else self.spectrum) <= tolerance
 
 
 class Twins:

@@ -1,0 +1,52 @@
+"""The cap of all singular values of sharded weights: of whole matrices, put together on every rank.
+
+Its products are of n × n matrices, n the smaller side, whatever the number of ranks; so what they are made of is summed
+over the ranks as it is, which adds zeros to it, and every rank makes the same bits of the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..rules import whole
+from ..session import Gate
+from .cut import Part, spread
+from .exchange import Exchange, now
+from .views import ShardedMatrix
+
+TOGETHER = 1 << 24
+"""Entries of matrices that are whole at the same time, but of one at least."""
+
+
+def cap_all(matrices: Sequence[ShardedMatrix], stats: Tensor, gate: Gate, *, wild: bool) -> Exchange[Tensor]:
+    """See :func:`specopt.rules.whole.cap_all`."""
+    valid = torch.zeros_like(stats[:, 0], dtype=torch.bool)
+    for chosen in _some([matrix.cut.shape[0] * matrix.cut.shape[1] for matrix in matrices]):
+        some, found = [matrices[i] for i in chosen], stats[chosen]
+        weights = yield now(some, [_spread(matrix) for matrix in some])
+        valid[chosen] = whole.cap_all(some, found, gate, wild=wild, weights=weights)
+        stats[chosen] = found
+        for matrix, weight in zip(some, weights, strict=True):
+            Part(matrix.weight, (matrix.cut.rows, matrix.cut.columns), matrix.cut.shape).take(weight)
+    return valid
+
+
+def _some(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Places, in order, in lists of at most :data:`TOGETHER` entries."""
+    chosen: list[int] = []
+    for i, size in enumerate(sizes):
+        if chosen and sum(sizes[j] for j in chosen) + size > TOGETHER:
+            yield chosen
+            chosen = []
+        chosen.append(i)
+    yield chosen
+
+
+def _spread(matrix: ShardedMatrix) -> Tensor:
+    """This rank's part in its place, the others zero."""
+    rows, columns = matrix.cut.shape
+    wide = spread(matrix.weight.mT, matrix.cut.columns, columns).mT
+    return spread(wide, matrix.cut.rows, rows)
