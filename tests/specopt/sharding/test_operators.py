@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
-from tests.specopt.sharding.convolutions import RULES, Pair
+from tests.specopt.sharding.convolutions import RULES, Pair, group_of, optimizer_of
 from tests.specopt.sharding.ranks import run
+from tests.specopt.sharding.test_meshes import part_of
+from tests.specopt.sharding.twins import wholes
 
 PRECISIONS = (torch.bfloat16, torch.float16, torch.float64)
 BOTH = "penalty and cap"
@@ -27,6 +31,8 @@ ON_A_PLANE: dict[str, tuple[Placement, Placement]] = {
     "both dimensions": (Shard(0), Shard(1)),
     "one dimension twice": (Shard(1), Shard(1)),
 }
+
+STRIDED = "strided (FSDP x TP)"
 
 
 def differences(kind: str, mesh: Any, placements: Any, steps: int, dtype: torch.dtype = torch.float32) -> list[str]:
@@ -50,7 +56,27 @@ def on_a_line(steps: int) -> dict[Any, Any]:
 def on_a_plane() -> dict[Any, Any]:
     warnings.simplefilter("ignore")
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("outer", "inner"))
-    return {name: differences(BOTH, mesh, places, steps=2) for name, places in ON_A_PLANE.items()}
+    found: dict[str, Any] = {name: differences(BOTH, mesh, places, steps=2) for name, places in ON_A_PLANE.items()}
+    return found | {STRIDED: strided(mesh)}
+
+
+def strided(mesh: Any) -> list[bool]:
+    """By step whether a kernel has the bits of a whole one, whose output channels are cut for tensor parallelism on the
+    inner dimension of a mesh, and then by ``fully_shard`` on the outer."""
+    (geometry,), shape = ["conv2d(5x5)"], (16, 3, 2, 2)
+    start, *gradients = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    model = nn.ParameterList([distribute_tensor(start, mesh["inner"], [Shard(0)])])
+    fully_shard(model, mesh=mesh["outer"])
+    params: list[Any] = [model[0], nn.Parameter(start.clone())]
+    optimizers = [optimizer_of(BOTH, [group_of([param], [geometry])]) for param in params]
+    assert "Strided" in str(params[0].placements)
+    found = []
+    for gradient in gradients:
+        params[0].grad, params[1].grad = part_of(gradient, params[0]), gradient
+        for optimizer in optimizers:
+            optimizer.step()
+        found.append(torch.equal(wholes(params[:1])[0], params[1]))
+    return found
 
 
 @pytest.fixture(
@@ -80,6 +106,11 @@ def test_so_have_kernels_of_other_precision(line: list[dict[Any, Any]], dtype: t
 @pytest.fixture(scope="module")
 def plane(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     return run(4, on_a_plane, folder=tmp_path_factory.mktemp("plane"))
+
+
+def test_so_have_kernels_that_fully_shard_cuts_behind_tensor_parallelism(plane: list[dict[Any, Any]]) -> None:
+    for rank in plane:
+        assert rank[STRIDED] == [True, True]
 
 
 @pytest.mark.parametrize("place", ON_A_PLANE)
