@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import warnings
+import weakref
+from collections.abc import Sequence
 from functools import partial, reduce
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +17,10 @@ from torch.distributed.tensor import Replicate, Shard
 
 from benchmarks import comm_bytes
 from benchmarks.collectives import Collectives
+from specopt.rules import operator
 from specopt.sharding.cut import Index, Part
+from specopt.sharding.exchange import Exchange
+from specopt.sharding.gathering import Whole
 from tests.specopt.helpers import with_spectrum
 from tests.specopt.sharding.convolutions import (
     KERNELS,
@@ -82,9 +88,25 @@ def placed_otherwise() -> dict[str, Any]:
     return {"kernels": pair.differences(), "row": float((wholes(params[:1])[0] - params[1]).detach().abs().max())}
 
 
+def left_over() -> tuple[int, int]:
+    """How often a step has looked for a kernel on all ranks, and how many of what it has found it leaves behind."""
+    seen: list[Any] = []
+    original = operator.gather
+
+    def noted(wholes: Sequence[Whole]) -> Exchange[None]:
+        yield from original(wholes)
+        seen.extend(weakref.ref(whole.values) for whole in wholes)
+
+    params, optimizer = made("rescale")
+    with mock.patch.object(operator, "gather", noted):
+        step(params, optimizer)
+    return len(seen), sum(values() is not None for values in seen)
+
+
 def everything() -> dict[str, Any]:
     warnings.simplefilter("ignore")
-    return {"sent": sent(), "mixed": mixed(), "placed otherwise": placed_otherwise()}
+    found = {"sent": sent(), "mixed": mixed(), "placed otherwise": placed_otherwise()}
+    return {**found, "left over": left_over()}
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +146,11 @@ def test_the_formula_of_the_benchmark_is_what_is_sent(found: list[dict[str, Any]
     payloads = comm_bytes.sent(weights, partial(comm_bytes.operator, times=1 + (kind == "penalty and cap")))
     for rank in found:
         assert [tuple(payload[:2]) for payload in payloads] == [call[1:] for call in rank["sent"][kind][-1]]
+
+
+def test_of_what_was_gathered_nothing_outlives_the_step(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert rank["left over"] == (2 * len(KERNELS), 0)  # before the update and behind it
 
 
 def test_gradients_may_be_cut_up_otherwise_than_short_weights(found: list[dict[str, Any]]) -> None:
