@@ -26,7 +26,7 @@ def refused() -> dict[str, str]:
     def placed(local: Tensor, place: Placement) -> DTensor:
         return DTensor.from_local(local, mesh(), [place], run_check=False, shape=(8, 3, 3, 3), stride=(27, 9, 3, 1))
 
-    params, optimizer = made("cap")
+    _, optimizer = made("cap")
     tried = {
         "partial": lambda: of(placed(torch.ones(8, 3, 3, 3), Partial())),
         "other parts": lambda: of(placed(torch.ones(5 if dist.get_rank() == 0 else 3, 3, 3, 3), Shard(0))),
@@ -35,12 +35,16 @@ def refused() -> dict[str, str]:
         "report": lambda: specopt.spectral_report(optimizer),
         "monitor": lambda: specopt.SpectralMonitor(optimizer, weights=True),
     }
-    found = {name: error_of(attempt) for name, attempt in tried.items()}
+    return {name: error_of(attempt) for name, attempt in tried.items()}
+
+
+def monitored() -> bool:
+    """Whether a monitor notes the norms that a step has found."""
+    params, optimizer = made("cap")
     monitor = specopt.SpectralMonitor(optimizer, every=1)
     step(params, optimizer)
     told = [float(optimizer.state[param][STATS][Stat.SIGMA]) for param in params]
-    found["monitored"] = str(monitor.history["sigma"][-1].tolist() == told)
-    return found
+    return bool(monitor.history["sigma"][-1].tolist() == told)
 
 
 def certified(*placements: Placement) -> tuple[Any, str]:
@@ -56,7 +60,8 @@ def certified(*placements: Placement) -> tuple[Any, str]:
 
 def everything() -> dict[str, Any]:
     warnings.simplefilter("ignore")
-    return {"refused": refused(), "certified": [certified(), certified(Replicate()), certified(Shard(0))]}
+    certificates = [certified(), certified(Replicate()), certified(Shard(0))]
+    return {"refused": refused(), "monitored": monitored(), "certified": certificates}
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +78,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         ("too many geometries", r"geometry must have an entry for each of 1 params, got 2"),
         ("report", r"spectral_report reads whole weights, got one of shape \(6, 3, 3, 3\)"),
         ("monitor", r"a SpectralMonitor with weights=True reads whole weights"),
-        ("monitored", "True"),
     ],
 )
 def test_what_cut_kernels_do_not_allow_is_refused(found: list[dict[str, Any]], what: str, message: str) -> None:
     assert re.search(message, found[1]["refused"][what])
+
+
+def test_a_monitor_notes_the_norms_of_cut_kernels(found: list[dict[str, Any]]) -> None:
+    assert all(rank["monitored"] for rank in found)
 
 
 def test_a_certificate_of_kernels_on_ranks_is_that_of_whole_ones(found: list[dict[str, Any]]) -> None:
