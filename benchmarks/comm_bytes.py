@@ -139,6 +139,11 @@ def frobenius(weight: Weight) -> Asks:
     return Asks((Numbers(1, torch.float64),))
 
 
+def operator(weight: Weight, times: int = 1) -> Asks:
+    """Of a convolution under ``conv="operator"``: its kernel, twice under a penalty and corrections."""
+    return Asks((Numbers(weight.rows * weight.columns, weight.dtype),) * times)
+
+
 def _solved(weight: Weight) -> Numbers:
     """The Gram matrix on the short side, or all of the weight where that side is cut."""
     wide = weight.rows < weight.columns

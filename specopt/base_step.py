@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -13,9 +13,12 @@ from specopt import kernels
 from specopt.kernels import Penalty
 
 from .session import Gate
-from .sharding.cut import is_distributed
+from .sharding.cut import is_distributed, placed_like
 from .tracker.common import PREFIX
 from .views import Matrix
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def own_entries(state: Mapping[Any, Any]) -> dict[str, Any]:
@@ -68,7 +71,7 @@ def penalized(matrices: Sequence[Matrix], penalty: Penalty, gate: Gate) -> dict[
     copies = {matrix.param: torch.empty_like(matrix.param) for matrix in matrices}
     if is_distributed(matrices[0].param):
         for param, copy in copies.items():
-            copy.copy_(cast(Tensor, param.grad))  # which may be cut up otherwise
+            copy.copy_(placed_like(param.grad, cast("DTensor", param)))
     else:
         torch._foreach_copy_(list(copies.values()), [cast(Tensor, param.grad) for param in copies])
     views = [matrix.view_of(copies[matrix.param]) for matrix in matrices]

@@ -98,12 +98,12 @@ class SpectralOptimizer(Mixin):
         self._base.add_param_group(param_group)
         group = self.param_groups[-1]
         names = self.names()
+        check_kernels(group, names)
         for param in group["params"]:
             check_readable(param, group)
             check_sharded(param, group, names[param])
         if "target" in self.rule.names:
             adopt(group, self.names)
-        check_kernels(group, names)
 
     # torch declares two overloads, one of them without a closure
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -149,16 +149,16 @@ class SpectralOptimizer(Mixin):
         kept = [Kept(batch.matrices) for batch in batches if gate.is_undecided and not batch.base]
         sessions = self._sessions(batches, replace(gate, settled=same))
         sharded = [session for session in sessions if isinstance(session, ShardedSession)]
-        watched, on_shards = Unfinished.of(gate.workspace).watched, always if sharded else never
-        with watched(on_shards):
-            rounds = exchange.run(session.before() for session in sharded).rounds
         convolutions = OperatorSession(kernels_of(self), self.rule.names, gate)
+        is_sharded = bool(sharded) or convolutions.is_sharded
+        watched, on_shards = Unfinished.of(gate.workspace).watched, always if is_sharded else never
+        with watched(on_shards):
+            rounds = exchange.run([*(session.before() for session in sharded), convolutions.before()]).rounds
         is_begun = rounds > 0 or any(batch.ours for batch in batches)
-        with watched(written_to(self) if sharded and not is_begun else on_shards):
+        with watched(written_to(self) if is_sharded and not is_begun else on_shards):
             self._update_weights(batches, sessions, seeds, convolutions, gate)
         with watched(on_shards):
-            self._finish(batches, sessions, gate)
-            convolutions.finish()
+            self._finish(batches, sessions, convolutions, gate)
             for state in kept:
                 state.put_back(cast(Tensor, gate.found_inf).reshape(()) != 0)
             for batch in found:
@@ -212,7 +212,13 @@ class SpectralOptimizer(Mixin):
             seen = [matrix.param for batch in batches if not batch.ours for matrix in batch.matrices]
             self._blind_step([*seen, *(kernel.param for kernel in convolutions.kernels)])
 
-    def _finish(self, batches: Sequence[Batch], sessions: Sequence[Session | ShardedSession], gate: Gate) -> None:
+    def _finish(
+        self,
+        batches: Sequence[Batch],
+        sessions: Sequence[Session | ShardedSession],
+        convolutions: OperatorSession,
+        gate: Gate,
+    ) -> None:
         """What rules do after the base update. Sums that are due by the next step stay on their way."""
         with ExitStack() as stack:
             for batch, session in zip(batches, sessions, strict=True):
@@ -221,8 +227,9 @@ class SpectralOptimizer(Mixin):
                 if not isinstance(session, ShardedSession):
                     session.finish()
             sharded = [session.after() for session in sessions if isinstance(session, ShardedSession)]
+            due = exchange.run([*sharded, convolutions.after()])
             if sharded:
-                Unfinished.of(gate.workspace).due = exchange.run(sharded)
+                Unfinished.of(gate.workspace).due = due
 
     def _take_up(self) -> None:
         """What the last step has left to be summed over ranks: the state is complete then. See

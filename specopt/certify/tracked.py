@@ -75,7 +75,7 @@ def tracked_operators(optimizer: Optimizer) -> dict[Place, Seen]:
         return {}
     rows = zip(kernels, _stats([kernel.state[STATS] for kernel in kernels]), strict=True)
     return {
-        _place(kernel.param): Seen([top], "tracker", f"operator on {'x'.join(map(str, kernel.geometry.size))}")
+        _place(kernel.whole.values): Seen([top], "tracker", f"operator on {'x'.join(map(str, kernel.geometry.size))}")
         for kernel, (sigma, top, steps) in rows
         if sigma == sigma and steps > 0
     }

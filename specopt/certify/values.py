@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from ..sharding.cut import local_of
+
 
 @dataclass(frozen=True)
 class Value:
@@ -57,4 +59,5 @@ def listed(result: Any) -> Any:
 
 
 def memory_of(tensor: Any) -> int | None:
-    return tensor.untyped_storage().data_ptr() if isinstance(tensor, Tensor) else None
+    """Where a tensor begins, or this rank's part of one that is cut up."""
+    return local_of(tensor).untyped_storage().data_ptr() if isinstance(tensor, Tensor) else None

@@ -14,6 +14,10 @@ is exact in one step, because σ is homogeneous, and leaves the ratios of the sp
 it costs, that all directions shrink with the first, a penalty or decay avoids.
 
 ``mode="set"`` is refused: ``W + (σ* − σ) u vᵀ`` is no convolution of the kernel's shape.
+
+A kernel that is cut up over ranks is gathered before it is looked at: before the base update where the penalty asks for
+it, and in the first step; after it where it may be corrected. Every rank then follows the whole of it by itself, from
+the same bits to the same state, and writes its own part.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ from specopt.kernels import accumulation_dtype
 from ..operators import COLD, START, WARM, ConvOperator, Effort, Geometry, follow, parse, start
 from ..operators.tracker import columns_of
 from ..session import Gate, Ruled
+from ..sharding.exchange import Exchange
+from ..sharding.gathering import Whole, gather, meet
 from ..targets import target_sigma
 from ..tracker.common import BLOCK, COLD_STEPS, LEFT, LOST, PREFIX, PROBE, RIGHT, STATS, STEP, HostCopy, Stat
 from ..updates import is_on_device, rate_of
@@ -49,17 +55,18 @@ class Kernel:
     geometry: Geometry
     place: int
     """In its group."""
+    whole: Whole
     suffix = ""
 
     @property
     def operator(self) -> ConvOperator:
-        """As the kernel is now."""
-        return ConvOperator.of(self.param, self.geometry)
+        """As the kernel is now; of one that is cut up, as it was gathered."""
+        return ConvOperator.of(self.whole.values, self.geometry)
 
     @property
     def piece(self) -> Tensor:
         """The kernel of one group of channels, ``(out, in, *k)``."""
-        part = self.param.detach().narrow(0, 0, self.param.shape[0] // self.geometry.groups)
+        part = self.whole.values.narrow(0, 0, self.param.shape[0] // self.geometry.groups)
         return part.transpose(0, 1) if self.geometry.transposed else part
 
     @property
@@ -86,7 +93,7 @@ def _kernels(optimizer: Ruled, with_grad: bool) -> Iterator[Kernel]:
         for place, param in enumerate(group["params"]) if found else ():
             if id(param) in found and not (with_grad and param.grad is None):
                 state = optimizer.state[param] if with_grad else optimizer.state.get(param, {})
-                yield Kernel(param, group, state, found[id(param)], place)
+                yield Kernel(param, group, state, found[id(param)], place, Whole(param))
 
 
 def check_kernels(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> None:
@@ -124,22 +131,36 @@ class OperatorSession:
 
     def __init__(self, kernels: Sequence[Kernel], names: Sequence[str], gate: Gate) -> None:
         self.kernels, self.names, self.gate = kernels, names, gate
-        for kernel in kernels:
+        self.kept: list[tuple[MutableMapping[str, Any], dict[str, Tensor]]] = []
+        self.gradients: dict[Tensor, Tensor] = {}
+        """What the base update is to see in place of the parameters' own gradients, once :meth:`before` is through."""
+        meet([kernel.whole for kernel in kernels])
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks have to meet for it."""
+        return any(kernel.whole.sharers is not None for kernel in self.kernels)
+
+    def before(self) -> Exchange[None]:
+        """What comes before the base update."""
+        wanted = self.kernels if "snr_lambda" in self.names else [k for k in self.kernels if self._is_new(k)]
+        yield from gather([kernel.whole for kernel in wanted])
+        for kernel in wanted:
             if not has_state(kernel):
                 _begin(kernel)
-        self.kept = [_copies(kernel) for kernel in kernels if gate.is_undecided]
-        self.gradients: dict[Tensor, Tensor] = {}
-        """What the base update is to see in place of the parameters' own gradients."""
-        unknown = [k for k in kernels if "mode" in names and _target(k) == "initial" and INITIAL not in k.state]
-        for seen in look(unknown):
+        self.kept = [_copies(kernel) for kernel in self.kernels if self.gate.is_undecided]
+        for seen in look([kernel for kernel in wanted if self._lacks_target(kernel)]):
             seen.kernel.state[INITIAL] = seen.sigma.clone()
-        for seen in look(kernels) if "snr_lambda" in names else ():
+        for seen in look(wanted) if "snr_lambda" in self.names else ():
             self.gradients[seen.kernel.param] = self._penalized(seen)
 
-    def finish(self) -> None:
+    def after(self) -> Exchange[None]:
         """After the base update: in the order of the rules, each on what the one before it has left."""
         acts = {"decay_lambda": self._decay, "mode": self._scale}
-        for act in [acts[name] for name in self.names if name in acts]:
+        chosen = [acts[name] for name in self.names if name in acts]
+        if chosen:
+            yield from gather([kernel.whole for kernel in self.kernels])
+        for act in chosen:
             for seen in look(self.kernels):
                 act(seen)
         for kernel in self.kernels:
@@ -150,20 +171,27 @@ class OperatorSession:
             for key, value in copies.items():
                 state[key].copy_(torch.where(skipped.to(value.device), value, state[key]))
 
+    def _is_new(self, kernel: Kernel) -> bool:
+        """Its state is to begin with the kernel as it is found."""
+        return self._lacks_target(kernel) or not has_state(kernel)
+
+    def _lacks_target(self, kernel: Kernel) -> bool:
+        return "mode" in self.names and _target(kernel) == "initial" and INITIAL not in kernel.state
+
     def _penalized(self, seen: Seen) -> Tensor:
         """The gradient, with ``λ σ dσ/dK`` at the scale that it has."""
-        group, grad = seen.kernel.group, cast(Tensor, seen.kernel.param.grad)
+        group = seen.kernel.group
         sign = -1.0 if group.get("maximize") else 1.0  # the penalty is minimized all the same
         strength = sign * float(group["snr_lambda"]) * self.gate.gradient_scale(seen.sigma)
         gained = torch.where(seen.valid, strength * seen.sigma * seen.slope(), 0.0)
-        return grad.to(gained.dtype).add(gained).to(grad.dtype)
+        return seen.kernel.whole.gradient_with(gained)
 
     def _decay(self, seen: Seen) -> None:
         rate = rate_of(seen.kernel.group)
         rate = rate.to(seen.sigma) if isinstance(rate, Tensor) and is_on_device(rate) else float(rate)
         part = rate * float(seen.kernel.group["decay_lambda"]) * self.gate.open([seen.kernel], seen.sigma)[0]
         allowed = seen.valid & (part > 0)
-        _write(seen.kernel.param, torch.where(allowed, seen.weight - part * seen.sigma * seen.slope(), seen.weight))
+        seen.kernel.whole.store(torch.where(allowed, seen.weight - part * seen.sigma * seen.slope(), seen.weight))
 
     def _scale(self, seen: Seen) -> None:
         kernel, sigma, stats = seen.kernel, seen.sigma, seen.kernel.state[STATS]
@@ -178,7 +206,7 @@ class OperatorSession:
         moves = moves & (self.gate.open([kernel], sigma)[0] > 0)
         factor = torch.where(moves, target / torch.where(sigma > 0, sigma, 1.0), 1.0)
         stats[Stat.TOP] = sigma * factor
-        _write(kernel.param, seen.weight * factor)
+        kernel.whole.store(seen.weight * factor)
 
 
 class Seen(NamedTuple):
@@ -196,7 +224,7 @@ class Seen(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        return self.kernel.param.detach().to(self.sigma.dtype)
+        return self.kernel.whole.values.to(self.sigma.dtype)
 
     def slope(self) -> Tensor:
         """``dσ/dK``."""
@@ -277,7 +305,7 @@ def _begin(kernel: Kernel) -> None:
     (block,) = start([kernel.operator])
     stats = block.new_zeros(len(Stat))
     stats[Stat.RESIDUAL] = torch.inf
-    stats[Stat.CAPPED] = (kernel.param.detach().abs().amax() == 0).to(stats.dtype)
+    stats[Stat.CAPPED] = (kernel.whole.values.abs().amax() == 0).to(stats.dtype)
     old = kernel.state.get(STATS)
     if isinstance(old, Tensor) and old.shape[-1:] == stats.shape:  # that it began as zero outlives a restart
         stats[Stat.CAPPED] += old.reshape(-1, len(Stat))[:, Stat.CAPPED].amax().to(stats)
@@ -297,7 +325,3 @@ def _effort(kernel: Kernel) -> Effort:
 
 def _copies(kernel: Kernel) -> tuple[MutableMapping[str, Any], dict[str, Tensor]]:
     return kernel.state, {key: kernel.state[key].clone() for key in (OPERATOR, STATS)}
-
-
-def _write(param: Tensor, value: Tensor) -> None:
-    param.detach().copy_(value)

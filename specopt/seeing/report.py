@@ -48,11 +48,12 @@ def spectral_report(optimizer: Optimizer, top: int = 8) -> SpectralReport:
 
 
 def _report(optimizer: SpectralOptimizer, top: int) -> SpectralReport:
-    operators = _operator_rows(optimizer)
-    matrices = list(optimizer.matrices(with_grad=False))
-    check_whole((matrix.param for matrix in matrices), "spectral_report")
+    matrices, operators = list(optimizer.matrices(with_grad=False)), kernels_of(optimizer, with_grad=False)
+    controlled: list[Controlled] = [*matrices, *operators]
+    check_whole((one.param for one in controlled), "spectral_report")
+    behind = _operator_rows(optimizer, operators)
     if not matrices:
-        return SpectralReport(operators)
+        return SpectralReport(behind)
     stats, (grams, scales) = measure_spectrum(matrices)
     columns = [
         stats[:, Stat.RESIDUAL],
@@ -67,7 +68,7 @@ def _report(optimizer: SpectralOptimizer, top: int) -> SpectralReport:
         _row(names[matrix.param] + matrix.suffix, matrix, values.tolist(), spectrum.tolist())
         for matrix, values, spectrum in zip(matrices, found[:, : len(columns)], spectra, strict=True)
     ]
-    return SpectralReport(rows + operators)
+    return SpectralReport(rows + behind)
 
 
 def _row(name: str, matrix: Matrix, values: Sequence[float], spectrum: Sequence[float]) -> SpectralRow:
@@ -87,17 +88,17 @@ def _row(name: str, matrix: Matrix, values: Sequence[float], spectrum: Sequence[
     )
 
 
-def _operator_rows(optimizer: SpectralOptimizer) -> list[SpectralRow]:
+def _operator_rows(optimizer: SpectralOptimizer, operators: Sequence[Kernel]) -> list[SpectralRow]:
     """Rows of convolutions that are controlled as operators: sigma is the operator norm, frobenius that of the kernel,
     and a stable rank, which compares norms of one matrix, there is none."""
     names, rows = optimizer.names(), []
-    found = measured(kernels_of(optimizer, with_grad=False))
+    found = measured(operators)
     values = [
         torch.stack(
             [
                 sigma.double(),
                 residual.double(),
-                torch.linalg.vector_norm(kernel.param.detach().double()),
+                torch.linalg.vector_norm(kernel.whole.values.double()),
                 operator_targets(optimizer, [kernel], sigma)[0].double(),
                 _capped(optimizer, kernel, sigma).double(),
             ]
@@ -109,7 +110,7 @@ def _operator_rows(optimizer: SpectralOptimizer) -> list[SpectralRow]:
         rows.append(
             SpectralRow(
                 name=names[kernel.param],
-                shape=tuple(kernel.param.transpose(0, 1).shape if kernel.geometry.transposed else kernel.param.shape),
+                shape=_shape(kernel),
                 sigma=sigma,
                 target=None if target != target else target,
                 residual=residual,
@@ -121,6 +122,12 @@ def _operator_rows(optimizer: SpectralOptimizer) -> list[SpectralRow]:
             )
         )
     return rows
+
+
+def _shape(kernel: Kernel) -> tuple[int, ...]:
+    """As ``(out, in, *k)``."""
+    first, second, *lengths = kernel.param.shape
+    return (second, first, *lengths) if kernel.geometry.transposed else (first, second, *lengths)
 
 
 def targets(optimizer: SpectralOptimizer, matrices: Sequence[Matrix], like: Tensor) -> Tensor:

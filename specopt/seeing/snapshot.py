@@ -95,8 +95,9 @@ def check_norms(optimizer: SpectralOptimizer, *, weights: bool, gradients: bool)
         ValueError: norms asked for of what is cut up over ranks.
     """
     if weights:
-        controlled = (m.param for m in optimizer.matrices(with_grad=False) if optimizer.rule.is_on(m.group))
-        check_whole(controlled, "a SpectralMonitor with weights=True")
+        matrices = (m for m in optimizer.matrices(with_grad=False) if optimizer.rule.is_on(m.group))
+        controlled: list[Controlled] = [*matrices, *kernels_of(optimizer, with_grad=False)]
+        check_whole((one.param for one in controlled), "a SpectralMonitor with weights=True")
     if gradients:
         params = (param for group in optimizer.param_groups for param in group["params"])
         check_whole(params, "a SpectralMonitor with gradients=True")
@@ -118,7 +119,7 @@ def _table(optimizer: SpectralOptimizer, matrices: Sequence[Matrix], *, weights:
 
 def _operator_table(optimizer: SpectralOptimizer, operators: Sequence[Kernel], *, weights: bool) -> Tensor:
     stats = _stats(operators, [has_state(kernel) for kernel in operators])
-    norms = _norms([kernel.param.detach().flatten(1) for kernel in operators] if weights else [], stats)
+    norms = _norms([kernel.whole.values.flatten(1) for kernel in operators] if weights else [], stats)
     return torch.cat([stats, operator_targets(optimizer, operators, stats)[:, None], norms[:, None]], 1)
 
 

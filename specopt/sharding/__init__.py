@@ -31,13 +31,17 @@ same parameters with gradients on every rank. Ω and all other random columns ar
 taking its rows of them: sums do not depend on how many ranks there are, but by rounding. Decisions (another pair, a
 column to be replaced) are read on the host.
 
+Convolutions as operators (``conv="operator"``) are the exception: their kernels are small, and their maps are no
+products of parts. Every rank has the whole kernel for the time of a step, by a sum of parts amid zeros, follows it as
+if nothing was cut up, and writes its own part. Nothing that was measured decides what is summed.
+
 Sums go through process groups of our own, each of all the ranks that share a weight: a late one would hold up what
 comes behind it in the weights' own.
 
 Of a DTensor with nothing but replicas every rank makes the step of the whole matrix by itself.
 
 ``cut.py`` who holds what; ``views.py`` DTensors as matrices; ``exchange.py`` the packed sums; ``communicators.py`` whom
-they go through; ``unfinished.py`` what a step leaves behind; ``triplets.py`` from sums to triplets and bases;
-``pairs.py`` and ``halves.py`` the two trackers; ``sessions.py`` what rules do with them; ``checking.py`` what cannot be
-done.
+they go through; ``gathering.py`` parameters that every rank takes whole; ``unfinished.py`` what a step leaves behind;
+``triplets.py`` from sums to triplets and bases; ``pairs.py`` and ``halves.py`` the two trackers; ``sessions.py`` what
+rules do with them; ``checking.py`` what cannot be done.
 """

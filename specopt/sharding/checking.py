@@ -52,15 +52,14 @@ def check_sharded(param: Tensor, group: Mapping[str, Any], name: str) -> None:
         )
     told = f"the sharded {name} of shape {tuple(param.shape)}"
     if id(param) in geometries_in(group):
-        raise ValueError(
-            f"conv must be 'matrix' for {told}, got 'operator': an operator's norm is followed on whole kernels; leave "
-            f"the convolutions out of fully_shard, {INSTEAD}"
-        )
+        _check_parts(param, told)
+        return
     if is_controlled(param, group):
-        _check_parts(param, group, told)
+        _check_parts(param, told)
+        _check_rounding(param, group, told)
 
 
-def _check_parts(param: DTensor, group: Mapping[str, Any], told: str) -> None:
+def _check_parts(param: DTensor, told: str) -> None:
     if param.device_mesh.get_coordinate() is None:
         raise ValueError(
             f"the mesh of {told} must have in it every rank that makes an optimizer of it, got {param.device_mesh} on "
@@ -72,6 +71,9 @@ def _check_parts(param: DTensor, group: Mapping[str, Any], told: str) -> None:
             f"what a rank holds of {told} must have the shape {placed} that its mesh and placements {param.placements} "
             f"give it, got {here}: cut it up with fully_shard or distribute_tensor"
         )
+
+
+def _check_rounding(param: DTensor, group: Mapping[str, Any], told: str) -> None:
     if group["stochastic_rounding"] and param.dtype.itemsize == 2:
         raise ValueError(
             f"stochastic_rounding must be False for {told} and {param.dtype}, got True: it does not reach base updates "

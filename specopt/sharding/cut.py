@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -64,11 +64,26 @@ class Part(NamedTuple):
     def all_of(cls, tensor: Tensor) -> Part:
         return cls(tensor, [slice(None)] * tensor.ndim, tuple(tensor.shape))
 
-    def take(self, whole: Tensor) -> None:
-        """Its values from a tensor of the shape of the whole."""
+    def share_of(self, whole: Tensor) -> Tensor:
+        """What lies in its places of a tensor of the shape of the whole."""
         for dimension, index in enumerate(self.places):
             whole = whole[(slice(None),) * dimension + (index,)]
-        self.here.copy_(whole)
+        return whole
+
+    def take(self, whole: Tensor) -> None:
+        """Its values from a tensor of the shape of the whole."""
+        self.here.copy_(self.share_of(whole))
+
+    def amid_zeros(self) -> Tensor:
+        """Of the shape of the whole, zero in all other places: summed over the ranks, the whole. The zeros are
+        negative, which added to any number, to a zero too, leave its bits. Where a rank has all, that itself."""
+        found = self.here
+        for dimension, (index, length) in enumerate(zip(self.places, self.shape, strict=True)):
+            if found.shape[dimension] < length:
+                wide = found.new_full((*found.shape[:dimension], length, *found.shape[dimension + 1 :]), -0.0)
+                wide[(slice(None),) * dimension + (index,)] = found
+                found = wide
+        return found
 
 
 def is_distributed(tensor: object) -> TypeGuard[DTensor]:
@@ -85,6 +100,14 @@ def local_of(tensor: Tensor) -> Tensor:
     wait = getattr(local, "wait", None)  # a collective of DTensor's own may still be on its way
     found: Tensor = local if wait is None else wait()
     return found
+
+
+def placed_like(tensor: Any, like: DTensor) -> DTensor:
+    """A DTensor with the same numbers, cut up as another of its shape is: where it is not yet, by a collective of its
+    own. (``copy_`` refuses that where a dimension is shorter than the mesh that cuts it.)"""
+    if tensor.placements == like.placements:
+        return cast("DTensor", tensor)
+    return cast("DTensor", tensor.redistribute(like.device_mesh, like.placements))
 
 
 def is_cut(tensor: object) -> TypeGuard[DTensor]:

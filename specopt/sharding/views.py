@@ -28,6 +28,7 @@ from .cut import (
     is_cut,
     local_of,
     narrowed,
+    placed_like,
     sharers_of,
 )
 
@@ -48,11 +49,8 @@ class LocalMatrix(Matrix):
     @property
     def gradient_storage(self) -> Tensor:
         """This rank's part of the gradient, cut up and laid out like the weight."""
-        grad: Any = self.param.grad
         param: Any = self.param
-        if grad.placements != param.placements:
-            grad = grad.redistribute(param.device_mesh, param.placements)
-        found, like = local_of(grad), local_of(param.detach())
+        found, like = local_of(placed_like(param.grad, param)), local_of(param.detach())
         if found.stride() == like.stride():
             return found
         return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device).copy_(found)

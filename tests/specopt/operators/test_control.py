@@ -25,6 +25,7 @@ from specopt.operators import ConvOperator, Geometry, parse
 from specopt.rules.operator import OperatorSession, kernels_of
 from specopt.seeing.snapshot import STORED, Snapshot
 from specopt.session import Gate
+from specopt.sharding import exchange
 from specopt.tracker.common import STATS
 from tests.specopt.helpers import DEVICE
 from tests.specopt.operators.cases import norm
@@ -273,7 +274,8 @@ def test_a_skip_that_only_the_device_knows_of_changes_neither_kernels_nor_their_
         session = OperatorSession(
             kernels_of(optimizer), optimizer.rule.names, Gate(found_inf=torch.ones((), device=DEVICE))
         )
-        session.finish()
+        exchange.run([session.before()])
+        exchange.run([session.after()])
     for kernel, kept in zip(kernels_of(optimizer), before, strict=True):
         now = kernel.param, kernel.state["spectral_operator"], kernel.state["spectral_stats"]
         assert all(torch.equal(a, b) for a, b in zip(now, kept, strict=True))

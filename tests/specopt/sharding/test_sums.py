@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import specopt
 from benchmarks.collectives import Collectives
@@ -122,13 +122,6 @@ def refusals() -> dict[str, str]:
     def report() -> None:
         specopt.spectral_report(specopt.SNRSGD([weight(8, 6)]))
 
-    def operator(placement: Placement) -> None:
-        convolution = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3, bias=False))
-        (group,) = specopt.param_groups(convolution, conv="operator", inputs=torch.randn(1, 3, 8, 8))
-        kernel = distribute_tensor(group["params"][0][1].detach(), mesh, [placement])
-        group["params"] = [("0.weight", torch.nn.Parameter(kernel))]
-        specopt.wrap(torch.optim.SGD([group], lr=0.1), specopt.SpectralPenalty(0.1))
-
     def flattened(original: bool) -> None:
         model = FullyShardedDataParallel(torch.nn.Linear(8, 6), use_orig_params=original, device_id=torch.device("cpu"))
         specopt.NormScaleAdamW(model.parameters())
@@ -139,8 +132,6 @@ def refusals() -> dict[str, str]:
         specopt.SNRSGD([part.requires_grad_()])
 
     tried: dict[str, Callable[[], Any]] = {
-        "operator": lambda: operator(Shard(0)),
-        "operator of a replica": lambda: operator(Replicate()),
         "report": report,
         "rounding": lambda: specopt.SNRSGD([weight(8, 6, dtype=torch.bfloat16)], stochastic_rounding=True),
         "other parts": cut_otherwise,
@@ -166,8 +157,6 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("operator", r"conv must be 'matrix' for the sharded 0\.weight of shape \(6, 3, 3, 3\), got 'operator'"),
-        ("operator of a replica", r"conv must be 'matrix' for the sharded 0\.weight"),
         ("report", r"spectral_report reads whole weights, got one of shape \(8, 6\).*full_tensor"),
         ("rounding", r"stochastic_rounding must be False for the sharded 0\.0 .*MixedPrecisionPolicy"),
         ("other parts", r"rank holds of the sharded 0\.0 of shape \(8, 6\) must have the shape \(4, 6\).*got \(3, 6\)"),

@@ -1,0 +1,62 @@
+"""Parameters that every rank takes whole: one sum brings them, and each rank keeps its own part of what they become."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from .communicators import communicators
+from .cut import Part, Sharers, held, is_cut, is_distributed, local_of, placed_like, sharers_of
+from .exchange import Asked, Exchange
+
+
+class Whole:
+    """All of a parameter: its own memory; or, where it is cut up over ranks, what :func:`gather` has brought."""
+
+    def __init__(self, param: Tensor) -> None:
+        here = local_of(param.detach())
+        self.param, self.part = param, Part.all_of(here)
+        self.sharers: Sharers | None = None
+        """Those among whom it is cut up, if it is."""
+        self.values = here
+        """Of the parameter's dtype, and of the shape of the whole. Before anything is gathered it has no memory, and so
+        cannot be taken for the parameter's."""
+        if is_cut(param):
+            self.part, self.sharers = Part(here, held(param), tuple(param.shape)), sharers_of(param)
+            self.values = torch.empty(param.shape, dtype=param.dtype, device="meta")
+
+    def store(self, values: Tensor) -> None:
+        """Into the parameter, of which other ranks store their parts, rounded to its dtype."""
+        self.values.copy_(values)
+        if self.sharers is not None:
+            self.part.take(self.values)
+
+    def gradient_with(self, gained: Tensor) -> Tensor:
+        """The parameter's gradient, placed as that is, with what the whole gains added."""
+        grad = cast(Tensor, self.param.grad)
+        if not is_distributed(self.param):
+            return grad.to(gained.dtype).add(gained).to(grad.dtype)
+        found = torch.empty_like(self.param)
+        here = local_of(placed_like(grad, self.param)).to(gained.dtype)
+        local_of(found).copy_(here.add(self.part.share_of(gained)))
+        return found
+
+
+def meet(wholes: Sequence[Whole]) -> None:
+    """As :func:`specopt.sharding.exchange.meet`, of parameters that are cut up."""
+    for sharers, device in dict.fromkeys((whole.sharers, whole.part.here.device) for whole in wholes):
+        if sharers is not None:
+            communicators(sharers, device)
+
+
+def gather(wholes: Sequence[Whole]) -> Exchange[None]:
+    """Brings what is cut up, as it is now. Exact: of every number one rank has it, and the others add −0."""
+    cut = [(whole, whole.sharers) for whole in wholes if whole.sharers is not None]
+    if not cut:
+        return
+    sums = yield Asked([whole.part.amid_zeros() for whole, _ in cut], [sharers for _, sharers in cut])
+    for (whole, _), total in zip(cut, sums, strict=True):
+        whole.values = total
