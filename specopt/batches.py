@@ -18,7 +18,7 @@ from .sharding.checking import check_sharded
 from .sharding.cut import is_distributed, local_of
 from .sharding.sessions import has_state as sharded_state
 from .sharding.views import ShardedMatrix
-from .tracker.common import WAIT
+from .tracker.common import WAIT, move_on, wait_of
 from .tracker.device import runs_on
 from .updates import OnDeviceBase
 from .views import Matrix
@@ -51,11 +51,9 @@ class Batch:
     """Steps that the base optimizer still makes alone."""
 
     def move_on(self) -> None:
-        """By one step. Of a period of 1 nothing is kept."""
-        if self.period > 1:
-            self.wait = (self.wait or self.period) - 1
-            for matrix in self.matrices:
-                matrix.state[WAIT] = self.wait
+        """By one step."""
+        if self.period > 1 or WAIT in self.matrices[0].state:
+            self.wait = move_on((matrix.state for matrix in self.matrices), self.wait, self.period)
 
     def resting(self) -> Batch:
         """For a step of the base optimizer alone. What a pass on a device would make of it torch does."""
@@ -83,9 +81,7 @@ def batches_of(optimizer: SpectralOptimizer) -> list[Batch]:
         if fused:
             kind = (matrix.param.dtype,)
         period = optimizer.rule.period(matrix.group)
-        if period == 1:
-            matrix.state.pop(WAIT, None)
-        wait = min(matrix.state.get(WAIT, 0), period - 1) if has_state(optimizer, matrix) else 0
+        wait = wait_of(matrix.state, period) if has_state(optimizer, matrix) else 0
         kind += (is_sharded, is_distributed(matrix.param), optimizer.rule.sort(matrix), period, wait)
         new = Batch([], ours, is_sharded=is_sharded, period=period, wait=wait)
         batch = batches.setdefault((matrix.param.device, ours, *kind), new)

@@ -210,7 +210,7 @@ class SpectralOptimizer(Mixin):
                     stack.enter_context(gradients({matrix.param: None for matrix in batch.matrices}))
             stack.enter_context(gradients(convolutions.gradients))
             seen = [matrix.param for batch in batches if not batch.ours for matrix in batch.matrices]
-            self._blind_step([*seen, *(kernel.param for kernel in convolutions.kernels)])
+            self._blind_step([*seen, *(kernel.param for kernel in convolutions.everyone)])
 
     def _finish(
         self,

@@ -37,7 +37,21 @@ from ..session import Gate, Ruled
 from ..sharding.exchange import Exchange
 from ..sharding.gathering import Whole, gather, meet
 from ..targets import target_sigma
-from ..tracker.common import BLOCK, COLD_STEPS, LEFT, LOST, PREFIX, PROBE, RIGHT, STATS, STEP, HostCopy, Stat
+from ..tracker.common import (
+    BLOCK,
+    COLD_STEPS,
+    LEFT,
+    LOST,
+    PREFIX,
+    PROBE,
+    RIGHT,
+    STATS,
+    STEP,
+    HostCopy,
+    Stat,
+    move_on,
+    wait_of,
+)
 from ..updates import is_on_device, rate_of
 from ..views import could_be_controlled
 
@@ -72,6 +86,16 @@ class Kernel:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.piece.shape)
+
+    @property
+    def period(self) -> int:
+        """Of so many steps the rule acts in the first."""
+        return int(self.group.get("every", 1))
+
+    @property
+    def wait(self) -> int:
+        """Steps that the base optimizer still makes alone."""
+        return wait_of(self.state, self.period) if has_state(self) else 0
 
 
 def geometries_in(group: Mapping[str, Any]) -> dict[int, Geometry]:
@@ -129,12 +153,14 @@ def check_kernels(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> None
 class OperatorSession:
     """The control of kernels in one step, from before the base update to after it."""
 
-    def __init__(self, kernels: Sequence[Kernel], names: Sequence[str], gate: Gate) -> None:
-        self.kernels, self.names, self.gate = kernels, names, gate
+    def __init__(self, everyone: Sequence[Kernel], names: Sequence[str], gate: Gate) -> None:
+        self.everyone, self.names, self.gate = everyone, names, gate
+        self.kernels = [kernel for kernel in everyone if kernel.wait == 0]
+        """Those that are looked at in this step."""
         self.kept: list[tuple[MutableMapping[str, Any], dict[str, Tensor]]] = []
         self.gradients: dict[Tensor, Tensor] = {}
         """What the base update is to see in place of the parameters' own gradients, once :meth:`before` is through."""
-        meet([kernel.whole for kernel in kernels])
+        meet([kernel.whole for kernel in everyone])
 
     @property
     def is_sharded(self) -> bool:
@@ -166,6 +192,8 @@ class OperatorSession:
         for kernel in self.kernels:
             kernel.state[STATS][Stat.COUNT] += 1
             kernel.state[STEP] += 1
+        for kernel in self.everyone:
+            move_on([kernel.state], kernel.wait, kernel.period)
         for state, copies in self.kept:
             skipped = cast(Tensor, self.gate.found_inf).reshape(()) != 0
             for key, value in copies.items():

@@ -31,9 +31,10 @@ same parameters with gradients on every rank. Ω and all other random columns ar
 taking its rows of them: sums do not depend on how many ranks there are, but by rounding. Decisions (another pair, a
 column to be replaced) are read on the host.
 
-Convolutions as operators (``conv="operator"``) are the exception: their kernels are small, and their maps are no
-products of parts. Every rank has the whole kernel for the time of a step, by a sum of parts amid zeros, follows it as
-if nothing was cut up, and writes its own part. Nothing that was measured decides what is summed.
+A cap of all singular values (``rank="full"``) takes products of n × n matrices, which parts make no smaller: matrices
+come whole to every rank, some at a time. So do convolutions as operators (``conv="operator"``): their kernels are small,
+and their maps are no products of parts. Every rank has the whole kernel for the time of a step, by a sum of parts amid
+zeros, follows it as if nothing was cut up, and writes its own part. Nothing that was measured decides what is summed.
 
 Sums go through process groups of our own, each of all the ranks that share a weight: a late one would hold up what
 comes behind it in the weights' own.
@@ -42,6 +43,7 @@ Of a DTensor with nothing but replicas every rank makes the step of the whole ma
 
 ``cut.py`` who holds what; ``views.py`` DTensors as matrices; ``exchange.py`` the packed sums; ``communicators.py`` whom
 they go through; ``gathering.py`` parameters that every rank takes whole; ``unfinished.py`` what a step leaves behind;
-``triplets.py`` from sums to triplets and bases; ``pairs.py`` and ``halves.py`` the two trackers; ``sessions.py`` what
-rules do with them; ``checking.py`` what cannot be done.
+``triplets.py`` from sums to triplets and bases; ``pairs.py`` and ``halves.py`` the two trackers; ``measuring.py`` first
+triplets of weights as they are; ``whole.py`` caps of whole matrices; ``sessions.py`` what rules do with all that;
+``checking.py`` what cannot be done.
 """

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..rules import whole
 from ..session import Gate
-from .cut import Part, spread
+from .cut import Part
 from .exchange import Exchange, now
 from .views import ShardedMatrix
 
@@ -26,11 +26,12 @@ def cap_all(matrices: Sequence[ShardedMatrix], stats: Tensor, gate: Gate, *, wil
     valid = torch.zeros_like(stats[:, 0], dtype=torch.bool)
     for chosen in _some([matrix.cut.shape[0] * matrix.cut.shape[1] for matrix in matrices]):
         some, found = [matrices[i] for i in chosen], stats[chosen]
-        weights = yield now(some, [_spread(matrix) for matrix in some])
+        parts = [Part(matrix.weight, (matrix.cut.rows, matrix.cut.columns), matrix.cut.shape) for matrix in some]
+        weights = yield now(some, [part.amid_zeros() for part in parts])
         valid[chosen] = whole.cap_all(some, found, gate, wild=wild, weights=weights)
         stats[chosen] = found
-        for matrix, weight in zip(some, weights, strict=True):
-            Part(matrix.weight, (matrix.cut.rows, matrix.cut.columns), matrix.cut.shape).take(weight)
+        for part, weight in zip(parts, weights, strict=True):
+            part.take(weight)
     return valid
 
 
@@ -43,10 +44,3 @@ def _some(sizes: Sequence[int]) -> Iterator[list[int]]:
             chosen = []
         chosen.append(i)
     yield chosen
-
-
-def _spread(matrix: ShardedMatrix) -> Tensor:
-    """This rank's part in its place, the others zero."""
-    rows, columns = matrix.cut.shape
-    wide = spread(matrix.weight.mT, matrix.cut.columns, columns).mT
-    return spread(wide, matrix.cut.rows, rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -86,6 +86,22 @@ def count_step(matrices: Sequence[Matrix], stats: Tensor) -> None:
     scatter_stats(matrices, stats)
     for matrix in matrices:
         matrix.state[STEP] += 1
+
+
+def wait_of(state: Mapping[str, Any], period: int) -> int:
+    """Steps that the base optimizer still makes alone, where a rule acts in the first of so many."""
+    return min(int(state.get(WAIT, 0)), period - 1)
+
+
+def move_on(states: Iterable[MutableMapping[str, Any]], wait: int, period: int) -> int:
+    """After a step with so many to wait: those that are left. Of a period of 1 nothing is kept."""
+    left = (wait or period) - 1
+    for state in states:
+        if period > 1:
+            state[WAIT] = left
+        else:
+            state.pop(WAIT, None)
+    return left
 
 
 def gather_stats(matrices: Sequence[Matrix]) -> Tensor:

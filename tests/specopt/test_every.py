@@ -202,3 +202,23 @@ def test_what_cannot_be_is_said() -> None:
     state["state"][0][WAIT] = -1
     with pytest.raises(ValueError, match=r"spectral_wait of parameter 0\.0 must be a count of steps, got -1"):
         first.load_state_dict(state)
+
+
+def test_kernels_that_are_operators_are_at_their_norm_after_the_first_of_n_steps() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5)).to(DEVICE)
+    groups = specopt.param_groups(model, conv="operator", inputs=torch.randn(1, 3, 8, 8, device=DEVICE), target=0.5)
+    optimizer = specopt.NormScaleAdamW(groups, lr=1e-2, mode="rescale", every=3)
+    kernel, weight = model[0].weight, model[2].weight
+    geometry = specopt.operators.Geometry.of(model[0], (8, 8))
+    norms = []
+    for _ in range(7):
+        for param in model.parameters():
+            param.grad = torch.randn(param.shape, generator=generator).to(param)
+        optimizer.step()
+        norms.append(float(specopt.operators.operator_norm(kernel, geometry)))
+        assert optimizer.state[kernel][WAIT] == optimizer.state[weight][WAIT]
+    assert [abs(norm / 0.5 - 1) < 2e-3 for norm in norms] == [True, False, False, True, False, False, True]
+    optimizer.param_groups[0]["every"] = optimizer.param_groups[1]["every"] = 1
+    optimizer.step()
+    assert WAIT not in optimizer.state[kernel] and WAIT not in optimizer.state[weight]
