@@ -58,7 +58,7 @@ def methods(base: str) -> Iterator[Method]:
             yield _scaled(f"cap-{rank}-gain-{gain:g}", base, gain, mode="cap", rank=rank)
         for every in (3, 8):
             yield _scaled(f"cap-8-gain-{gain:g}-every-{every}", base, gain, mode="cap", rank=8, every=every)
-        yield _scaled(f"cap-full-50-gain-{gain:g}", base, gain, mode="cap", rank="full", every=50)
+        yield _scaled(f"cap-full-48-gain-{gain:g}", base, gain, mode="cap", rank="full", every=48)
     for gain in (0.5, 1.0, 2.0):
         yield _scaled(f"frobenius-gain-{gain:g}", base, gain, norm="frobenius")
     yield _scaled("set-gain-1", base, 1.0, mode="set")

@@ -32,9 +32,10 @@ taking its rows of them: sums do not depend on how many ranks there are, but by 
 column to be replaced) are read on the host.
 
 A cap of all singular values (``rank="full"``) takes products of n × n matrices, which parts make no smaller: matrices
-come whole to every rank, some at a time. So do convolutions as operators (``conv="operator"``): their kernels are small,
-and their maps are no products of parts. Every rank has the whole kernel for the time of a step, by a sum of parts amid
-zeros, follows it as if nothing was cut up, and writes its own part. Nothing that was measured decides what is summed.
+come whole to every rank, some at a time. So do convolutions as operators (``conv="operator"``): their kernels are
+small, and their maps are no products of parts. Every rank has the whole kernel for the time of a step, by a sum of
+parts amid zeros, follows it as if nothing was cut up, and writes its own part. Nothing that was measured decides what
+is summed.
 
 Sums go through process groups of our own, each of all the ranks that share a weight: a late one would hold up what
 comes behind it in the weights' own.

@@ -48,7 +48,7 @@ def time_methods(
     """A training step's time over that of the first recipe in the same block, by name: medians over blocks.
 
     Every recipe trains its own network on the same batches. A block is as many steps of each, recipe after recipe, as
-    the longest ``every`` among their methods, so that work done in each ``every``-th step has its share in each block.
+    the least common multiple of their methods' ``every``, so that work done in some steps alone has its share in each.
 
     Args:
         steps: of each recipe, at least; at least three blocks are taken.
@@ -64,7 +64,7 @@ def time_methods(
     runs = [Training(recipe, images, [0], Settings(device, bf16)) for recipe in recipes]
     batches = [_without_end(run) for run in runs]
     _block(runs, batches, COLD * max(map(tracked_period, recipes)), deadline)
-    block = max(period(recipe) for recipe in recipes)
+    block = math.lcm(*map(period, recipes))
     times = torch.stack(
         [_block(runs, batches, block, deadline) for _ in range(max(LEAST_BLOCKS, math.ceil(steps / block)))]
     )
