@@ -107,8 +107,14 @@ def compare_step_by_step(kind: str, steps: int, monkeypatch: pytest.MonkeyPatch,
     assert compared >= steps
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize("kind", RULES)
+MARKS = {kind: pytest.mark.full if kind not in ("snr", "set", "every second") else () for kind in RULES}
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [pytest.param(kind, "triton", marks=marks) for kind, marks in MARKS.items()]
+    + [(kind, "reference") for kind in RULES],
+)
 def test_each_fused_step_is_that_of_the_base_and_the_rule(
     kind: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +127,7 @@ def test_each_of_100_fused_steps_is_that_of_the_base_and_the_rule(kind: str, mon
     compare_step_by_step(kind, 100, monkeypatch, "triton")
 
 
+@pytest.mark.full
 def test_a_kept_half_product_has_the_bits_of_one_made_anew() -> None:
     results = []
     for kept in (True, False):

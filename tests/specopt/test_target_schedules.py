@@ -78,6 +78,7 @@ def test_switching_from_initial_to_others_and_back_returns_to_the_norm_of_the_st
         assert sigma(optimizer) == pytest.approx(expected, rel=2e-3), target
 
 
+@SHORT_ON_THE_REFERENCE
 def test_scheduled_lambda_holds_from_the_next_step_on_without_a_cold_restart(backend: str) -> None:
     params = weights()
     optimizer = specopt.SNRSGD(params, lr=1.0, snr_lambda=0.1, **FEW)
@@ -96,6 +97,7 @@ def test_scheduled_lambda_holds_from_the_next_step_on_without_a_cold_restart(bac
         assert objects(optimizer) == kept and counts(optimizer) == [done + 1] * 2
 
 
+@SHORT_ON_THE_REFERENCE
 def test_schedules_leave_the_batches_of_a_step_as_they_are_until_control_is_switched_off(backend: str) -> None:
     for optimizer, option in (
         (specopt.NormScaleAdamW(weights(), lr=1e-3, mode="cap", max_passes=1, **FEW), "target"),
