@@ -66,8 +66,8 @@ def replicas(kind: str) -> dict[str, list[str]]:
 
 
 def shards(kind: str) -> dict[str, float]:
-    """By optimizer the largest distance of a sharded weight from a whole one after some steps of both, over how far that
-    has come."""
+    """By optimizer the largest distance of a sharded weight from a whole one after some steps of both, over how far
+    that has come."""
     device, found = own_device(kind), {}
     mesh = init_device_mesh(kind, (dist.get_world_size(),))
     for name in CHOSEN:
