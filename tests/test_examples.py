@@ -72,6 +72,7 @@ def test_demo_methods_start_from_the_same_weights(demo: tuple[str, Path]) -> Non
     assert all(start == starts[0] for start in starts)
 
 
+@pytest.mark.full
 def test_demo_repeats_itself_but_for_the_times(demo: tuple[str, Path], tmp_path: Path) -> None:
     run("demo.py", "--epochs", "2", "--seeds", "1", "--device", "cpu", "--out", tmp_path, cwd=tmp_path)
     first, second = (json.loads((f / "demo.json").read_text())["curves"] for f in (demo[1], tmp_path))
@@ -91,7 +92,7 @@ def test_demo_refuses_a_folder_it_cannot_write_to_before_training(tmp_path: Path
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("option", ["--epochs", "--seeds"])
+@pytest.mark.parametrize("option", ["--epochs", pytest.param("--seeds", marks=pytest.mark.full)])
 def test_demo_refuses_to_run_nothing(option: str, tmp_path: Path) -> None:
     done = run("demo.py", option, "0", "--out", tmp_path, cwd=tmp_path)
     assert done.returncode == 2

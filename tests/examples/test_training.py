@@ -141,7 +141,7 @@ def one_epoch(recipe: Recipe, folder: Path, device: str = "auto") -> dict[str, A
 
 
 def test_run_that_is_killed_anywhere_ends_in_the_log_of_one_that_is_not(tmp_path: Path) -> None:
-    options = ("--recipe", "digits/mlp/snr", "--scale", "tiny", "--epochs", "12", "--device", "cpu")
+    options = ("--recipe", "digits/mlp/snr", "--scale", "tiny", "--epochs", "5", "--device", "cpu")
     whole = train("train.py", *options, "--out", tmp_path / "whole")
     assert whole.wait() == 0, whole.communicate()[1]
     killed = tmp_path / "killed/digits/mlp/snr/seed-0"

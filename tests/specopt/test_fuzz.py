@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # the interpreter's, of what is not finite
 ]
 CHUNK = 250
-QUICK, ALL = 1000, 5000
+QUICK, ALL = 500, 5000
 INTERPRETED_CHUNK = 15
 INTERPRETED_QUICK, INTERPRETED_ALL = 30, 120
 
