@@ -182,7 +182,7 @@ SYMMETRIC = {
 
 
 @BACKENDS
-@pytest.mark.parametrize("width", [1, 3, 16, 21])
+@pytest.mark.parametrize("width", [1, 3, 16, pytest.param(21, marks=pytest.mark.full)])
 @pytest.mark.parametrize("kind", SYMMETRIC)
 def test_eigenvectors_are_orthonormal_and_make_the_matrix_diagonal(kind, width, backend, device, monkeypatch):
     monkeypatch.setenv("SPECOPT_BACKEND", backend)
