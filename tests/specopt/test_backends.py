@@ -63,7 +63,7 @@ def train(kind: str, dtype: torch.dtype, steps: int) -> tuple[list[Tensor], Any]
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.full if kind == "rescale" else ()) for kind in RULES]
+    "kind", [pytest.param(kind, marks=pytest.mark.full if kind in ("set", "rescale") else ()) for kind in RULES]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)])
 def test_step_on_triton_equals_step_on_the_reference(

@@ -100,7 +100,7 @@ def test_tracked_caps_in_training_are_within_bounds_of_exact_ones(rank: int) -> 
 
 
 @pytest.mark.usefixtures("triton_backend")
-@pytest.mark.parametrize("rank", [pytest.param(3, marks=pytest.mark.full), 16, "full"])
+@pytest.mark.parametrize("rank", [*(pytest.param(rank, marks=pytest.mark.full) for rank in (3, 16)), "full"])
 def test_caps_by_the_kernels_are_the_references(rank: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 3 with a block of 12 columns, tracked; 16 exact."""
     generator = torch.Generator().manual_seed(3)

@@ -45,8 +45,6 @@ CASES: dict[str, tuple[tuple[int, ...], Callable[[Tensor], list[Tensor]], int]] 
     "stack-transposed": ((2, 25, 20), lambda w: [w[0].T, w[1].T], 25),
     "bilinear": ((20, 5, 6), lambda w: [w.reshape(20, 30)], 30),
 }
-QUICK = ("rows:2",)
-"""The others take long in Triton's interpreter, when they are tracked."""
 SEVERAL = [view for view, (shape, build, _) in CASES.items() if len(build(torch.zeros(shape))) > 1]
 
 
@@ -54,7 +52,7 @@ def steps() -> Iterator[Any]:
     for view in CASES:
         for block, kind in ((4, "tracked"), (32, "exact")):
             for backend in ("reference", "triton"):
-                long = backend == "triton" and block == 4 and view not in QUICK
+                long = backend == "triton" and block == 4  # tracked in Triton's interpreter
                 marks = [pytest.mark.full] if long else []
                 yield pytest.param(view, block, backend, id=f"{view}-{kind}-{backend}", marks=marks)
 

@@ -129,6 +129,7 @@ def test_several_operators_at_once_are_as_each_alone() -> None:
         assert torch.equal(together.lefts[i], alone.lefts[0])
 
 
+@pytest.mark.full
 def test_a_device_s_fixed_number_of_pairs_finds_the_same(triton_backend: None) -> None:
     pairs = [(nn.Conv1d(2, 3, 3, padding=1), (16,)), (nn.Conv1d(1, 4, 3), (9,)), (nn.Conv1d(4, 4, 3, groups=2), (8,))]
     operators = [operator_of(*pair) for pair in pairs]
