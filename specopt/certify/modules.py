@@ -57,6 +57,7 @@ def rule_of(module: nn.Module) -> Gain | None:
     if is_transformers_conv1d(module):
         return _matrix
     kind = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    # torch's stubs have no _conv_forward on the class of all convolutions
     if issubclass(kind, _ConvNd) and type(module)._conv_forward is not kind._conv_forward:  # type: ignore[attr-defined]
         return None
     return RULES.get(kind)

@@ -75,10 +75,10 @@ class NormScale(options.Shared):
         return int(group["every"])
 
     def has_state(self, matrix: Matrix) -> bool:
-        return pairs.has_state(matrix) if _is_tracked(matrix) else has_stats(matrix)
+        return pairs.has_state(matrix) if is_tracked(matrix) else has_stats(matrix)
 
     def is_fused(self, matrix: Matrix) -> bool:
-        return device.runs_on(matrix) and _is_tracked(matrix) and matrix.group["rank"] == 1
+        return device.runs_on(matrix) and is_tracked(matrix) and matrix.group["rank"] == 1
 
     def sort(self, matrix: Matrix) -> Hashable:
         return matrix.group["norm"], matrix.group["rank"]
@@ -110,7 +110,8 @@ NOISE = {torch.float32: 1e-3, torch.float64: 1e-7}
 in."""
 
 
-def _is_tracked(matrix: Matrix) -> bool:
+def is_tracked(matrix: Matrix) -> bool:
+    """Whether singular vectors are followed; else the rule changes the matrix as a whole."""
     return bool(matrix.group["norm"] == "spectral" and matrix.group["rank"] != "full")
 
 

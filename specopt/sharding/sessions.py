@@ -14,7 +14,7 @@ from specopt.kernels import Penalty
 
 from ..rules.compose import Compose, Corrections, find
 from ..rules.decay import SpectralDecay
-from ..rules.norm_scale import NormScale
+from ..rules.norm_scale import NormScale, is_tracked
 from ..rules.penalty import SpectralPenalty, strengths
 from ..rules.steering import INITIAL, beginners, noted_norm
 from ..rules.whole import finish_whole, frobenius_factors
@@ -72,7 +72,7 @@ def has_state(rule: Rule, matrix: ShardedMatrix) -> bool:
 
 def _is_whole(rule: Rule, matrix: Matrix) -> bool:
     """Whether the matrix is changed as a whole, and nothing of it is followed."""
-    return isinstance(rule, NormScale) and (matrix.group["norm"] == "frobenius" or matrix.group["rank"] == "full")
+    return isinstance(rule, NormScale) and not is_tracked(matrix)
 
 
 class _Penalized(ShardedSession):

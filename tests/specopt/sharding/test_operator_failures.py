@@ -16,13 +16,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 
-from specopt.session import Gate
 from specopt.sharding import exchange
 from specopt.tracker.common import STATS, Stat
 from tests.specopt.sharding.convolutions import Pair, made, mesh, step
 from tests.specopt.sharding.ranks import all_reduces, digest, run, run_with_deaths, state_tensors
+from tests.specopt.sharding.skipping import bits_of, skipping
 from tests.specopt.sharding.test_cut_off import error_of
-from tests.specopt.sharding.test_late_sums import is_far, steps_of
 from tests.specopt.sharding.twins import wholes
 
 KINDS = ("penalty", "cap", "decay")
@@ -46,14 +45,10 @@ def skipped(kind: str, seen: bool) -> bool:
     knowing that it does."""
     params, optimizer = made(kind)
     step(params, optimizer)
-    before, counts = digest(state_tensors(optimizer)), steps_of(optimizer)
-    flag: Any = torch.ones(())
-    flag.is_far = not seen
-    optimizer.found_inf, optimizer.grad_scale = flag, torch.ones(())
-    shut = property(lambda gate: gate.found_inf is not None and not is_far(gate) and bool(gate.found_inf))
-    with mock.patch.multiple(Gate, is_shut=shut, is_undecided=property(is_far)):
+    before = bits_of(optimizer)
+    with skipping(optimizer, seen=seen):
         step(params, optimizer)
-    return (before, counts) == (digest(state_tensors(optimizer)), steps_of(optimizer))
+    return before == bits_of(optimizer)
 
 
 def base_fails(kind: str) -> dict[str, Any]:

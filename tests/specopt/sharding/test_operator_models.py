@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as checkpoint
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -22,6 +20,7 @@ import specopt
 from specopt.rules.operator import OPERATOR
 from specopt.tracker.common import STATS, STEP, Stat
 from tests.specopt.sharding.ranks import run
+from tests.specopt.sharding.saved import load_from, save_to
 from tests.specopt.sharding.test_fully_shard import POLICIES, assert_close
 from tests.specopt.sharding.twins import Gap, Twins, wholes
 
@@ -148,8 +147,7 @@ def save(folder: Path) -> dict[str, Any]:
         model, optimizer = made(kind, seed=0)
         train(model, optimizer, range(BEFORE))
         half = weights(model), blocks(model, optimizer)
-        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-        checkpoint.save(states, checkpoint_id=folder / kind)
+        save_to(folder / kind, model, optimizer)
         train(model, optimizer, range(BEFORE, BEFORE + AFTER))
         found[kind] = *half, weights(model)
     return found
@@ -161,9 +159,7 @@ def load(folder: Path) -> dict[str, Any]:
     found = {}
     for kind in KINDS:
         model, optimizer = made(kind, seed=1)
-        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-        checkpoint.load(states, checkpoint_id=folder / kind)
-        set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+        load_from(folder / kind, model, optimizer)
         half = weights(model), blocks(model, optimizer)
         counts = [
             (optimizer.state[p][STEP], float(optimizer.state[p][STATS][Stat.COUNT])) for _, p in kernels_of(model)

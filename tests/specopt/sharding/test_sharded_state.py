@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as checkpoint
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -20,6 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import specopt
 from specopt.tracker.common import STATS, STEP, Stat
 from tests.specopt.sharding.ranks import run
+from tests.specopt.sharding.saved import load_from, save_to
 from tests.specopt.sharding.twins import wholes
 
 FEW: dict[str, Any] = {"block": 8, "max_passes": 4}
@@ -61,8 +60,7 @@ def save(folder: Path) -> dict[str, Any]:
         model, optimizer = model_of(kind)
         train(model, optimizer, range(BEFORE))
         half = weights(model)
-        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-        checkpoint.save(states, checkpoint_id=folder / kind)
+        save_to(folder / kind, model, optimizer)
         assert all(map(torch.equal, weights(model), half)), "saving has moved a weight"
         train(model, optimizer, range(BEFORE, BEFORE + AFTER))
         found[kind] = half, weights(model)
@@ -75,9 +73,7 @@ def load(folder: Path) -> dict[str, Any]:
     found = {}
     for kind in KINDS:
         model, optimizer = model_of(kind, seed=1)
-        states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-        checkpoint.load(states, checkpoint_id=folder / kind)
-        set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+        load_from(folder / kind, model, optimizer)
         half = weights(model)
         param = next(iter(model.parameters()))
         counts = optimizer.state[param][STEP], float(optimizer.state[param][STATS][Stat.COUNT])
