@@ -14,7 +14,7 @@ from ..control import SpectralOptimizer
 from ..rules import NormScale, find, targets_of
 from ..rules.operator import Kernel, kernels_of, measured, target_of
 from ..session import Controlled
-from ..sharding.checking import check_whole
+from ..sharding.gathering import bring, whole_matrices
 from ..tracker.common import STATS, Stat
 from ..tracker.measure import LARGEST, measure_spectrum, ritz_values
 from ..views import Matrix
@@ -48,12 +48,15 @@ def spectral_report(optimizer: Optimizer, top: int = 8) -> SpectralReport:
 
 
 def _report(optimizer: SpectralOptimizer, top: int) -> SpectralReport:
-    matrices, operators = list(optimizer.matrices(with_grad=False)), kernels_of(optimizer, with_grad=False)
-    controlled: list[Controlled] = [*matrices, *operators]
-    check_whole((one.param for one in controlled), "spectral_report")
+    operators = kernels_of(optimizer, with_grad=False)
+    bring([kernel.whole for kernel in operators])
     behind = _operator_rows(optimizer, operators)
-    if not matrices:
-        return SpectralReport(behind)
+    matrices = list(optimizer.matrices(with_grad=False))
+    rows = (row for some in whole_matrices(matrices) for row in _matrix_rows(optimizer, some, top))
+    return SpectralReport([*rows, *behind])
+
+
+def _matrix_rows(optimizer: SpectralOptimizer, matrices: Sequence[Matrix], top: int) -> list[SpectralRow]:
     stats, (grams, scales) = measure_spectrum(matrices)
     columns = [
         stats[:, Stat.RESIDUAL],
@@ -64,11 +67,10 @@ def _report(optimizer: SpectralOptimizer, top: int) -> SpectralReport:
     found = torch.cat([torch.stack(columns, 1), scales[:, None], grams.flatten(1)], 1).cpu().numpy()
     spectra = ritz_values(found[:, len(columns) + 1 :].reshape(grams.shape), found[:, len(columns)])[:, :top]
     names = optimizer.names()
-    rows = [
+    return [
         _row(names[matrix.param] + matrix.suffix, matrix, values.tolist(), spectrum.tolist())
         for matrix, values, spectrum in zip(matrices, found[:, : len(columns)], spectra, strict=True)
     ]
-    return SpectralReport(rows + behind)
 
 
 def _row(name: str, matrix: Matrix, values: Sequence[float], spectrum: Sequence[float]) -> SpectralRow:

@@ -25,9 +25,9 @@ def check_whole(params: Iterable[Tensor], what: str) -> None:
     for param in params:
         if is_cut(param):
             raise ValueError(
-                f"{what} reads whole weights, got one of shape {tuple(param.shape)} that is cut up over ranks: take "
-                "what the last step has found of it, optimizer.state[param]['spectral_stats'], or a copy of the model "
-                "with full_tensor() of its parameters"
+                f"{what} reads whole weights, got one of shape {tuple(param.shape)} that is cut up over ranks: ask for "
+                "spectral_report(optimizer) on all of them, or take what the last step has found of it, "
+                "optimizer.state[param]['spectral_stats']"
             )
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from ..views import Matrix, matrices_of
 from .communicators import communicators
 from .cut import Part, Sharers, held, is_cut, is_distributed, local_of, placed_like, sharers_of
-from .exchange import Asked, Exchange
+from .exchange import Asked, Exchange, run
+
+TOGETHER = 1 << 24
+"""Entries that are whole at the same time, but of one tensor at least."""
 
 
 class Whole:
@@ -60,3 +65,41 @@ def gather(wholes: Sequence[Whole]) -> Exchange[None]:
     sums = yield Asked([whole.part.amid_zeros() for whole, _ in cut], [sharers for _, sharers in cut])
     for (whole, _), total in zip(cut, sums, strict=True):
         whole.values = total
+
+
+def bring(wholes: Sequence[Whole]) -> None:
+    """:func:`gather`, by itself: all ranks that share something have to ask."""
+    run([gather(wholes)])
+
+
+def whole_matrices(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
+    """The same matrices in their order, to look at: where a parameter is cut up over ranks, those of a copy of all of
+    it, on every rank. As many at a time as come in one sum; all at once where nothing is cut up."""
+    params = list(dict.fromkeys(matrix.param for matrix in matrices))
+    for chosen in portions([param.numel() if is_cut(param) else 0 for param in params]):
+        wholes = {params[i]: Whole(params[i]) for i in chosen if is_cut(params[i])}
+        bring(list(wholes.values()))
+        among = {params[i] for i in chosen}
+        yield [
+            _of(matrix, wholes[matrix.param]) if matrix.param in wholes else matrix
+            for matrix in matrices
+            if matrix.param in among
+        ]
+
+
+def _of(matrix: Matrix, whole: Whole) -> Matrix:
+    """A matrix of a parameter, in a copy of all of that."""
+    found = matrices_of(whole.values, matrix.group, {}, matrix.columns, matrix.place)[matrix.part or 0]
+    return replace(found, param=matrix.param, state=matrix.state)
+
+
+def portions(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Places, in order, in lists of at most :data:`TOGETHER` entries, or of one place."""
+    chosen: list[int] = []
+    for i, size in enumerate(sizes):
+        if chosen and sum(sizes[j] for j in chosen) + size > TOGETHER:
+            yield chosen
+            chosen = []
+        chosen.append(i)
+    if chosen:
+        yield chosen

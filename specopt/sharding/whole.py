@@ -6,7 +6,7 @@ over the ranks as it is, which adds zeros to it, and every rank makes the same b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,16 +15,14 @@ from ..rules import whole
 from ..session import Gate
 from .cut import Part
 from .exchange import Exchange, now
+from .gathering import portions
 from .views import ShardedMatrix
-
-TOGETHER = 1 << 24
-"""Entries of matrices that are whole at the same time, but of one at least."""
 
 
 def cap_all(matrices: Sequence[ShardedMatrix], stats: Tensor, gate: Gate, *, wild: bool) -> Exchange[Tensor]:
     """See :func:`specopt.rules.whole.cap_all`."""
     valid = torch.zeros_like(stats[:, 0], dtype=torch.bool)
-    for chosen in _some([matrix.cut.shape[0] * matrix.cut.shape[1] for matrix in matrices]):
+    for chosen in portions([matrix.cut.shape[0] * matrix.cut.shape[1] for matrix in matrices]):
         some, found = [matrices[i] for i in chosen], stats[chosen]
         parts = [Part(matrix.weight, (matrix.cut.rows, matrix.cut.columns), matrix.cut.shape) for matrix in some]
         weights = yield now(some, [part.amid_zeros() for part in parts])
@@ -33,14 +31,3 @@ def cap_all(matrices: Sequence[ShardedMatrix], stats: Tensor, gate: Gate, *, wil
         for part, weight in zip(parts, weights, strict=True):
             part.take(weight)
     return valid
-
-
-def _some(sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Places, in order, in lists of at most :data:`TOGETHER` entries."""
-    chosen: list[int] = []
-    for i, size in enumerate(sizes):
-        if chosen and sum(sizes[j] for j in chosen) + size > TOGETHER:
-            yield chosen
-            chosen = []
-        chosen.append(i)
-    yield chosen

@@ -119,9 +119,6 @@ def refusals() -> dict[str, str]:
     def weight(*shape: int, dtype: torch.dtype | None = None) -> Any:
         return torch.nn.Parameter(distribute_tensor(torch.randn(shape, dtype=dtype), mesh, [Shard(0)]))
 
-    def report() -> None:
-        specopt.spectral_report(specopt.SNRSGD([weight(8, 6)]))
-
     def flattened(original: bool) -> None:
         model = FullyShardedDataParallel(torch.nn.Linear(8, 6), use_orig_params=original, device_id=torch.device("cpu"))
         specopt.NormScaleAdamW(model.parameters())
@@ -132,7 +129,6 @@ def refusals() -> dict[str, str]:
         specopt.SNRSGD([part.requires_grad_()])
 
     tried: dict[str, Callable[[], Any]] = {
-        "report": report,
         "rounding": lambda: specopt.SNRSGD([weight(8, 6, dtype=torch.bfloat16)], stochastic_rounding=True),
         "other parts": cut_otherwise,
         "flat": lambda: flattened(False),
@@ -157,7 +153,6 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("report", r"spectral_report reads whole weights, got one of shape \(8, 6\).*full_tensor"),
         ("rounding", r"stochastic_rounding must be False for the sharded 0\.0 .*MixedPrecisionPolicy"),
         ("other parts", r"rank holds of the sharded 0\.0 of shape \(8, 6\) must have the shape \(4, 6\).*got \(3, 6\)"),
         ("flat", r"parameter 0\.0 is a flattened shard .*fully_shard"),
