@@ -105,7 +105,15 @@ def test_norm_scaling_has_the_papers_losses_and_norms() -> None:
 
 def test_methods_not_run_are_listed_as_not_run() -> None:
     found = lines_of(made(VGG, ("vanilla", 0, {})))
-    assert list(found) == ["vanilla", "weight decay", "adversarial", "SNR", "SNR on AdamW (ours)", "cap (ours)"]
+    assert list(found) == [
+        "vanilla",
+        "weight decay",
+        "adversarial",
+        "SNR",
+        "AdamW",
+        "SNR on AdamW (ours)",
+        "cap (ours)",
+    ]
     assert found["adversarial"]["seeds"] == "not run" and found["adversarial"]["test accuracy: here"] == "–"
     assert found["adversarial"]["test accuracy: paper"] == "0.87"
 

@@ -11,6 +11,7 @@ NOT_RUN = "not run"
 LABELS = {
     "weight-decay": "weight decay",
     "snr": "SNR",
+    "adamw": "AdamW",
     "snr-adamw": "SNR on AdamW (ours)",
     "snr-adam": "SNR on Adam (ours)",
     "cap": "cap (ours)",
