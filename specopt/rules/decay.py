@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,15 +13,16 @@ from specopt import kernels
 
 from .. import options
 from ..session import Gate, Session
-from ..tracker import device, pairs
+from ..tracker import pairs
 from ..tracker.common import constant
 from ..updates import rate_of
 from ..views import Matrix, block_of
 from .after import After, AfterOnDevice
+from .strength import Strengthened
 
 
 @dataclass(frozen=True, repr=False)
-class SpectralDecay(options.Shared):
+class SpectralDecay(Strengthened):
     """``W ← W − lr λ σ₁ u₁v₁ᵀ`` after the base update, with the first triplet of the updated weight.
 
     To :class:`specopt.SpectralPenalty` what AdamW's weight decay is to a penalty ``λ/2 ‖W‖²`` in the loss: momentum and
@@ -38,34 +39,13 @@ class SpectralDecay(options.Shared):
     """
 
     lam: float = field(metadata=options.named("decay_lambda"))
-    names: ClassVar[tuple[str, ...]] = ("decay_lambda", *options.SHARED)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        options.check_lambda("lam", self.lam)
-        self.check(self.options)
-
-    def check(self, group: Mapping[str, Any]) -> None:
-        options.check_shared(group)
-        options.check_lambda("decay_lambda", group["decay_lambda"])
-
-    def is_on(self, group: Mapping[str, Any]) -> bool:
-        return bool(group["decay_lambda"] != 0)
+    strength: ClassVar[str] = "decay_lambda"
 
     def columns(self, group: Mapping[str, Any]) -> int:
         return pairs.basis_columns(block_of(group))
 
-    def period(self, group: Mapping[str, Any]) -> int:
-        return 1
-
     def has_state(self, matrix: Matrix) -> bool:
         return pairs.has_state(matrix)
-
-    def is_fused(self, matrix: Matrix) -> bool:
-        return device.runs_on(matrix)
-
-    def sort(self, matrix: Matrix) -> Hashable:
-        return None
 
     def takes_along(self, matrix: Matrix) -> bool:
         return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,10 +17,11 @@ from ..tracker import device, halves
 from ..tracker.common import constant
 from ..updates import is_on_device
 from ..views import Matrix, block_of
+from .strength import Strengthened
 
 
 @dataclass(frozen=True, repr=False)
-class SpectralPenalty(options.Shared):
+class SpectralPenalty(Strengthened):
     """``λ/2 · Σ σ₁²`` added to the objective: each matrix' gradient gains ``λ σ₁ u₁v₁ᵀ`` for the base update.
 
     ``p.grad`` is the same tensor with the same values after the step as before it. Under ``maximize=True`` the penalty
@@ -37,34 +38,13 @@ class SpectralPenalty(options.Shared):
     """
 
     lam: float = field(default=0.01, metadata=options.named("snr_lambda"))
-    names: ClassVar[tuple[str, ...]] = ("snr_lambda", *options.SHARED)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        options.check_lambda("lam", self.lam)
-        self.check(self.options)
-
-    def check(self, group: Mapping[str, Any]) -> None:
-        options.check_shared(group)
-        options.check_lambda("snr_lambda", group["snr_lambda"])
-
-    def is_on(self, group: Mapping[str, Any]) -> bool:
-        return bool(group["snr_lambda"] != 0)
+    strength: ClassVar[str] = "snr_lambda"
 
     def columns(self, group: Mapping[str, Any]) -> int:
         return halves.basis_columns(block_of(group))
 
-    def period(self, group: Mapping[str, Any]) -> int:
-        return 1
-
     def has_state(self, matrix: Matrix) -> bool:
         return halves.has_state(matrix)
-
-    def is_fused(self, matrix: Matrix) -> bool:
-        return device.runs_on(matrix)
-
-    def sort(self, matrix: Matrix) -> Hashable:
-        return None
 
     def takes_along(self, matrix: Matrix) -> bool:
         # a count of AdamW's steps on the device is moved on by a solve after the update, of which there is none here

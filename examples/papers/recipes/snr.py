@@ -14,8 +14,8 @@ Open questions: a batch of 512, which lies halfway from 64 to 4096 in powers of 
 learning rates; and 20 % of the training labels replaced, at batch 64.
 
 Ours, with nothing tuned: SNR on AdamW with lr 1e-3 at batch 64, twice that at 512 and four times at 4096; and SGD with
-the first eight singular values of each matrix capped at ``sqrt(out/in)``, the last layer and shortcuts left alone. Beside
-the former AdamW alone, which the paper has not, tells what of it is the base's.
+the first eight singular values of each matrix capped at ``sqrt(out/in)``, the last layer and shortcuts left alone.
+AdamW alone, which the paper has not, stands beside the former to tell what is the base's.
 """
 
 from __future__ import annotations
