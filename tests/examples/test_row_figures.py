@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,9 @@ VGG = "snr/vgg-cifar10-b4096"
 MLP = "normscale/mlp-5x2000"
 SIX = {"vanilla": {"gradient_norm": 0.5}, "weight-decay": {"gradient_norm": 1.5}, "adversarial": {"train": 0.7}}
 SIX |= {"snr": {"sigma": 0.5}, "snr-adamw": {"sigma": 40.0}, "cap": {"sigma": 1.0}}
+STATED = ("none", "frobenius", "spectral")
+PUBLISHED = tuple(f"{method}-published" for method in STATED)
+EIGHT = SIX | {"adamw": {"test": 0.6}, "ours": {"sigma": 0.9}}
 
 
 def with_layers(row: Row, count: int) -> Row:
@@ -64,9 +68,13 @@ def test_no_labels_overlap_in_curves_and_scatter(methods: int) -> None:
         assert {"vanilla"} <= {text.get_text() for text in texts(figure)}
 
 
-def test_seven_methods_with_published_ones_have_room() -> None:
-    methods = ("none", "frobenius", "spectral", "ours", "none-published", "frobenius-published", "spectral-published")
-    row = made_row(MLP, {name: {} for name in methods}, range(2))
+@pytest.mark.parametrize(
+    ("name", "methods"),
+    [(MLP, {name: {} for name in (*STATED, "ours", *PUBLISHED)}), (VGG, EIGHT)],
+    ids=["seven", "eight"],
+)
+def test_all_methods_of_a_row_have_room(name: str, methods: dict[str, Any]) -> None:
+    row = made_row(name, methods, range(2))
     for figure in (curves(row), gap_against_gradient_norm(row), spectral_norms(row)):
         assert figure is not None and clashes(figure) == []
 

@@ -45,7 +45,7 @@ def test_paper_and_ours_stand_side_by_side_with_mean_and_deviation_over_seeds() 
     assert found["vanilla"]["test accuracy: here"] == "0.550 ± 0.071"
     assert found["SNR"]["test accuracy: here"] == "0.700"
     assert (found["vanilla"]["seeds"], found["SNR"]["seeds"]) == ("2", "1")
-    assert (found["vanilla"]["time"], found["SNR"]["time"], found["cap (ours)"]["time"]) == ("1.00", "1.03", "–")
+    assert (found["vanilla"]["time"], found["SNR"]["time"], found["cap on SGD (ours)"]["time"]) == ("1.00", "1.03", "–")
     assert found["SNR"]["mean σ₁"] == "2.00" and found["SNR"]["deviation of σ₁"].startswith("0.1")
 
 
@@ -112,7 +112,8 @@ def test_methods_not_run_are_listed_as_not_run() -> None:
         "SNR",
         "AdamW",
         "SNR on AdamW (ours)",
-        "cap (ours)",
+        "cap on SGD (ours)",
+        "cap on AdamW (ours)",
     ]
     assert found["adversarial"]["seeds"] == "not run" and found["adversarial"]["test accuracy: here"] == "–"
     assert found["adversarial"]["test accuracy: paper"] == "0.87"

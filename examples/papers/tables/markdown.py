@@ -16,6 +16,8 @@ LABELS = {
     "snr-adam": "SNR on Adam (ours)",
     "cap": "cap (ours)",
     "ours": "cap (ours)",
+    "snr/cap": "cap on SGD (ours)",
+    "snr/ours": "cap on AdamW (ours)",
     "frobenius": "Frobenius",
     "spect-reg": "SpectReg",
     "double-back": "DoubleBack",

@@ -8,7 +8,7 @@ from ... import published
 from ...recipes import rows as recipes_of
 from .testing import Rows, Verdict, accuracy, compare, difference, judge
 
-OURS = {"snr": ("snr-adamw", "cap"), "normscale": ("ours",), "gradreg": ("snr-adam", "spectral", "cap")}
+OURS = {"snr": ("snr-adamw", "cap", "ours"), "normscale": ("ours",), "gradreg": ("snr-adam", "spectral", "cap")}
 """By table."""
 
 
