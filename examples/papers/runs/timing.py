@@ -63,7 +63,8 @@ def time_methods(
     deterministic()  # as the runs themselves are
     runs = [Training(recipe, images, [0], Settings(device, bf16)) for recipe in recipes]
     batches = [_without_end(run) for run in runs]
-    _block(runs, batches, COLD * max(map(tracked_period, recipes)), deadline)
+    for recipe, run, some in zip(recipes, runs, batches, strict=True):
+        _block([run], [some], COLD * tracked_period(recipe), deadline)
     block = math.lcm(*map(period, recipes))
     times = torch.stack(
         [_block(runs, batches, block, deadline) for _ in range(max(LEAST_BLOCKS, math.ceil(steps / block)))]
