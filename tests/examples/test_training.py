@@ -462,6 +462,19 @@ def test_times_have_the_share_of_what_is_done_in_each_50th_step(
     assert taken == {"vanilla": least, "full": least}
 
 
+def test_each_method_is_timed_after_its_own_first_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = {"vanilla": 0, "third": 0}
+
+    def step(self: Training, batch: Batch) -> float:
+        taken[self.recipe.method.name] += 1
+        return 1.0
+
+    monkeypatch.setattr(Training, "time_step", step)
+    third = Method("third", norm_scale={"mode": "cap", "every": 3})
+    time_methods([recipe_of(VANILLA), recipe_of(third)], load("digits"), "cpu")
+    assert taken == {"vanilla": 22 + 30, "third": 3 * 22 + 30}
+
+
 def test_times_are_of_runs_as_they_are_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     time_methods([recipe_of(VANILLA)], load("digits"), "cpu", steps=1)

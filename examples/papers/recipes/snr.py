@@ -15,9 +15,9 @@ learning rates; and 20 % of the training labels replaced, at batch 64.
 
 Ours: SNR on AdamW with lr 1e-3 at batch 64, twice that at 512 and four times at 4096; SGD with the first eight singular
 values of each matrix capped at ``sqrt(out/in)``; and AdamW with them capped at Norm Scaling's targets in every third
-step, the last layer and shortcuts left alone in both. The last was chosen by examples/search.py on a validation split,
-for VGG at batch 4096 and scale ``cpu``, among what costs at most 5 % of a step; nothing else was tuned. AdamW alone,
-which the paper has not, tells what of it is the base's.
+step, the last layer and shortcuts left alone in both. The last was chosen on a validation split, for VGG at batch 4096
+and scale ``cpu`` (docs/results.md); nothing else was tuned. AdamW alone, which the paper has not, tells what of it is
+the base's.
 """
 
 from __future__ import annotations

@@ -47,8 +47,9 @@ def time_methods(
 ) -> dict[str, float]:
     """A training step's time over that of the first recipe in the same block, by name: medians over blocks.
 
-    Every recipe trains its own network on the same batches. A block is as many steps of each, recipe after recipe, as
-    the least common multiple of their methods' ``every``, so that work done in some steps alone has its share in each.
+    Every recipe trains its own network, and before any of its steps is timed as many as its tracker takes to settle. A
+    block is as many steps of each, recipe after recipe, as the least common multiple of their methods' ``every``, so
+    that work done in some steps alone has its share in each.
 
     Args:
         steps: of each recipe, at least; at least three blocks are taken.
