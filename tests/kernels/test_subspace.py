@@ -63,7 +63,7 @@ def test_zero_equal_and_dependent_columns_are_replaced() -> None:
     low_rank = random(60, 2, seed=1) @ random(2, 8, seed=2)
     for basis in orthonormal([repeated, low_rank, torch.zeros(60, 8, device=DEVICE)]):
         found = basis[:, basis.norm(dim=0) > 0]
-        assert_orthonormal(found)
+        assert_orthonormal(found, 2e-4)  # of dependent columns only to what their rounding leaves, by CPU up to 1e-4
         assert found.shape[1] >= 7  # a column of nothing but rounding may be left out
 
 
