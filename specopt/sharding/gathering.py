@@ -75,15 +75,16 @@ def bring(wholes: Sequence[Whole]) -> None:
 def whole_matrices(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
     """The same matrices in their order, to look at: where a parameter is cut up over ranks, those of a copy of all of
     it, on every rank. As many at a time as come in one sum; all at once where nothing is cut up."""
-    params = list(dict.fromkeys(matrix.param for matrix in matrices))
+    by_param: dict[Tensor, list[Matrix]] = {}
+    for matrix in matrices:
+        by_param.setdefault(matrix.param, []).append(matrix)
+    params = list(by_param)
     for chosen in portions([param.numel() if is_cut(param) else 0 for param in params]):
-        wholes = {params[i]: Whole(params[i]) for i in chosen if is_cut(params[i])}
+        some = [params[i] for i in chosen]
+        wholes: dict[Tensor, Whole] = {param: Whole(param) for param in some if is_cut(param)}
         bring(list(wholes.values()))
-        among = {params[i] for i in chosen}
         yield [
-            _of(matrix, wholes[matrix.param]) if matrix.param in wholes else matrix
-            for matrix in matrices
-            if matrix.param in among
+            _of(matrix, wholes[param]) if param in wholes else matrix for param in some for matrix in by_param[param]
         ]
 
 
