@@ -86,7 +86,11 @@ def orthonormalize(
             for i, small in zip(group, factor.unbind(), strict=True):
                 torch.mm(first[i], small, out=out[i])
     if rest:
-        orthonormalize_all([candidates[i] for i in rest], [starts[i] for i in rest], [out[i] for i in rest])
+        # in double precision, so that what hardly stands out of the others is orthonormal too
+        wide, fresh, found = ([some[i].double() for i in rest] for some in (candidates, starts, out))
+        orthonormalize_all(wide, fresh, found, rounding=out[rest[0]].dtype)
+        for i, basis in zip(rest, found, strict=True):
+            out[i].copy_(basis)
 
 
 def next_basis(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .backend import allocate
 from .blocks import grams, mixes
-from .small import orthonormalizers
+from .small import dependence, orthonormalizers
 from .tables import constant
 
 
@@ -54,13 +54,25 @@ REFILL_THRESHOLD = 0.05
 
 
 def orthonormalize_all(
-    candidates: Sequence[Tensor], starts: Sequence[Tensor], out: Sequence[Tensor], active: Tensor | None = None
+    candidates: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    out: Sequence[Tensor],
+    active: Tensor | None = None,
+    *,
+    rounding: torch.dtype | None = None,
 ) -> None:
-    """:func:`orthonormalize` whatever the candidates are."""
+    """:func:`~specopt.kernels.orthonormalize` whatever the candidates are.
+
+    A column that the first pass keeps at its threshold is little but the others' rounding errors; the second leaves
+    them up to a few ``eps · K / REFILL_THRESHOLD`` from orthonormal, 1e-4 in fp32.
+
+    Args:
+        rounding: what the candidates were computed in, where they are given in more than that.
+    """
     gram, scale = grams(candidates)
     finite = (gram.sum((1, 2)) + scale).isfinite()
     active = finite if active is None else active & finite
-    factor, dropped = orthonormalizers(gram)
+    factor, dropped = orthonormalizers(gram, threshold=dependence(gram.shape[-1], rounding or gram.dtype))
     counts = constant([float(block.shape[1]) for block in candidates], gram.dtype, gram.device)
     real = torch.arange(gram.shape[-1], device=gram.device) < counts[:, None]
     refill = torch.diag_embed((dropped & real).to(gram.dtype))

@@ -32,6 +32,11 @@ def cholesky_shift(width: int, dtype: torch.dtype) -> float:
     return width * torch.finfo(dtype).eps
 
 
+def dependence(width: int, dtype: torch.dtype) -> float:
+    """Squared relative distance of a column from those before it under which it is rounding errors as likely as not."""
+    return 8 * cholesky_shift(width, dtype)
+
+
 def orthonormalizers(gram: Tensor, *, threshold: float | None = None) -> tuple[Tensor, Tensor]:
     """``T`` with ``(X T)ᵀ (X T) = I`` from ``G = XᵀX``: Cholesky-QR with the columns normalized first.
 
@@ -41,13 +46,13 @@ def orthonormalizers(gram: Tensor, *, threshold: float | None = None) -> tuple[T
     Args:
         gram: (B, K, K), symmetric, diagonal at most about 1e30 and at least 1 for the largest column.
         threshold: squared relative distance from the columns before under which a column counts as dependent; by
-            default eight times :func:`cholesky_shift`.
+            default :func:`dependence`.
 
     Returns:
         ``T`` (B, K, K) upper triangular and ``dropped`` (B, K) bool.
     """
     shift = cholesky_shift(gram.shape[-1], gram.dtype)
-    threshold = 8 * shift if threshold is None else threshold
+    threshold = dependence(gram.shape[-1], gram.dtype) if threshold is None else threshold
     if backend_for(gram.device, gram.dtype) == "triton":
         from . import device
 

@@ -15,13 +15,33 @@ def orthonormalizers(gram: Tensor, shift: float, threshold: float) -> tuple[Tens
     normalized = gram * inverse_norm[:, :, None] * inverse_norm[:, None, :]
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     normalized = (normalized + torch.diag_embed(zero.to(gram.dtype)) + shift * eye) / (1 + shift)
-    lower, info = torch.linalg.cholesky_ex(normalized)
+    lower, info, dropped = _eliminated(normalized, threshold)
     inverse = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
-    pivots = lower.diagonal(dim1=-2, dim2=-1).square()
-    failed = (info != 0)[:, None]
-    dropped = zero | (~failed & (pivots < threshold))
+    failed, dropped = (info != 0)[:, None], zero | dropped
     factor = torch.where(failed[:, :, None], eye, inverse.mT) * inverse_norm[:, :, None]
     return torch.where(dropped[:, None, :], 0.0, factor), dropped
+
+
+def _eliminated(matrices: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Cholesky factors, error codes, and which columns have a pivot under the threshold, or one that is none. Such a
+    column is left out, as the identity's, so that the rounding errors it consists of do not enter those after it.
+
+    Another may have depended on it alone, so they are left out one by one. That takes as many factorizations; only
+    where values may be looked at is it known whether there is one to make, and elsewhere they are left out together.
+    """
+    width, on_host = matrices.shape[-1], matrices.device.type == "cpu"
+    index = torch.arange(width, device=matrices.device)
+    diagonal = index[:, None] == index
+    small = dropped = torch.zeros(matrices.shape[:-1], dtype=torch.bool, device=matrices.device)
+    for _ in range(width + 1 if on_host else 2):
+        dropped = dropped | (small & (small.cumsum(1) == 1) if on_host else small)
+        apart = (dropped[:, :, None] | dropped[:, None, :]) & ~diagonal
+        lower, info = torch.linalg.cholesky_ex(torch.where(apart, 0.0, matrices))
+        order = torch.where(info == 0, width, info - 1)[:, None]  # of the column at which it failed
+        small = (index <= order) & ((lower.diagonal(dim1=-2, dim2=-1).square() < threshold) | (index == order))
+        if on_host and not bool(small.any()):
+            break
+    return lower, info, dropped
 
 
 def rotations(gram: Tensor) -> tuple[Tensor, Tensor]:

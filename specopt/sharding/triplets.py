@@ -96,7 +96,10 @@ CANCELLED = 1e-8
 FAINT = 1e-12
 """Of a random column, in the place of a candidate that may be zero: less than the rounding of one that is not."""
 LOOSE = 1e-5
-"""Entry of ``TᵀGT - I`` from which T is none of G: its Cholesky factorization has failed."""
+"""Entry of ``TᵀGT - I`` from which T is none of G, be it that G's Cholesky factorization has failed or that G's own
+rounding errors come to as much."""
+ROUNDINGS = 8
+"""Of terms of length 1, how many eps an entry of G is wrong by."""
 
 
 class Factor(NamedTuple):
@@ -125,6 +128,7 @@ def factors(gram: Tensor, mixing: Tensor) -> Factor:
     found, dropped = (each[0] for each in kernels.orthonormalizers((wanted / scale)[None], threshold=DEPENDENT))
     made = found / scale.sqrt()
     error = (made.mT @ wanted @ made - torch.eye(len(made), dtype=made.dtype, device=made.device)).abs().amax()
+    error += ROUNDINGS * torch.finfo(made.dtype).eps * made.square().sum(0).amax()
     cancelled = wanted.diagonal() < CANCELLED
     settled = bool(~dropped.any() & ~cancelled.any() & (error < LOOSE))
     return Factor(made, dropped, cancelled & ~dropped, settled)

@@ -68,6 +68,29 @@ def test_dependent_and_zero_columns_are_dropped_and_the_others_stay_orthonormal(
 
 
 @SIDES
+def test_a_dropped_column_enters_none_after_it(side, device):
+    """The third column is the little that the second has beside the first, which is dropped for being so little."""
+    x = _random(100, 4, 3, device)
+    x[:, 1] = x[:, 0] + 1e-2 * x[:, 2]
+    factor, dropped = side.orthonormalizers((x.mT @ x).float()[None], cholesky_shift(4, torch.float32), 1e-3)
+    assert dropped[0].tolist() == [False, True, False, False]
+    assert (factor[0, 1] == 0).all()
+    kept = (x @ factor[0].double())[:, ~dropped[0]]
+    assert _identity_error(kept) < 1e-5
+
+
+@SIDES
+def test_columns_of_rounding_errors_leave_the_others_orthonormal(side, device):
+    for seed in range(8):
+        x = torch.cat([_random(60, 3, seed, device)] * 3, 1).float()
+        x[:, 3:] += 1e-5 * _random(60, 6, seed + 8, device).float()
+        x[:, 8] = _random(60, 1, seed + 16, device)[:, 0]
+        q, _, dropped = _factor(side, x.double())
+        assert dropped[3:8].all() and not dropped[8]
+        assert _identity_error(q[:, ~dropped]) < 1e-5
+
+
+@SIDES
 def test_a_column_of_zeros_alone_is_dropped(side, device):
     _, factor, dropped = _factor(side, torch.zeros(4, 1, dtype=torch.float64, device=device))
     assert dropped.all() and (factor == 0).all()

@@ -162,19 +162,28 @@ def test_kernels_of_extreme_size_are_followed(scale: float) -> None:
     [
         (nn.Conv1d(1, 3, 3), (12,)),
         (nn.Conv1d(1, 3, 3), (13,)),
-        (nn.Conv1d(1, 3, 3), (19,)),
         (nn.Conv1d(1, 1, 1), (1,)),
         (nn.Conv2d(5, 1, 7), (7, 7)),
         (nn.Conv2d(8, 8, 3, groups=8), (4, 4)),
         (nn.ConvTranspose1d(14, 1, 3), (1,)),
     ],
-    ids=["all of a basis", "one more", "with a search", "a number", "one output", "many groups", "one pixel"],
+    ids=["all of a basis", "one more", "a number", "one output", "many groups", "one pixel"],
 )
 def test_operators_of_few_dimensions_are_exact(module: nn.Module, size: tuple[int, ...]) -> None:
     operator = operator_of(module, size)
     block = start([operator])
     for step in range(3):
         assert error(follow([operator], block, WARM if step else START, step), operator) < 1e-5
+
+
+def test_operators_of_hardly_more_dimensions_than_columns_are_found_to_a_thousandth() -> None:
+    """Nineteen: the search has room beside twelve columns, and pairs end at their tolerance, not at rounding."""
+    for seed in range(40):
+        torch.manual_seed(seed)
+        operator = operator_of(nn.Conv1d(1, 3, 3), (19,))
+        block = start([operator])
+        for step in range(3):
+            assert error(follow([operator], block, WARM if step else START, step), operator) < 1e-3, seed
 
 
 def test_a_zero_kernel_has_norm_zero_and_leaves_a_basis_to_go_on_from() -> None:
