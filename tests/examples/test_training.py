@@ -462,6 +462,22 @@ def test_times_have_the_share_of_what_is_done_in_each_50th_step(
     assert taken == {"vanilla": least, "full": least}
 
 
+def test_a_machine_that_becomes_slower_from_step_to_step_changes_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = {"vanilla": 0, "third": 0}
+
+    def step(self: Training, batch: Batch) -> float:
+        name = self.recipe.method.name
+        taken[name] += 1
+        total = sum(taken.values())
+        hindered = 5.0 if total % 17 == 0 else 1.0
+        return (1.2 if name == "third" and taken[name] % 3 == 0 else 1.0) * 1.002**total * hindered
+
+    monkeypatch.setattr(Training, "time_step", step)
+    third = Method("third", norm_scale={"mode": "cap", "every": 3})
+    found = time_methods([recipe_of(VANILLA), recipe_of(third)], load("digits"), "cpu")
+    assert found["digits/mlp/third"] == pytest.approx(3.2 / 3, abs=0.01)
+
+
 def test_each_method_is_timed_after_its_own_first_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = {"vanilla": 0, "third": 0}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 
@@ -45,11 +44,12 @@ def time_methods(
     bf16: bool = False,
     deadline: float = math.inf,
 ) -> dict[str, float]:
-    """A training step's time over that of the first recipe in the same block, by name: medians over blocks.
+    """A training step's time over that of the first recipe beside it, by name.
 
-    Every recipe trains its own network, and before any of its steps is timed as many as its tracker takes to settle. A
-    block is as many steps of each, recipe after recipe, as the least common multiple of their methods' ``every``, so
-    that work done in some steps alone has its share in each.
+    Every recipe trains its own network, and before any of its steps is timed as many as its tracker takes to settle.
+    The recipes take turns, a step each, for a machine's speed changes from one second to the next. A block is as many
+    turns as the least common multiple of their methods' ``every``: of each turn the median over blocks, and of a block
+    the mean, so that work done in some steps alone has its share.
 
     Args:
         steps: of each recipe, at least; at least three blocks are taken.
@@ -65,13 +65,13 @@ def time_methods(
     runs = [Training(recipe, images, [0], Settings(device, bf16)) for recipe in recipes]
     batches = [_without_end(run) for run in runs]
     for recipe, run, some in zip(recipes, runs, batches, strict=True):
-        _block([run], [some], COLD * tracked_period(recipe), deadline)
+        for _ in range(COLD * tracked_period(recipe)):
+            _turn([run], [some], deadline)
     block = math.lcm(*map(period, recipes))
-    times = torch.stack(
-        [_block(runs, batches, block, deadline) for _ in range(max(LEAST_BLOCKS, math.ceil(steps / block)))]
-    )
-    ratios = times / times[:, :1]
-    return {recipe.name: statistics.median(column.tolist()) for recipe, column in zip(recipes, ratios.T, strict=True)}
+    blocks = max(LEAST_BLOCKS, math.ceil(steps / block))
+    times = torch.stack([_turn(runs, batches, deadline) for _ in range(blocks * block)]).view(blocks, block, -1)
+    ratios = (times / times[:, :, :1]).quantile(0.5, dim=0).mean(0)
+    return {recipe.name: ratio for recipe, ratio in zip(recipes, ratios.tolist(), strict=True)}
 
 
 def period(recipe: Recipe) -> int:
@@ -84,14 +84,13 @@ def tracked_period(recipe: Recipe) -> int:
     return 1 if recipe.method.norm_scale.get("rank") == "full" else period(recipe)
 
 
-def _block(runs: Sequence[Training], batches: Sequence[Iterator[Batch]], steps: int, deadline: float) -> Tensor:
-    """Seconds of so many steps, by run."""
-    sums = torch.zeros(len(runs), dtype=torch.float64)
-    for i, (run, some) in enumerate(zip(runs, batches, strict=True)):
-        for _ in range(steps):
-            in_time(deadline)
-            sums[i] += run.time_step(next(some))
-    return sums
+def _turn(runs: Sequence[Training], batches: Sequence[Iterator[Batch]], deadline: float) -> Tensor:
+    """Seconds of one step of each."""
+    seconds = []
+    for run, some in zip(runs, batches, strict=True):
+        in_time(deadline)
+        seconds.append(run.time_step(next(some)))
+    return torch.tensor(seconds, dtype=torch.float64)
 
 
 def _without_end(run: Training) -> Iterator[Batch]:
