@@ -20,7 +20,7 @@ from .kept import Kept
 from .planning import Plan
 
 TIMED_STEPS = 60
-"""With as many a ratio repeats to 1 % on a machine whose steps vary by 10 %."""
+"""With as many a ratio repeats to 1 or 2 % on a machine whose steps vary by 10 %."""
 TOO_LATE = "the budget ended before"
 
 
