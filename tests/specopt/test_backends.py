@@ -62,8 +62,9 @@ def train(kind: str, dtype: torch.dtype, steps: int) -> tuple[list[Tensor], Any]
     return [param.detach().cpu() for param in params], optimizer
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.full if kind in ("set", "rescale") else ()) for kind in RULES]
+@pytest.mark.parametrize(  # of what is full here, test_device_step.py compares each step
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.full if kind in ("snr", "set", "rescale") else ()) for kind in RULES],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)])
 def test_step_on_triton_equals_step_on_the_reference(
