@@ -45,9 +45,10 @@ def _eliminated(matrices: Tensor, threshold: float) -> tuple[Tensor, Tensor, Ten
 
 
 def rotations(gram: Tensor) -> tuple[Tensor, Tensor]:
-    from . import ROUNDS, cholesky_shift
+    from . import ROUNDS, cholesky_shift, dependence
 
-    shift = cholesky_shift(gram.shape[-1], gram.dtype)
+    width = gram.shape[-1]
+    shift, threshold = cholesky_shift(width, gram.dtype), dependence(width, gram.dtype)
     trace = _trace(gram).clamp_min(torch.finfo(gram.dtype).tiny)
     gram = gram / trace[:, None, None]
     basis = _householder(_top_direction(gram))
@@ -59,7 +60,7 @@ def rotations(gram: Tensor) -> tuple[Tensor, Tensor]:
         image = gram @ basis
         peak = image.abs().amax(1, keepdim=True)
         image = image / torch.where(peak > 0, peak, 1.0)
-        factor, _ = orthonormalizers(image.mT @ image, shift, 8 * shift)
+        factor, _ = orthonormalizers(image.mT @ image, shift, threshold)
         basis = image @ factor
     return basis, (basis * (gram @ basis)).sum(1).clamp_min(0) * trace[:, None]
 
