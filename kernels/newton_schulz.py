@@ -89,7 +89,8 @@ def _cap_stack(
     tall = [matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT for matrix in matrices]
     norms = frobenius_norms(matrices)
     limits = limits.to(norms)
-    fine = norms.isfinite() & (norms > 0) & active
+    fine = norms.isfinite() & (norms > 0) & (limits > 0) & active
+    limits = torch.where(fine, limits, 1.0)
     unit = torch.where(fine, norms, 1.0).log2().floor().exp2()  # a power of two, by which nothing is rounded
     a = torch.stack([matrix.to(norms.dtype) for matrix in tall]) / unit[:, None, None]
     ratio = unit / limits  # a is in units of the Frobenius norm: 1e30 and its square are no numbers of float32

@@ -36,7 +36,8 @@ class NormScaleAdamW(SpectralOptimizer, AdamW):
         mode: ``"set"``, ``"cap"`` or (spectral) ``"rescale"``.
         target: σ*: ``"channels"`` is ``sqrt(out/in)``, ``"fan"`` ``sqrt(out/(in·k·k))``, ``"size"``
             ``sqrt(size_out/size_in)`` of the layer with size ``C·H·W``, which :func:`specopt.param_groups` records,
-            ``"initial"`` the norm of the weight before the first step; or a positive number; or a callable,
+            ``"initial"`` the norm of the weight before the first step (one that is zero or not finite then is left
+            alone); or a positive number; or a callable,
             ``(specopt.MatrixInfo) -> float``, which is asked when a group is added. A group may hold a list, with a
             number for each of its parameters, or with a list of them for one that holds several matrices.
         rank: how many triplets are corrected, 1 to 16, or (under "cap") ``"full"``: every singular value, by products

@@ -55,7 +55,7 @@ def change_of(entry, options, stats, sigma):
     mode = tl.load(options + r.MODE)
     reached = (sigma >= target) | (tl.load(options + r.RAISE_SMALL) > 0)
     capped = (tl.load(stats + r.STAT_CAPPED) > 0) & (reached == 0)
-    change = tl.where(is_finite(sigma) & (sigma > 0), target - sigma, 0.0)
+    change = tl.where(is_finite(sigma) & (sigma > 0) & (target == target), target - sigma, 0.0)
     change = tl.where((capped | (mode == 1)) & (change > 0), 0.0, change)
     decayed = tl.where(is_finite(sigma), -rate * tl.load(options + r.STRENGTH) * sigma, 0.0)
     change = tl.where(mode == 3, decayed, change)

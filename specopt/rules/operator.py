@@ -54,6 +54,7 @@ from ..tracker.common import (
 )
 from ..updates import is_on_device, rate_of
 from ..views import could_be_controlled
+from .steering import norm_to_keep
 
 OPERATOR, INITIAL = PREFIX + "operator", PREFIX + "initial_operator"
 """State keys: the block that follows the operator's norm, and the norm noted for ``target="initial"``."""
@@ -176,7 +177,7 @@ class OperatorSession:
                 _begin(kernel)
         self.kept = [_copies(kernel) for kernel in self.kernels if self.gate.is_undecided]
         for seen in look([kernel for kernel in wanted if self._lacks_target(kernel)]):
-            seen.kernel.state[INITIAL] = seen.sigma.clone()
+            seen.kernel.state[INITIAL] = norm_to_keep(seen.sigma)
         for seen in look(wanted) if "snr_lambda" in self.names else ():
             self.gradients[seen.kernel.param] = self._penalized(seen)
 
@@ -226,7 +227,7 @@ class OperatorSession:
         target, small = target_of(kernel, sigma), bool(kernel.group["raise_small"])
         capped = (stats[Stat.CAPPED] > 0) & ~(sigma >= target) & (not small)
         stats[Stat.CAPPED] = capped.to(stats.dtype)
-        moves = seen.valid & (sigma > 0)
+        moves = seen.valid & (sigma > 0) & ~target.isnan()
         moves = moves & ((sigma > target) | (~capped & (kernel.group["mode"] == "rescale")))
         if kernel.state[STEP] == 0:
             pulled = moves & (kernel.group["mode"] == "rescale")

@@ -58,12 +58,18 @@ class InitialNorms:
             spectral = norm == "spectral"
             values = measure(chosen)[:, Stat.SIGMA] if spectral else kernels.frobenius_norms([m.weight for m in chosen])
             dtypes = [accumulation_dtype(m.param.dtype) for m in chosen]
-            self.found += [(m, key, v.to(dtype, copy=True)) for m, v, dtype in zip(chosen, values, dtypes, strict=True)]
+            kept = norm_to_keep(values)
+            self.found += [(m, key, v.to(dtype, copy=True)) for m, v, dtype in zip(chosen, kept, dtypes, strict=True)]
 
     def note(self) -> None:
         """After the base update: AdamW takes state that is not empty for its own."""
         for matrix, key, value in self.found:
             matrix.state[key] = value
+
+
+def norm_to_keep(norm: Tensor) -> Tensor:
+    """What ``target="initial"`` goes by: nan, which is no target, of a weight that is zero or not finite."""
+    return torch.where((norm > 0) & norm.isfinite(), norm, torch.nan)
 
 
 def down_only(matrices: Sequence[Matrix], norm: Tensor, target: Tensor, stats: Tensor) -> Tensor:
@@ -76,8 +82,8 @@ def down_only(matrices: Sequence[Matrix], norm: Tensor, target: Tensor, stats: T
 
 
 def distance(norm: Tensor, target: Tensor, valid: Tensor, down: Tensor) -> Tensor:
-    """``target − norm`` where that change may be made, else 0."""
-    change = torch.where(valid & (norm > 0), target - norm, 0.0)
+    """``target − norm`` where that change may be made, else 0: also where there is no target (nan)."""
+    change = torch.where(valid & (norm > 0) & ~target.isnan(), target - norm, 0.0)
     return torch.where(down, change.clamp_max(0.0), change)
 
 

@@ -101,7 +101,7 @@ def cap_all(
     if weights is None:
         weights = [matrix.weight for matrix in matrices]
     target = targets_of(matrices, stats)
-    active = gate.open(matrices, target) > 0
+    active = (gate.open(matrices, target) > 0) & ~target.isnan()
     bounds = kernels.cap_(weights, target, active=active, wild=wild, seeds=rounding_seeds(matrices))
     valid = bounds.isfinite()
     lowered = torch.where(active & valid, target, torch.inf)

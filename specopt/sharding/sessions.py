@@ -16,7 +16,7 @@ from ..rules.compose import Compose, Corrections, find
 from ..rules.decay import SpectralDecay
 from ..rules.norm_scale import NormScale, is_tracked
 from ..rules.penalty import SpectralPenalty, strengths
-from ..rules.steering import INITIAL, beginners, noted_norm
+from ..rules.steering import INITIAL, beginners, norm_to_keep, noted_norm
 from ..rules.whole import finish_whole, frobenius_factors
 from ..session import Gate
 from ..tracker.common import STEP, Stat, gather_stats, has_stats, restart
@@ -229,4 +229,4 @@ class _InitialNorms:
         """After the base update: AdamW takes state that is not empty for its own."""
         for matrix, value in zip(self.unknown, self.values, strict=True):
             dtype = kernels.accumulation_dtype(matrix.param.dtype)
-            matrix.state[INITIAL[matrix.group["norm"]]] = value.to(dtype, copy=True)
+            matrix.state[INITIAL[matrix.group["norm"]]] = norm_to_keep(value).to(dtype, copy=True)

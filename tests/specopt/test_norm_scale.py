@@ -119,6 +119,45 @@ def test_initial_frobenius_norm_is_kept() -> None:
             assert float(param.detach().norm()) == pytest.approx(float(norm), rel=1e-5)
 
 
+ZERO_START: list[dict[str, Any]] = [
+    {"mode": "set"},
+    {"mode": "set", "rank": 4},
+    {"mode": "set", "raise_small": True},
+    {"mode": "rescale"},
+    {"mode": "cap"},
+    {"mode": "cap", "rank": "full"},
+    {"norm": "frobenius"},
+    {"norm": "frobenius", "mode": "cap"},
+]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("options", "backend"),
+    [(options, "reference") for options in ZERO_START] + [(ZERO_START[i], "triton") for i in (0, 2, 3)],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(40, 64), (8, 64)], ids=str)
+def test_a_weight_that_starts_at_zero_has_no_initial_norm_and_trains_as_under_adamw(
+    options: dict[str, Any], shape: tuple[int, int], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+    zero, other = torch.zeros(shape, requires_grad=True), torch.eye(*shape).requires_grad_()
+    few = {} if options.get("rank") == "full" or "norm" in options else {"max_passes": 1, "block": 8}
+    optimizer = specopt.NormScaleAdamW([zero, other], lr=1e-2, target="initial", **options, **few)
+    plain = clones([zero])
+    adamw = torch.optim.AdamW(plain, lr=1e-2)
+    for step in range(3):
+        other.grad = torch.ones_like(other)
+        set_gradients([zero], plain, seed=step)
+        optimizer.step()
+        adamw.step()
+    assert torch.allclose(zero, plain[0], rtol=1e-5, atol=1e-7)
+    assert float(zero.detach().norm()) > 0
+    row = next(iter(specopt.spectral_report(optimizer)))
+    assert row.target is None and row.finite
+
+
 def test_groups_override_every_option() -> None:
     params = parameters(torch.float32)[:4]
     groups = [

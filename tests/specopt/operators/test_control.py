@@ -175,6 +175,21 @@ def test_initial_target_keeps_the_norms_of_the_start() -> None:
     assert exact(network) == pytest.approx(start, rel=2e-3)
 
 
+@pytest.mark.parametrize("mode", ["rescale", "cap"])
+def test_a_kernel_that_starts_at_zero_has_no_initial_norm_and_trains_as_under_adamw(mode: str) -> None:
+    networks = model(), model()
+    for network in networks:
+        torch.nn.init.zeros_(network[0].weight)
+    optimizer = specopt.NormScaleAdamW(groups_of(networks[0])[:1], lr=1e-3, mode=mode, target="initial")
+    plain = torch.optim.AdamW([p for group in groups_of(networks[1])[:1] for p in group["params"]], lr=1e-3)
+    for number in range(3):
+        step(networks[0], optimizer, number)
+        step(networks[1], plain, number)
+    assert float(networks[0][0].weight.detach().norm()) > 0
+    mine, plainly = (network[0].weight.detach() for network in networks)  # the layer behind is held
+    assert torch.allclose(mine, plainly, rtol=1e-2, atol=1e-5)
+
+
 def test_a_projected_gradient_would_leave_the_cap_exceeded() -> None:
     """Why a cap rescales: the first-order step to the target ends above it."""
     operator = operators(model())[0]
