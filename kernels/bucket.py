@@ -144,9 +144,18 @@ class Bucket:
         stream = torch.get_device_module(self.device).current_stream(self.device)
         if self._stream is not None and self._stream != stream:
             stream.wait_stream(self._stream)
-            for tensor in (self._scratch, self.scalars, self.sigmas, self.squares, self.tickets):
+            for tensor in (*self._kept(), self._scratch, self.scalars, self.sigmas, self.squares, self.tickets):
                 tensor.record_stream(stream)
         self._stream = stream
+
+    def _kept(self) -> list[Tensor]:
+        """What was uploaded for it."""
+        uploaded = [self.table, self.numbers, self.noise, *self.work.values()]
+        return [tensor for tensor in uploaded if tensor is not None]
+
+    def in_use(self) -> list[object]:
+        """What launches read that may be replaced before they are over: a captured graph's never are."""
+        return [self, *self._kept()]
 
     def set_addresses(self, addresses: Sequence[Sequence[int]]) -> None:
         """(gradient, first, second, peak, lr, step, target) of each matrix, 0 where there is none."""
@@ -161,7 +170,7 @@ class Bucket:
 
     def set_numbers(self, numbers: Any) -> None:
         """(B, NUMBERS) float32."""
-        if not np.array_equal(numbers, self._numbers):
+        if not np.array_equal(numbers, self._numbers, equal_nan=True):  # a target that stands in memory is nan here
             self.numbers = self._upload(numbers, torch.float32, "an option has changed since the step before")
             self._numbers = numbers
 

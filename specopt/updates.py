@@ -12,7 +12,6 @@ from torch.optim import SGD, AdamW
 
 from specopt.kernels import Update, passes
 
-from .tracker.common import rounding_seeds
 from .tracker.device import BaseUpdate, runs_on
 from .views import Matrix
 
@@ -103,8 +102,6 @@ class OnDeviceBase:
             numbers["BIAS2_ROOT"] = np.sqrt(1 - numbers["BETA2"] ** counts)
         else:
             numbers["BIAS1"] = np.array([self._make_buffer(matrix) for matrix in self.matrices])
-        if any(group["stochastic_rounding"] for group in groups):
-            numbers["SEED"] = np.array(rounding_seeds(self.matrices))
         grads = [matrix.gradient_storage for matrix in self.matrices]
         addresses = []
         for matrix, grad, step in zip(self.matrices, grads, steps, strict=True):

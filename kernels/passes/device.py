@@ -200,7 +200,8 @@ def stream(
         else:
             if STOCHASTIC:
                 index = rows[:, None] * row_count + columns[None, :] * column_count
-                narrow = stochastic(new, random_bits(seed, UPDATE, index), DTYPE)
+                by_chance = stochastic(new, random_bits(seed, UPDATE, index), DTYPE)
+                narrow = tl.where(seed != 0, by_chance, nearest(new, DTYPE))
             else:
                 narrow = nearest(new, DTYPE)
             written = narrow.to(tl.float32)

@@ -76,7 +76,7 @@ def rounded_like(
         index = index + width * torch.arange(height, device=matrix.device)
     else:
         index = index * width + torch.arange(width, device=matrix.device)
-    seeded = torch.tensor(seed, dtype=torch.float32, device=matrix.device)
+    seeded = torch.full((), seed, dtype=torch.float32, device=matrix.device)  # a tensor of a number would wait
     return stochastic(new, random_bits(seeded, salt, index), matrix.dtype)
 
 

@@ -92,7 +92,8 @@ def _block_jacobi(symmetric: Tensor) -> Tensor:
         turned = _jacobi(0.5 * (pairs + pairs.mT))
         rotation = torch.zeros_like(s)
         rotation[:, :half, :half], rotation[:, half:, half:] = turned[:count], turned[count:]
-        rotation = rotation.view(count, 2 * half, 4, -1)[:, :, [0, 2, 3, 1]].flatten(2)  # the next pairs of blocks
+        first, second, third, fourth = rotation.chunk(4, 2)
+        rotation = torch.cat([first, third, fourth, second], 2)  # the next pairs of blocks
         s, basis = rotation.mT @ s @ rotation, basis @ rotation
     return basis[:, :width, :width]  # the blocks are in their places again, and what is beyond was rotated with none
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from specopt import kernels
 from specopt.kernels import Penalty, tables
 
+from ..sharding.cut import is_distributed
 from ..views import Matrix
 from .common import (
     BLOCK,
@@ -33,6 +34,7 @@ from .common import (
     STEP,
     WARM_MAX,
     probe_columns,
+    rounding_seeds,
 )
 
 
@@ -59,11 +61,13 @@ class Engine:
     """A bucket under one kind of tracker, and what its steps leave for the next: in the optimizer's workspace, which is
     no state and can be lost at any time."""
 
-    def __init__(self, matrices: Sequence[Matrix], identity: object) -> None:
+    def __init__(self, matrices: Sequence[Matrix], identity: object, captured: list[object]) -> None:
         from specopt.kernels import bucket
 
         self.ops: Any = bucket
         self.identity = identity
+        self.captured = captured
+        """What graphs read, whenever they are replayed: kept as long as the optimizer."""
         self.bucket = bucket.Bucket([self._tracked(matrix) for matrix in matrices])
         self.versions: list[int] | None = None
         """Of the weights that the half product in scratch was made of; None: there is none."""
@@ -71,7 +75,8 @@ class Engine:
     @classmethod
     def of(cls, matrices: Sequence[Matrix], ours: bool, workspace: dict[Any, Any]) -> Engine:
         first = matrices[0].param
-        key = ("engine", first.device, first.dtype, ours)
+        batch = first.device, first.dtype, is_distributed(first), matrices[0].group.get("every", 1)
+        key = ("engine", ours, *batch)
         engine: Engine | None = workspace.get(key)
         identity = [_identity(matrix) for matrix in matrices]
         if engine is None or engine.identity != identity:
@@ -80,7 +85,10 @@ class Engine:
                     "a step is captured in a graph, but the one before was of other tensors: make warm-up steps of the "
                     f"same ones first, more than {COLD_STEPS} of them"
                 )
-            engine = workspace[key] = cls(matrices, identity)
+            engine = workspace[key] = cls(matrices, identity, workspace.setdefault("captured", []))
+            before = workspace.get(("engine", not ours, *batch))
+            if before is not None and before.identity == identity:  # the base made the first step's update
+                del workspace[("engine", not ours, *batch)]
         engine.bucket.follow_stream()
         return engine
 
@@ -118,6 +126,8 @@ class Engine:
             "COLD": cold,
             "FIXED": limits > 0,
         }
+        if _stochastic(matrices):
+            numbers["SEED"] = rounding_seeds(matrices)
         nowhere = [0] * len(matrices)
         targets, rates = numbers.pop("TARGET_AT", nowhere), numbers.pop("LR", nowhere)
         addresses = base.addresses if base else [[0, 0, 0, 0, rate, 0] for rate in rates]
@@ -126,6 +136,8 @@ class Engine:
             table[:, getattr(self.ops.r, name).value] = values
         self.bucket.set_numbers(table)
         self.bucket.set_addresses([[*row, at] for row, at in zip(addresses, targets, strict=True)])
+        if tables.capturing(self.bucket.device):
+            self.captured += self.bucket.in_use()
         return int(most.max())
 
 

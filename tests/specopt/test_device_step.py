@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -277,6 +278,59 @@ def test_a_warm_step_of_the_same_tensors_can_be_captured(capturing: list[bool]) 
     before = [param.detach().clone() for param in params]
     optimizer.step()
     assert not any(torch.equal(a, b) for a, b in zip(before, params, strict=True))
+
+
+def test_what_a_captured_step_reads_outlives_later_steps_with_other_gradients(capturing: list[bool]) -> None:
+    optimizer, params = make("snr")
+    past_the_cold_phase(optimizer, params)
+    for _ in range(2):
+        set_gradients(params, 1)
+        optimizer.step()
+    capturing[0] = True
+    optimizer.step()
+    capturing[0] = False
+    (bucket,) = [engine.bucket for engine in engines(optimizer)]
+    read = [weakref.ref(tensor) for tensor in (bucket.table, bucket.numbers, bucket._scratch)]
+    del bucket
+    for count in (1, len(params)):  # first other addresses, then other matrices
+        for param in params:
+            param.grad = None
+        set_gradients(params[:count], 2)
+        optimizer.param_groups[0]["snr_lambda"] *= 2
+        optimizer.step()
+    assert all(reference() is not None for reference in read)
+
+
+def test_a_warm_step_with_initial_targets_uploads_nothing() -> None:
+    _, params = make("initial")
+    rule = specopt.NormScale(target="initial", block=8, max_passes=1)
+    optimizer = specopt.wrap(torch.optim.SGD(params, lr=1e-2), rule)
+    past_the_cold_phase(optimizer, params)
+    for _ in range(2):
+        set_gradients(params, 1)
+        optimizer.step()
+    (bucket,) = [engine.bucket for engine in engines(optimizer)]
+    numbers = bucket.numbers
+    optimizer.step()
+    assert bucket.numbers is numbers
+
+
+def engines(optimizer: Any) -> list[Any]:
+    return [kept for key, kept in optimizer._workspace.items() if key[0] == "engine"]
+
+
+def test_groups_of_another_period_keep_buckets_of_their_own() -> None:
+    _, params = make("set")
+    first, *rest = params
+    optimizer = specopt.NormScaleAdamW([{"params": [first]}, {"params": rest, "every": 2}], lr=1e-2, block=8)
+    past_the_cold_phase(optimizer, params)
+    seen: list[set[int]] = []
+    for step in range(5):
+        set_gradients(params, step)
+        optimizer.step()
+        seen.append({id(engine) for engine in engines(optimizer)})
+    assert len(seen[-1]) == 2
+    assert seen[2] == seen[3] == seen[4]
 
 
 def test_a_cold_step_cannot_be_captured(capturing: list[bool]) -> None:

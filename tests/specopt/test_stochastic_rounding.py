@@ -78,3 +78,39 @@ def test_rows_of_a_matrix_are_rounded_as_the_whole_is(across: bool) -> None:
     turned = (lambda x: x.mT) if across else (lambda x: x)
     part = rounded_like(matrix, turned(new)[1:4], 3.0, 2, rows=(1, 4), across=across)
     assert torch.equal(part, turned(whole)[1:4])
+
+
+def kernels_step(chances: list[bool]) -> list[Tensor]:
+    """Bfloat16 weights, a group each, after two steps by the kernels."""
+    torch.manual_seed(0)
+    weights = [torch.randn(40, 30).bfloat16().requires_grad_() for _ in chances]
+    groups = [{"params": [w], "stochastic_rounding": chance} for w, chance in zip(weights, chances, strict=True)]
+    optimizer = specopt.SNRSGD(groups, lr=0.1, block=8, max_passes=1)
+    for _ in range(2):
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    return [weight.detach() for weight in weights]
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_a_group_beside_one_that_is_rounded_by_chance_is_rounded_to_nearest() -> None:
+    alone, beside = kernels_step([False, False]), kernels_step([False, True])
+    assert torch.equal(alone[0], beside[0])
+    assert not torch.equal(alone[1], beside[1])
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_corrections_behind_a_wrapped_update_are_rounded_otherwise_in_every_step() -> None:
+    weight = torch.eye(64).bfloat16().requires_grad_()
+    rule = specopt.NormScale(mode="rescale", target=1.003, block=8, max_passes=1, stochastic_rounding=True)
+    optimizer = specopt.wrap(torch.optim.RMSprop([weight], lr=1e-8), rule)
+    raised = []
+    for _ in range(3):
+        with torch.no_grad():
+            weight.copy_(torch.eye(64))
+        weight.grad = torch.full_like(weight, 1e-3)
+        optimizer.step()
+        raised.append(weight.detach().diagonal() > 1)
+    assert all(0 < int(found.sum()) < 64 for found in raised)
+    assert not torch.equal(raised[0], raised[1]) and not torch.equal(raised[1], raised[2])
