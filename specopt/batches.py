@@ -83,6 +83,8 @@ def batches_of(optimizer: SpectralOptimizer) -> list[Batch]:
         period = optimizer.rule.period(matrix.group)
         wait = wait_of(matrix.state, period) if has_state(optimizer, matrix) else 0
         kind += (is_sharded, is_distributed(matrix.param), optimizer.rule.sort(matrix), period, wait)
+        if isinstance(matrix, ShardedMatrix):  # ranks that share one weight go the same rounds, whatever else they have
+            kind += (matrix.cut.sharers,)
         new = Batch([], ours, is_sharded=is_sharded, period=period, wait=wait)
         batch = batches.setdefault((matrix.param.device, ours, *kind), new)
         batch.matrices.append(matrix)

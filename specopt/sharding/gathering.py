@@ -74,18 +74,39 @@ def bring(wholes: Sequence[Whole]) -> None:
 
 def whole_matrices(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
     """The same matrices in their order, to look at: where a parameter is cut up over ranks, those of a copy of all of
-    it, on every rank. As many at a time as come in one sum; all at once where nothing is cut up."""
+    it, on every rank. As many at a time as are there between two sums; all at once where nothing is cut up. What comes
+    in one sum is the same on all ranks that share it, whatever else they have."""
     by_param: dict[Tensor, list[Matrix]] = {}
     for matrix in matrices:
         by_param.setdefault(matrix.param, []).append(matrix)
-    params = list(by_param)
-    for chosen in portions([param.numel() if is_cut(param) else 0 for param in params]):
-        some = [params[i] for i in chosen]
-        wholes: dict[Tensor, Whole] = {param: Whole(param) for param in some if is_cut(param)}
-        bring(list(wholes.values()))
-        yield [
-            _of(matrix, wholes[param]) if param in wholes else matrix for param in some for matrix in by_param[param]
-        ]
+    together = _sums_of([param for param in by_param if is_cut(param)])
+    brought: dict[Tensor, Whole] = {}
+    some: list[Matrix] = []
+    for param, of_it in by_param.items():
+        if param in together and param not in brought:
+            if some:
+                yield some
+            some = []
+            wholes = [Whole(each) for each in together[param]]
+            bring(wholes)
+            brought |= {whole.param: whole for whole in wholes}
+        whole = brought.pop(param, None)
+        some += of_it if whole is None else [_of(matrix, whole) for matrix in of_it]
+    if some:
+        yield some
+
+
+def _sums_of(params: Sequence[Tensor]) -> dict[Tensor, list[Tensor]]:
+    """By parameter those that come in one sum with it."""
+    shared: dict[Sharers | None, list[Tensor]] = {}
+    for param in params:
+        shared.setdefault(Whole(param).sharers, []).append(param)
+    together: dict[Tensor, list[Tensor]] = {}
+    for own in shared.values():
+        for chosen in portions([param.numel() for param in own]):
+            some = [own[i] for i in chosen]
+            together |= {param: some for param in some}
+    return together
 
 
 def _of(matrix: Matrix, whole: Whole) -> Matrix:

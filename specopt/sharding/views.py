@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -100,10 +100,11 @@ class ShardedMatrix(LocalMatrix):
         param: Any = self.param
         placements = [place if place.is_replicate() else _along_rows(place) for place in param.placements]
         stride = (shape[1], 1)
-        found: Tensor = module.DTensor.from_local(
-            rows, param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+        found: Any = module.DTensor.from_local(
+            rows.to("meta"), param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
         )
-        return found
+        found._local_tensor = rows  # from_local would move it to the mesh's device; FSDP may keep weights on the CPU
+        return cast(Tensor, found)
 
 
 def matrices_of_distributed(

@@ -16,7 +16,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from specopt.sharding import communicators
+import specopt
+from specopt.sharding import communicators, gathering
 from specopt.tracker.common import BLOCK, PROBE, STATS, Stat
 from tests.specopt.helpers import with_spectrum
 from tests.specopt.sharding.cases import KINDS
@@ -66,6 +67,7 @@ def paths() -> dict[str, Any]:
         states = [optimizer.state[param] for param in optimizer.param_groups[0]["params"]]
         found[name, "bits"] = digest(state[key] for state in states for key in (BLOCK, PROBE, STATS) if key in state)
     found["mixed"] = mixed(mesh)
+    found["experts"] = {kind: experts(mesh, kind) for kind in ("set", "snr", "full")}
     before = len(dist.distributed_c10d._world.pg_names)
     step(optimizer_of(mesh, PLANES["tiles"], "snr"))
     found["more groups"] = len(dist.distributed_c10d._world.pg_names) - before
@@ -103,6 +105,28 @@ def mixed(mesh: Any) -> list[float]:
     return [float(optimizer.state[param][STATS][Stat.SIGMA]) for param in params]
 
 
+def experts(mesh: Any, kind: str) -> str:
+    """The bits of what is kept of weights that all ranks share, beside one of which two ranks have a part of one and
+    two of another, the former alone with a gradient, from the second step on."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(40, 30), (6, 30)]
+    weights = [torch.randn(shape, generator=generator) for shape in shapes]
+    dense = [nn.Parameter(distribute_tensor(weight, mesh, PLANES["tiles"])) for weight in weights]
+    expert = nn.Parameter(distribute_tensor(torch.randn(40, 30, generator=generator), mesh["outer"], [Shard(0)]))
+    optimizer: Any = KINDS[kind]([*dense, expert])
+    with mock.patch.object(gathering, "TOGETHER", 1300):
+        for made in range(3):
+            for param in dense:
+                param.grad = torch.full_like(param, 1e-2)
+            expert.grad = torch.full_like(expert, 1e-2) if mesh.get_local_rank("inner") == 0 and made else None
+            optimizer.step()
+            specopt.spectral_report(optimizer)
+    optimizer.state_dict()
+    states = [optimizer.state[param] for param in dense]
+    kept = [state[key] for state in states for key in (BLOCK, PROBE, STATS) if key in state]
+    return str(digest([*kept, *(param.full_tensor() for param in dense)]))
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     return run(4, paths, folder=tmp_path_factory.mktemp("paths"))
@@ -135,6 +159,11 @@ def test_optimizers_of_the_same_ranks_share_their_communicator(found: list[dict[
 def test_weights_of_one_optimizer_may_be_shared_among_different_ranks(found: list[dict[Any, Any]]) -> None:
     for rank in found:
         assert rank["mixed"] == pytest.approx([found[0]["mixed"][0]] * 7, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["set", "snr", "full"])
+def test_sums_are_in_step_though_other_weights_take_other_rounds(found: list[dict[Any, Any]], kind: str) -> None:
+    assert len({paths["experts"][kind] for paths in found}) == 1
 
 
 # --- what becomes of them ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import specopt
@@ -102,3 +102,23 @@ def test_replicas_have_the_same_bits(device: str) -> None:
 def test_shards_train_as_whole_weights_do(device: str) -> None:
     for errors in run(max(2, min(GPUS, 4)), device, shards, device):
         assert {name: error for name, error in errors.items() if error > 1e-2} == {}
+
+
+def offloaded() -> str:
+    """The device of the blocks of a weight that lies on the CPU though its mesh is of other devices: "meta" stands for
+    what CPUOffloadPolicy leaves on a GPU."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = nn.Parameter(distribute_tensor(torch.eye(40, 30), mesh, [Shard(0)]))
+    gradient = distribute_tensor(torch.ones(40, 30), mesh, [Shard(0)])
+    optimizer = specopt.SNRSGD([weight], lr=0.1, block=8, max_passes=1)
+    mesh._device_type = "meta"
+    for _ in range(2):
+        weight.grad = gradient
+        optimizer.step()
+    blocks = [value for value in optimizer.state[weight].values() if isinstance(value, DTensor)]
+    assert blocks
+    return " ".join(block.to_local().device.type for block in blocks)
+
+
+def test_blocks_lie_where_their_weight_does_not_where_its_mesh_does() -> None:
+    assert set(run(2, "cpu", offloaded)) == {"cpu"}
