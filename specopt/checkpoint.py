@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from specopt.kernels import accumulation_dtype
 
 from .base_step import own_entries
-from .rules.operator import OPERATOR, block_shape, geometries_in
+from .rules.operator import OPERATOR, block_shape, check_kernels, geometries_in
 from .settling import settle
 from .tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, WAIT, Stat
 from .views import Matrix, is_controlled, matrices_of
@@ -82,6 +82,7 @@ def _check_saved(optimizer: SpectralOptimizer, saved: dict[str, Any], options: S
         optimizer.rule.check(group)
         if "target" in optimizer.rule.names:
             settle({**group, "params": mine["params"]}, optimizer.names)
+        check_kernels({**group, "params": mine["params"]}, names)
         operators = geometries_in({**group, "params": mine["params"]})
         for param, key in zip(mine["params"], group["params"], strict=True):
             state = saved["state"].get(key, {})

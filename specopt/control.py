@@ -120,6 +120,8 @@ class SpectralOptimizer(Mixin):
             self.rule.check(group)
             if "target" in self.rule.names:
                 settle(group, self.names)
+            if group.get("conv") == "operator":
+                check_kernels(group, self.names())
         workspace: dict[Any, Any] = self.__dict__.setdefault("_workspace", {})
         Unfinished.of(workspace).check()
         loss = None
@@ -267,7 +269,7 @@ class SpectralOptimizer(Mixin):
             for place, param in enumerate(group["params"]):
                 if id(param) in operators or not is_controlled(param, group) or (with_grad and param.grad is None):
                     continue
-                if with_grad and param.grad.is_sparse:
+                if with_grad and param.grad.is_sparse and self.rule.is_on(group):
                     raise RuntimeError(
                         f"a controlled weight of shape {tuple(param.shape)} has a sparse gradient; put it into a group "
                         "with spectral=False"

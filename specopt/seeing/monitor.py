@@ -9,6 +9,7 @@ from contextlib import ExitStack, suppress
 from os import PathLike
 from typing import Any
 
+from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
@@ -16,7 +17,7 @@ from specopt.kernels import tables
 
 from ..control import SpectralOptimizer
 from ..telling import outside
-from ..tracker.common import STEP
+from ..tracker.common import STEP, wait_of
 from .history import SpectralHistory
 from .sinks import Sink, sinks_of
 from .snapshot import Snapshot, check_norms
@@ -44,7 +45,8 @@ class SpectralMonitor:
       what is nan is left out.
 
     The monitor sees groups that are added later, a state that is loaded, and optimizers that :func:`specopt.wrap` made.
-    Steps count on from those that the optimizer's state tells, also after ``load_state_dict``; :attr:`step` may be set.
+    Steps count on from those that the optimizer's state tells, also after ``load_state_dict``; :attr:`step` may be set,
+    as where nothing in the state has counted them all: the base is SGD, and another ``block`` made its trackers anew.
     deepcopy and pickle give an optimizer that is not monitored. A replayed CUDA graph runs no hook: call
     :meth:`observe`. With several processes, give it to one of them. Of weights that are cut up over ranks it sends
     nothing; the residual is that of the step before, and ``weights`` and ``gradients`` cannot be asked for.
@@ -180,7 +182,19 @@ class _Hook:
 
 
 def _steps_made(optimizer: Any) -> int:
-    return max((state.get(STEP, 0) for state in optimizer.state.values() if isinstance(state, dict)), default=0)
+    """As far as its state tells: by the count of a base that has one, and by the looks of trackers, which begin anew
+    where these do."""
+    made = [0]
+    for group in optimizer.param_groups:
+        period = optimizer.rule.period(group) if isinstance(optimizer, SpectralOptimizer) else 1
+        for param in group["params"]:
+            state = optimizer.state.get(param)
+            if isinstance(state, dict):
+                made.append(int(state.get(STEP, 0)) * period - wait_of(state, period))
+                count = state.get("step")
+                if isinstance(count, int | float | Tensor):
+                    made.append(int(count))
+    return max(made)
 
 
 def _is_captured(optimizer: Any) -> bool:

@@ -70,11 +70,11 @@ def restart(matrix: Matrix, norm: Tensor | None = None) -> None:
     """Stats and step count of a matrix that has no block, or none that fits any more. What is told of its beginning,
     that it was zero (``norm``), outlives a restart."""
     stats = torch.zeros(len(Stat), dtype=accumulation_dtype(matrix.param.dtype), device=matrix.param.device)
-    if norm is not None:
-        stats[Stat.CAPPED] = norm == 0
     old = matrix.state.get(STATS)
     if old is not None and old.shape[-1:] == stats.shape:
         stats.copy_(old.reshape(-1, len(Stat)).amax(0))  # of several matrices where the view was another
+    if norm is not None:
+        stats[Stat.CAPPED] = torch.maximum(stats[Stat.CAPPED], (norm == 0).to(stats.dtype))
     stats[Stat.RESIDUAL] = torch.inf
     stats[Stat.COUNT] = 0
     matrix.state[STATS], matrix.state[STEP] = stats, 0

@@ -70,12 +70,13 @@ def test_a_sparse_gradient_of_a_controlled_weight_is_refused_before_anything_mov
     assert not any(key.startswith(PREFIX) for state in optimizer.state.values() for key in state)
 
 
-def test_a_sparse_gradient_outside_control_is_handled_as_the_base_handles_it() -> None:
+@pytest.mark.parametrize("off", [{"spectral": False}, {"snr_lambda": 0.0}], ids=str)
+def test_a_sparse_gradient_outside_control_is_handled_as_the_base_handles_it(off: dict[str, Any]) -> None:
     results = []
     for ours in (False, True):
         torch.manual_seed(0)
         table, layer = nn.Embedding(10, 4, sparse=True).to(DEVICE), nn.Linear(4, 3).to(DEVICE)
-        groups = [{"params": table.parameters(), "spectral": False}, {"params": layer.parameters(), "snr_lambda": 0.0}]
+        groups = [{"params": table.parameters(), **off}, {"params": layer.parameters(), "snr_lambda": 0.0}]
         optimizer = OURS["snr"](groups) if ours else torch.optim.SGD(groups, lr=0.1, momentum=0.9)
         for step in range(3):
             optimizer.zero_grad()

@@ -361,7 +361,7 @@ def test_steps_go_on_from_a_loaded_state_and_a_step_seen_again_takes_the_place_o
         saved = copy.deepcopy(optimizer.state_dict())
         train(optimizer, params, range(3, 5))
         assert monitor.history.steps.tolist() == [1, 2, 3, 4, 5]
-        optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(copy.deepcopy(saved))
         train(optimizer, params, range(3, 4))
         assert monitor.step == 4 and monitor.history.steps.tolist() == [1, 2, 3, 4]
     others = clones(params)
@@ -373,6 +373,29 @@ def test_steps_go_on_from_a_loaded_state_and_a_step_seen_again_takes_the_place_o
     read = SpectralHistory.from_csv(path)
     assert read.steps.tolist() == [1, 2, 3, 4, 6]
     assert read["sigma"][3].tolist() == second.history["sigma"][0].tolist()
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("made", [1, 5, 8, 11])
+def test_steps_between_looks_count(base: type[torch.optim.Optimizer], made: int) -> None:
+    params = small()
+    rule = specopt.NormScale(mode="cap", every=4)
+    optimizer = specopt.wrap(base(params, lr=1e-3), rule)
+    train(optimizer, params, range(made))
+    assert specopt.SpectralMonitor(optimizer).step == made
+    resumed = specopt.wrap(base(clones(params), lr=1e-3), rule)
+    with specopt.SpectralMonitor(resumed) as monitor:
+        resumed.load_state_dict(optimizer.state_dict())
+        assert monitor.step == made
+
+
+def test_steps_go_on_though_trackers_have_started_anew() -> None:
+    params = small()
+    optimizer = specopt.NormScaleAdamW(params, lr=1e-3)
+    train(optimizer, params, range(3))
+    optimizer.param_groups[0]["block"] = 16
+    train(optimizer, params, range(3, 5))
+    assert specopt.SpectralMonitor(optimizer).step == 5
 
 
 def carries_hooks() -> type[torch.optim.SGD]:

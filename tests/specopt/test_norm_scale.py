@@ -237,6 +237,18 @@ def test_restart_by_another_block_remembers_that_the_matrix_started_at_zero() ->
     assert 0 < float(exact(param)[1][0]) < 0.05
 
 
+def test_a_matrix_that_is_zero_when_another_rule_takes_over_is_not_raised() -> None:
+    param = torch.zeros(80, 80, requires_grad=True)
+    before = specopt.wrap(torch.optim.SGD([param], lr=1e-3), specopt.SpectralPenalty(0.1))
+    param.grad = torch.zeros_like(param)
+    before.step()
+    optimizer = specopt.wrap(torch.optim.SGD([param], lr=1e-3), specopt.NormScale())
+    optimizer.load_state_dict(before.state_dict())
+    param.grad = torch.randn(80, 80, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    assert 0 < float(exact(param)[1][0]) < 0.05
+
+
 @pytest.mark.parametrize("off", [{"spectral": False}, {"norm": "frobenius"}], ids=str)
 def test_control_that_was_off_for_a_while_starts_cold(off: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)

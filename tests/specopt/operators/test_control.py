@@ -453,6 +453,22 @@ def test_operator_without_a_geometry_is_refused_by_the_optimizer_too() -> None:
         specopt.wrap(torch.optim.SGD([group], lr=0.1), specopt.SpectralPenalty(0.1))
 
 
+@pytest.mark.parametrize(("geometry", "named"), [(None, "needs a geometry"), ([], "entry for each of 2 params")])
+def test_what_no_operator_can_be_made_of_is_refused_where_it_was_set_in_a_group(geometry: Any, named: str) -> None:
+    conv = nn.Conv2d(2, 4, 3)
+    optimizer = specopt.NormScaleAdamW(conv.parameters(), lr=1e-3, mode="cap")
+    conv(torch.ones(1, 2, 5, 5)).sum().backward()
+    saved = optimizer.state_dict()
+    for groups in (optimizer.param_groups, saved["param_groups"]):
+        groups[0].update(conv="operator", geometry=geometry)
+    before = conv.weight.detach().clone()
+    with pytest.raises(ValueError, match=named):
+        optimizer.step()
+    with pytest.raises(ValueError, match=named):
+        specopt.NormScaleAdamW(conv.parameters(), lr=1e-3, mode="cap").load_state_dict(saved)
+    assert torch.equal(conv.weight, before)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
