@@ -10,6 +10,7 @@ not apply.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import platform
@@ -193,5 +194,9 @@ def refreshed(page: str, results: Path = RESULTS) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.reporting",
+        description=f"writes the tables of {', '.join(page.name for page in PAGES)} anew from {RESULTS.name}/*.json",
+    ).parse_args()
     for page in PAGES:
         page.write_text(refreshed(page.read_text()))

@@ -27,7 +27,7 @@ from papers.tables.grids import Grid
 from papers.tables.kept import Kept
 from papers.tables.page import addressed, rendered
 from papers.tables.planning import Plan, planned
-from papers.tables.reproducing import TOOLS, Outcome, Reproduction, Tools
+from papers.tables.reproducing import TOO_LATE, TOOLS, Outcome, Reproduction, Tools
 from papers.tables.row_figures import draw_row
 from papers.tables.standing import standing_section
 from papers.tables.table import table_section
@@ -137,15 +137,17 @@ def report(args: argparse.Namespace, rows: Sequence[results.Row], outcome: Outco
 
 def main(argv: Sequence[str] | None = None, tools: Tools = TOOLS) -> None:
     args, plan = checked(argv)
-    if plan:
-        reproduce(args, plan, tools)
+    failed = reproduce(args, plan, tools) if plan else []
     if args.render:
         page = rendered(PAGE.read_text(encoding="utf-8"), args.record or RECORDED, PAGE.parent)
         PAGE.write_text(page, encoding="utf-8")
         print(f"Written: {os.path.relpath(PAGE)}")
+    if failed:
+        raise SystemExit(f"reproduce.py: error: not finished, as told above: {', '.join(failed)}")
 
 
-def reproduce(args: argparse.Namespace, plan: Plan, tools: Tools) -> None:
+def reproduce(args: argparse.Namespace, plan: Plan, tools: Tools) -> list[str]:
+    """Returns rows that something else than the budget has kept from being finished."""
     deadline = math.inf if args.budget is None else time.monotonic() + 60 * args.budget
     kept = kept_of(args)
     try:
@@ -156,6 +158,7 @@ def reproduce(args: argparse.Namespace, plan: Plan, tools: Tools) -> None:
     keep(args, plan, kept, outcome)
     if outcome.stopped:
         print("The budget is spent; the same command goes on.")
+    return [row for row, why in outcome.reasons.items() if why != TOO_LATE]
 
 
 def keep(args: argparse.Namespace, plan: Plan, kept: Kept, outcome: Outcome) -> None:

@@ -96,8 +96,8 @@ def trained(args: argparse.Namespace) -> tuple[dict[str, list[float]], str]:
 
 
 def summary(args: argparse.Namespace, accuracies: dict[str, list[float]], commits: str) -> dict[str, Any]:
-    device = args.machine.settings.device
-    times = time_methods(args.candidates, images_of(args.candidates[0], args.machine), device, bf16=args.bf16)
+    settings = args.machine.settings
+    times = time_methods(args.candidates, images_of(args.candidates[0], args.machine), settings)
     rows = [
         {
             "method": one.method.name,
@@ -109,7 +109,7 @@ def summary(args: argparse.Namespace, accuracies: dict[str, list[float]], commit
     ]
     allowed = [row for row in rows[1:] if row["time_over_none"] <= args.most_time]
     best, cheap = (max(some, key=lambda row: row["validation_accuracy"], default=None) for some in (rows[1:], allowed))
-    about = {"machine": described(device), "commit": commits, "bf16": args.bf16, "held_out": HELD_OUT}
+    about = {"machine": described(settings.device), "commit": commits, "bf16": args.bf16, "held_out": HELD_OUT}
     about |= {
         "recipe": args.recipe,
         "scale": args.scale,

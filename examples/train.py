@@ -67,7 +67,10 @@ def show(lines: list[list[str]]) -> None:
 def main() -> None:
     args = arguments()
     if args.list is not None:
-        print("\n".join(names(args.list)))
+        found = names(args.list)
+        if not found:
+            args.error(f"--list: no recipe is called {args.list!r}")
+        print("\n".join(found))
         return
     lines = [list(COLUMNS)]
 

@@ -102,9 +102,16 @@ def test_demo_refuses_to_run_nothing(option: str, tmp_path: Path) -> None:
 def test_swap_one_line_reports_accuracy_and_sigma(tmp_path: Path) -> None:
     done = run("swap_one_line.py", "--epochs", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = dict(line.split(":") for line in done.stdout.splitlines())
-    assert float(found["test accuracy"]) > 0.5
-    assert all(float(found[f"largest sigma {when}"]) > 0 for when in ("before", "after"))
+    before, *after = done.stdout.splitlines()
+    assert float(before.removeprefix("largest sigma before training: ")) > 0
+    told = [re.fullmatch(r"(\w+) +largest sigma (\S+), test accuracy (\S+)", line) for line in after]
+    sigmas = {line[1]: float(line[2]) for line in told if line}
+    assert sigmas["SNRSGD"] < sigmas["SGD"] and all(line and float(line[3]) > 0.5 for line in told)
+
+
+def test_swap_one_line_refuses_to_train_nothing(tmp_path: Path) -> None:
+    done = run("swap_one_line.py", "--epochs", "0", cwd=tmp_path)
+    assert done.returncode == 2 and "--epochs must be 1 or more, got 0" in done.stderr
 
 
 FIGURES = {

@@ -62,8 +62,8 @@ def test_load_takes_no_other_number_of_images_than_published(name: str, tmp_path
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_load_names_the_missing_file_and_where_download_gets_it(name: str, tmp_path: Path) -> None:
-    told = f"cannot read {tmp_path / WRITTEN[name][1]}/\\S+ \\(No such file or directory\\); download=True"
-    with pytest.raises(ValueError, match=told + r" \(--download\) gets it from https?://\S+$"):
+    told = f"cannot read {tmp_path / WRITTEN[name][1]}/\\S+ \\(No such file or directory\\); --download"
+    with pytest.raises(ValueError, match=told + r" \(download=True\) gets it from https?://\S+$"):
         load(name, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -29,6 +29,8 @@ from papers.runs.machine import Machine, Settings
 from papers.runs.running import Run
 from papers.runs.timing import time_methods
 from papers.runs.training import Training
+from papers.tables.kept import Kept
+from papers.tables.reproducing import times_of
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -415,7 +417,7 @@ def test_schedule_falls_at_the_stated_fractions_whatever_the_epochs() -> None:
     training = Training(replace(RECIPE, epochs=4, milestones=(0.25, 0.5)), load("digits"), [0])
     for _ in range(4):
         training.run_epoch()
-    assert [row["lr"] for row in training.logs[0].epochs] == pytest.approx([0.05, 0.005, 5e-4, 5e-4, 5e-4])
+    assert [row["lr"] for row in training.logs[0].epochs] == pytest.approx([0.05, 0.05, 0.005, 5e-4, 5e-4])
 
 
 def test_ranks_are_counted_at_the_start_at_the_end_and_between() -> None:
@@ -438,7 +440,7 @@ def test_history_of_a_log_holds_its_norms_for_the_plots() -> None:
 
 
 def test_times_are_ratios_to_the_first_recipe() -> None:
-    found = time_methods([recipe_of(VANILLA), recipe_of(CAP)], load("digits"), "cpu", steps=5)
+    found = time_methods([recipe_of(VANILLA), recipe_of(CAP)], load("digits"), steps=5)
     assert found["digits/mlp/vanilla"] == 1.0
     assert found["digits/mlp/cap"] > 0
 
@@ -457,7 +459,7 @@ def test_times_have_the_share_of_what_is_done_in_each_50th_step(
 
     monkeypatch.setattr(Training, "time_step", step)
     full = Method("full", norm_scale={"mode": "cap", "rank": "full", "every": every})
-    found = time_methods([recipe_of(VANILLA), recipe_of(full)], load("digits"), "cpu")
+    found = time_methods([recipe_of(VANILLA), recipe_of(full)], load("digits"))
     assert found["digits/mlp/full"] == pytest.approx(1.63 if every > 1 else 1.32)
     assert taken == {"vanilla": least, "full": least}
 
@@ -474,7 +476,7 @@ def test_a_machine_that_becomes_slower_from_step_to_step_changes_no_ratio(monkey
 
     monkeypatch.setattr(Training, "time_step", step)
     third = Method("third", norm_scale={"mode": "cap", "every": 3})
-    found = time_methods([recipe_of(VANILLA), recipe_of(third)], load("digits"), "cpu")
+    found = time_methods([recipe_of(VANILLA), recipe_of(third)], load("digits"))
     assert found["digits/mlp/third"] == pytest.approx(3.2 / 3, abs=0.01)
 
 
@@ -487,13 +489,25 @@ def test_each_method_is_timed_after_its_own_first_looks(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Training, "time_step", step)
     third = Method("third", norm_scale={"mode": "cap", "every": 3})
-    time_methods([recipe_of(VANILLA), recipe_of(third)], load("digits"), "cpu")
+    time_methods([recipe_of(VANILLA), recipe_of(third)], load("digits"))
     assert taken == {"vanilla": 22 + 30, "third": 3 * 22 + 30}
+
+
+def test_steps_are_timed_in_the_layout_that_runs_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(Training, "time_step", lambda run, batch: seen.append(run.settings.channels_last) or 1.0)
+    machine = Machine(device="cpu", channels_last=True)
+    times_of([recipe_of(VANILLA)], load("digits"), machine, math.inf)
+    assert set(seen) == {True}
+    folder = Path("runs")
+    assert Kept(folder, machine).times_path("a/b") != Kept(folder, replace(machine, channels_last=False)).times_path(
+        "a/b"
+    )
 
 
 def test_times_are_of_runs_as_they_are_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    time_methods([recipe_of(VANILLA)], load("digits"), "cpu", steps=1)
+    time_methods([recipe_of(VANILLA)], load("digits"), steps=1)
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
 
 

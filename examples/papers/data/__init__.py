@@ -29,7 +29,10 @@ def load(name: str, folder: Path | str | None = None, *, download: bool = False)
     if name == "digits":
         return Images.of(name, 10, *digits.read())
     if folder is None:
-        raise ValueError(f"folder must be the one that holds {SOURCES[name].folder}, got None")
+        raise ValueError(
+            f"folder must be the one that holds {SOURCES[name].folder}, got None: give it as --data-dir or data_dir; "
+            "with --download (download=True) it may be empty"
+        )
     return _published(name, Path(folder), download)
 
 
@@ -45,4 +48,4 @@ def _published(name: str, folder: Path, download: bool) -> Images:
     except ValueError as error:
         damaged = "" if source.missing(folder) else "once the damaged file is deleted, "
         address = source.downloads[0].url.rpartition("/")[0]
-        raise ValueError(f"{error}; {damaged}download=True (--download) gets it from {address}") from None
+        raise ValueError(f"{error}; {damaged}--download (download=True) gets it from {address}") from None

@@ -16,8 +16,8 @@ theirs was of bottlenecks too, and the document does not tell how it differs fro
 code (:attr:`papers.recipe.Recipe.published`).
 
 ``ours``: the first eight singular values of each matrix capped at twice the target in every third step, the last layer
-left alone, whose target of 0.14 to 0.22 would hold the logits down. examples/search.py found it best for MLP 5 x 2000
-on a validation split, among candidates whose step costs at most 5 % there; for the other rows nothing was tuned.
+left alone, whose target of 0.14 to 0.22 would hold the logits down. For MLP 5 x 2000 examples/search.py found that cap,
+in every step, best on a validation split; every third step was taken for its cost. In other rows nothing was tuned.
 """
 
 from __future__ import annotations

@@ -38,10 +38,9 @@ def in_time(deadline: float) -> None:
 def time_methods(
     recipes: Sequence[Recipe],
     images: Images,
-    device: str,
+    settings: Settings = Settings(),
     *,
     steps: int = 30,
-    bf16: bool = False,
     deadline: float = math.inf,
 ) -> dict[str, float]:
     """A training step's time over that of the first recipe beside it, by name.
@@ -52,6 +51,7 @@ def time_methods(
     the mean, so that work done in some steps alone has its share.
 
     Args:
+        settings: how the runs are computed whose steps these stand for.
         steps: of each recipe, at least; at least three blocks are taken.
         deadline: of ``time.monotonic()``, looked at before each step.
 
@@ -62,7 +62,7 @@ def time_methods(
     if not recipes or steps < 1:
         raise ValueError(f"recipes and steps must be one at least, got {len(recipes)} and {steps}")
     deterministic()  # as the runs themselves are
-    runs = [Training(recipe, images, [0], Settings(device, bf16)) for recipe in recipes]
+    runs = [Training(recipe, images, [0], settings) for recipe in recipes]
     batches = [_without_end(run) for run in runs]
     for recipe, run, some in zip(recipes, runs, batches, strict=True):
         for _ in range(COLD * tracked_period(recipe)):

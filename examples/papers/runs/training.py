@@ -53,6 +53,8 @@ class Training:
         self.schedule = LambdaLR(self.optimizer, self._factor)
         for member in self.members:
             member.log.targets = targets_of(self.optimizer, member.model)
+        self.rate = float(self.schedule.get_last_lr()[0])
+        """The learning rate of the last step."""
         self.chances: list[torch.Generator] = []
         self.epochs_done = 0
 
@@ -118,6 +120,7 @@ class Training:
         self.objective.fill_gradients(batch)
         self.networks.hand_over()
         self.optimizer.step()
+        self.rate = float(self.schedule.get_last_lr()[0])
         self.schedule.step()
 
     def time_step(self, batch: Batch) -> float:
@@ -128,7 +131,7 @@ class Training:
 
     def measure(self) -> None:
         for member in self.members:
-            member.measure(self.epochs_done, float(self.schedule.get_last_lr()[0]), self._autocast())
+            member.measure(self.epochs_done, self.rate, self._autocast())
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(torch.device(self.settings.device).type, torch.bfloat16, enabled=self.settings.bf16)

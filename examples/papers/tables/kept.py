@@ -64,7 +64,8 @@ class Kept:
         return [seed for seed in seeds if self.result(recipe, seed) is None]
 
     def times_path(self, row: str) -> Path:
-        return self.folder / row / f"times-{'-'.join(self.how.values())}.json"
+        layout = ["channels-last"] if self.machine.settings.channels_last else []
+        return self.folder / row / f"times-{'-'.join([*self.how.values(), *layout])}.json"
 
     def times(self, row: str) -> dict[str, float]:
         """A training step's time over that of the row's first method, by method; of those that were timed.

@@ -33,8 +33,7 @@ def train(
 
 
 def times_of(recipes: Sequence[Recipe], images: Images, machine: Machine, deadline: float) -> dict[str, float]:
-    settings = machine.settings
-    return time_methods(recipes, images, settings.device, steps=TIMED_STEPS, bf16=settings.bf16, deadline=deadline)
+    return time_methods(recipes, images, machine.settings, steps=TIMED_STEPS, deadline=deadline)
 
 
 @dataclass(frozen=True)

@@ -156,8 +156,12 @@ def facts(row: Row) -> str:
     if protocol["label_noise"]:
         parts.append(f"{protocol['label_noise']:.0%} of the training labels wrong")
     parts += [distinct(one.get("machine") for one in about), f"torch {distinct(one.get('torch') for one in about)}"]
-    if any((one.get("settings") or {}).get("bf16") for one in about):
+    settings = [one.get("settings") or {} for one in about]
+    if any(one.get("bf16") for one in settings):
         parts.append("forward passes in bfloat16")
+    last = sum(bool(one.get("channels_last")) for one in settings)
+    if last:
+        parts.append("channels last" if last == len(settings) else f"channels last in {last} of {len(settings)} runs")
     return f"{'; '.join(parts)}; commit {distinct(one.get('commit') for one in about)}."
 
 
