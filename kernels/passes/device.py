@@ -374,7 +374,7 @@ def launch(
     if not len(work):
         return
     tile = tile_of(records.KP, records.dtype.itemsize, update, side, stochastic)
-    limit = most_registers(records.KP, update, side)
+    limit = most_registers(records.KP, update, side, stochastic)
     nvidia = work.device.type == "cuda" and torch.version.hip is None
     with tables.on(work.device):
         pass_kernel[(len(work),)](

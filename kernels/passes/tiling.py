@@ -60,9 +60,11 @@ def tile_of(kp: int, size: int, update: int, side: int, stochastic: bool) -> Til
     return tile
 
 
-def most_registers(kp: int, update: int, side: int) -> int | None:
-    """Left to itself the assembler keeps the widest pass to 128 and spills; allowed more, it needs 126."""
-    return 168 if kp == 64 and update == ADAMW.value and side == TURNING.value else None
+def most_registers(kp: int, update: int, side: int, stochastic: bool) -> int | None:
+    """Left to itself the assembler keeps these two to 128 and spills; allowed more, the first needs 126."""
+    widest = kp == 64 and update == ADAMW.value
+    by_chance = kp == 16 and update == SGD.value and stochastic
+    return 168 if side == TURNING.value and (widest or by_chance) else None
 
 
 def chunks(length: int) -> tuple[int, int]:

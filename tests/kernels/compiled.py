@@ -156,11 +156,11 @@ def usage_of(session: pytest.Session, test: Callable[..., None], module: str) ->
     return found
 
 
-def without_spilling(usage: Usage, target: str, name: str) -> dict[str, Any]:
-    """What one kernel takes, which has to compile and to keep in registers what it holds."""
+def without_spilling(usage: Usage, target: str, name: str, but: int = 0) -> dict[str, Any]:
+    """What one kernel takes, which has to compile and to keep in registers what it holds, but for so many bytes."""
     found = usage[target, name]
     assert "error" not in found, found["error"]
-    assert found["spilled"] == 0, found
+    assert found["spilled"] <= but, found
     return found
 
 
