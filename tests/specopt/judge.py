@@ -179,7 +179,7 @@ def judge_norm(
         "sigma"
     )
     target = target_of(case, initial, after)
-    capped = case.options["mode"] == "cap" or starts_from_zero(case, before, state)
+    capped = case.options["mode"] == "cap" or starts_from_zero(case, before, state) or math.isinf(target)
     wanted = min(found, target) if capped else target
     if kind == "frobenius" or case.options["mode"] == "rescale":
         expected = plain * (wanted / found)
@@ -198,6 +198,9 @@ def target_of(case: Case, initial: dict[str, float], after: dict[str, Any]) -> f
     target, kind = case.options["target"], case.options["norm"]
     if target == "initial":
         noted = float(after[f"spectral_initial_{kind}"])
+        if math.isnan(noted):
+            assert initial[kind] == 0, "no norm to keep of a weight that has one"
+            return math.inf
         allowed = rounding(case) * 64 if is_exact(case) or kind == "frobenius" else sigma_error(case)
         assert abs(noted - initial[kind]) <= allowed * initial[kind], "another initial norm"
         return noted
