@@ -20,7 +20,7 @@ from .backend import on_host as _on_host
 from .blocks import column_dots, copy_blocks, first_column_residuals, grams, mixes
 from .products import MAX_COLUMNS
 from .small import eigenvectors, rotations
-from .tables import remembered, upload
+from .tables import capturing, remembered, upload
 from .triplets import BasisLayout, Triplets, TurnLayout, orthonormalize_all, scouts
 
 
@@ -75,6 +75,8 @@ def noise_buffer(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         generator = np.random.Generator(np.random.PCG64(0x5EED))
         values = torch.from_numpy(generator.standard_normal((1 << (needed - 1).bit_length(), MAX_COLUMNS)))
         noise = _noise[dtype, device] = upload(values, dtype, device)
+        if device.type != "cpu" and not capturing(device):  # once, as other streams would not wait for the copy
+            torch.get_device_module(device).current_stream(device).synchronize()
     return noise
 
 

@@ -51,6 +51,7 @@ def spectra(
 
     Raises:
         ValueError: an unknown name, or no layer with a finite singular value.
+        TypeError: neither a report nor a mapping.
     """
     found = _chosen(_by_name(layers), names)
     if relative:
@@ -91,6 +92,8 @@ def _by_name(layers: Iterable[SpectralRow] | Mapping[str, Values]) -> dict[str, 
         found = {name: np.asarray(values, np.float64) for name, values in layers.items()}
     else:
         rows = list(layers)
+        if strange := [type(row).__name__ for row in rows if not isinstance(row, SpectralRow)]:
+            raise TypeError(f"layers must be a report, or singular values by name, got a list with {strange[0]}")
         names = distinct([row.name for row in rows])
         found = {name: np.array(row.spectrum, np.float64) for name, row in zip(names, rows, strict=True)}
     for name, values in found.items():

@@ -294,6 +294,11 @@ def test_colors_of_a_few_get_lighter_and_differ_in_grey() -> None:
         (lambda: plots.spectra({}), ValueError, "layers must hold a finite singular value"),
         (lambda: plots.spectra({"a": [np.nan]}), ValueError, "layers must hold a finite singular value"),
         (lambda: plots.spectra({"a": [1.0]}, names=["b"]), ValueError, r"names must be among a, got \['b'\]"),
+        (
+            lambda: plots.spectra([1]),
+            TypeError,
+            "layers must be a report, .* got a list with int",
+        ),
         (lambda: plots.spectra({"a": np.ones((2, 2))}), ValueError, r"one-dimensional .* got \(2, 2\) for a"),
         (lambda: plots.gap_against_gradient_norm({}), ValueError, "methods must hold a finite point"),
         (
