@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import specopt
-from specopt.tracker.common import STATS, STEP, Stat
+from specopt.tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, Stat
 from tests.specopt.sharding.ranks import run
 from tests.specopt.sharding.saved import load_from, save_to
 from tests.specopt.sharding.twins import wholes
@@ -26,6 +27,7 @@ KINDS: dict[str, Callable[[Any], Any]] = {
     "snr": lambda groups: specopt.SNRSGD(groups, lr=0.05, momentum=0.9, snr_lambda=0.05, **FEW),
     "set": lambda groups: specopt.NormScaleAdamW(groups, lr=2e-3, **FEW),
 }
+BLOCKS = (BLOCK, PROBE, LEFT, RIGHT)
 BEFORE, AFTER = 3, 3
 """Steps up to the checkpoint, and beyond it."""
 
@@ -135,3 +137,48 @@ def square_goes_on_whole() -> list[float]:
 def test_a_square_weight_that_was_cut_by_columns_goes_on_whole(tmp_path: Path) -> None:
     for errors in run(2, square_goes_on_whole, folder=tmp_path):
         assert max(errors) < 4e-3
+
+
+ELSEWHERE: dict[str, Callable[[Any], Any]] = {
+    "cut by columns": lambda groups: specopt.NormScaleAdamW(groups, lr=1e-3, target="initial", **FEW),
+    "a penalty's triplet": lambda groups: specopt.wrap(
+        torch.optim.AdamW(groups, lr=1e-3),
+        specopt.Compose(specopt.SpectralPenalty(0.1, **FEW), specopt.NormScale(mode="cap", target=0.5, **FEW)),
+    ),
+}
+"""Whose blocks are laid out otherwise where the weight is whole."""
+
+
+def leaves_blocks_out(folder: Path) -> dict[str, tuple[bool, bool, bool]]:
+    """Of a checkpoint of shards: whether a whole weight is refused all of it, and, without the blocks, whether it has
+    the shards' weight and other state, and whether it trains on."""
+    warnings.simplefilter("ignore")
+    found = {}
+    for name, make in ELSEWHERE.items():
+        models = nn.Linear(30, 40, bias=False), nn.Linear(30, 40, bias=False)
+        place = Shard(1 if name == "cut by columns" else 0)
+        fully_shard(models[0], mesh=init_device_mesh("cpu", (2,)), shard_placement_fn=lambda param, place=place: place)
+        optimizers = [make(model.parameters()) for model in models]
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model(torch.ones(4, 30)).square().mean().backward()
+            optimizer.step()
+        save_to(folder / name, models[0], optimizers[0])
+        try:
+            load_from(folder / name, models[1], optimizers[1])
+            refused = False
+        except checkpoint.CheckpointException as error:  # no Exception
+            refused = "Size mismatch" in str(error) or "Missing key" in str(error)
+        load_from(folder / name, models[1], optimizers[1], without=BLOCKS)
+        (saved,), (loaded,) = (list(optimizer.state.values()) for optimizer in optimizers)
+        kept = [key for key, value in saved.items() if key not in BLOCKS and isinstance(value, torch.Tensor)]
+        same = all(torch.equal(wholes([saved[key]])[0], loaded[key]) for key in kept)
+        same &= torch.equal(weights(models[0])[0], models[1].weight)
+        optimizers[1].step()
+        goes_on = float(loaded["step"]) == 2 and bool(models[1].weight.isfinite().all())
+        found[name] = refused, same, goes_on
+    return found
+
+
+def test_a_checkpoint_of_another_layout_loads_without_the_blocks_as_the_documents_say(tmp_path: Path) -> None:
+    for found in run(2, leaves_blocks_out, tmp_path / "saved", folder=tmp_path):
+        assert found == dict.fromkeys(ELSEWHERE, (True, True, True))
