@@ -421,6 +421,7 @@ def test_the_page_is_what_the_recorded_results_render_and_its_figures_exist(
     picture = re.compile(r"\n\n!\[[^\]]+\]\(([^)]+)\)")
     text = reproduce.PAGE.read_text()
     monkeypatch.setattr(page, "draw_row", lambda row, folder: [])
+    monkeypatch.setattr(page, "draw_grid", lambda grid, rows, folder: [])
     assert page.rendered(text, reproduce.RECORDED, tmp_path) == picture.sub("", text)
     assert all((reproduce.PAGE.parent / address).exists() for address in picture.findall(text))
 
