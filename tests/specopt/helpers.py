@@ -49,7 +49,7 @@ def set_gradients(params: list[Tensor], others: list[Tensor], seed: int) -> None
     """The same random gradients for both lists."""
     generator = torch.Generator().manual_seed(seed)
     for param, other in zip(params, others, strict=True):
-        gradient = torch.randn(param.shape, generator=generator).to(param.dtype)
+        gradient = torch.randn(param.shape, generator=generator).to(param)
         param.grad, other.grad = gradient, gradient.clone()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import specopt
-from tests.specopt.helpers import clones, exact, gap_of, parameters, set_gradients
+from tests.specopt.helpers import DEVICE, clones, exact, gap_of, parameters, set_gradients
 
 TIGHT: dict[str, Any] = {"tolerance": 1e-6, "max_passes": 150}
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
@@ -142,7 +142,8 @@ def test_a_weight_that_starts_at_zero_has_no_initial_norm_and_trains_as_under_ad
     options: dict[str, Any], shape: tuple[int, int], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPECOPT_BACKEND", backend)
-    zero, other = torch.zeros(shape, requires_grad=True), torch.eye(*shape).requires_grad_()
+    device = DEVICE if backend == "triton" else torch.device("cpu")
+    zero, other = torch.zeros(shape, device=device).requires_grad_(), torch.eye(*shape, device=device).requires_grad_()
     few = {} if options.get("rank") == "full" or "norm" in options else {"max_passes": 1, "block": 8}
     optimizer = specopt.NormScaleAdamW([zero, other], lr=1e-2, target="initial", **options, **few)
     plain = clones([zero])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import specopt
 from specopt.kernels.passes.rounding import random_bits, rounded_like, stochastic
+from tests.specopt.helpers import DEVICE
 
 OURS: dict[str, Any] = {
     "snr": lambda params, **kw: specopt.SNRSGD(params, lr=1.0, snr_lambda=1e-12, **kw),
@@ -83,7 +84,7 @@ def test_rows_of_a_matrix_are_rounded_as_the_whole_is(across: bool) -> None:
 def kernels_step(chances: list[bool]) -> list[Tensor]:
     """Bfloat16 weights, a group each, after two steps by the kernels."""
     torch.manual_seed(0)
-    weights = [torch.randn(40, 30).bfloat16().requires_grad_() for _ in chances]
+    weights = [torch.randn(40, 30).bfloat16().to(DEVICE).requires_grad_() for _ in chances]
     groups = [{"params": [w], "stochastic_rounding": chance} for w, chance in zip(weights, chances, strict=True)]
     optimizer = specopt.SNRSGD(groups, lr=0.1, block=8, max_passes=1)
     for _ in range(2):
@@ -102,13 +103,14 @@ def test_a_group_beside_one_that_is_rounded_by_chance_is_rounded_to_nearest() ->
 
 @pytest.mark.usefixtures("triton_backend")
 def test_corrections_behind_a_wrapped_update_are_rounded_otherwise_in_every_step() -> None:
-    weight = torch.eye(64).bfloat16().requires_grad_()
+    start = torch.eye(64, device=DEVICE)
+    weight = start.bfloat16().requires_grad_()
     rule = specopt.NormScale(mode="rescale", target=1.003, block=8, max_passes=1, stochastic_rounding=True)
     optimizer = specopt.wrap(torch.optim.RMSprop([weight], lr=1e-8), rule)
     raised = []
     for _ in range(3):
         with torch.no_grad():
-            weight.copy_(torch.eye(64))
+            weight.copy_(start)
         weight.grad = torch.full_like(weight, 1e-3)
         optimizer.step()
         raised.append(weight.detach().diagonal() > 1)
