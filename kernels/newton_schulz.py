@@ -64,7 +64,7 @@ def cap_(
 
     Args:
         matrices: (m_b, n_b), any strides. One with a non-finite entry is left as it is, and a zero one.
-        limits: ``σ*`` (B,), positive.
+        limits: ``σ*`` (B,), positive; a matrix without one (nan) is left as it is.
         active: bool (B,); the others are left as they are.
         wild: in float64 on a device, as for weights that were never capped.
         seeds: of stochastic rounding of half-precision matrices; 0: to nearest, as all are if absent.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -98,9 +98,9 @@ def whole_matrices(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
 
 def _sums_of(params: Sequence[Tensor]) -> dict[Tensor, list[Tensor]]:
     """By parameter those that come in one sum with it."""
-    shared: dict[Sharers | None, list[Tensor]] = {}
+    shared: dict[Sharers, list[Tensor]] = {}
     for param in params:
-        shared.setdefault(Whole(param).sharers, []).append(param)
+        shared.setdefault(sharers_of(cast(Any, param)), []).append(param)
     together: dict[Tensor, list[Tensor]] = {}
     for own in shared.values():
         for chosen in portions([param.numel() for param in own]):

@@ -63,6 +63,14 @@ def past_the_cold_phase(optimizer: Any, params: list[Tensor]) -> None:
             optimizer.state[param][STATS][Stat.COUNT] = COLD_STEPS
 
 
+def warm(optimizer: Any, params: list[Tensor]) -> None:
+    """Past the cold phase, and two steps of the same gradients by the kernels: buffers are made, tables uploaded."""
+    past_the_cold_phase(optimizer, params)
+    for _ in range(2):
+        set_gradients(params, 1)
+        optimizer.step()
+
+
 def compare_step_by_step(kind: str, steps: int, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """Each step of one optimizer, and of another with a fused pass from the same state."""
     plain, params = make(kind)
@@ -282,17 +290,14 @@ def test_a_warm_step_of_the_same_tensors_can_be_captured(capturing: list[bool]) 
 
 def test_what_a_captured_step_reads_outlives_later_steps_with_other_gradients(capturing: list[bool]) -> None:
     optimizer, params = make("snr")
-    past_the_cold_phase(optimizer, params)
-    for _ in range(2):
-        set_gradients(params, 1)
-        optimizer.step()
+    warm(optimizer, params)
     capturing[0] = True
     optimizer.step()
     capturing[0] = False
     (bucket,) = [engine.bucket for engine in engines(optimizer)]
     read = [weakref.ref(tensor) for tensor in (bucket.table, bucket.numbers, bucket._scratch)]
     del bucket
-    for count in (1, len(params)):  # first other addresses, then other matrices
+    for count in (1, len(params)):  # other matrices, then other addresses
         for param in params:
             param.grad = None
         set_gradients(params[:count], 2)
@@ -305,10 +310,7 @@ def test_a_warm_step_with_initial_targets_uploads_nothing() -> None:
     _, params = make("initial")
     rule = specopt.NormScale(target="initial", block=8, max_passes=1)
     optimizer = specopt.wrap(torch.optim.SGD(params, lr=1e-2), rule)
-    past_the_cold_phase(optimizer, params)
-    for _ in range(2):
-        set_gradients(params, 1)
-        optimizer.step()
+    warm(optimizer, params)
     (bucket,) = [engine.bucket for engine in engines(optimizer)]
     numbers = bucket.numbers
     optimizer.step()
@@ -345,10 +347,7 @@ def test_a_cold_step_cannot_be_captured(capturing: list[bool]) -> None:
 
 def test_a_step_whose_gradients_have_moved_cannot_be_captured(capturing: list[bool]) -> None:
     optimizer, params = make("snr")
-    past_the_cold_phase(optimizer, params)
-    for _ in range(2):
-        set_gradients(params, 1)
-        optimizer.step()
+    warm(optimizer, params)
     kept = [param.grad for param in params]
     for param in params:
         param.grad = None
@@ -361,10 +360,7 @@ def test_a_step_whose_gradients_have_moved_cannot_be_captured(capturing: list[bo
 
 def test_a_step_counted_on_the_host_cannot_be_captured(capturing: list[bool]) -> None:
     optimizer, params = make("set")
-    past_the_cold_phase(optimizer, params)
-    for _ in range(2):
-        set_gradients(params, 1)
-        optimizer.step()
+    warm(optimizer, params)
     capturing[0] = True
     with pytest.raises(RuntimeError, match=r"an option has changed.*capturable=True"):
         optimizer.step()
