@@ -18,7 +18,8 @@ from specopt.kernels.passes import tiling
 
 Shape = tuple[int, int]
 
-NUMBERS = {"RATE": 1e-6, "EPS": 1e-8, "TOLERANCE": 0.01, "MINIMUM": 1, "MAXIMUM": 2, "TARGET": 1, "STRENGTH": 1e-6}
+NUMBERS = {"RATE": 1e-6, "EPS": 1e-8, "TOLERANCE": 0.01, "MINIMUM": 1, "MAXIMUM": 1, "FIXED": 1}
+NUMBERS |= {"TARGET": 1, "STRENGTH": 1e-6}
 SGD = {"BETA1": 0.9, "COMPLEMENT2": 1}
 ADAMW = {"BETA1": 0.9, "BETA2": 0.999, "COMPLEMENT1": 0.1, "COMPLEMENT2": 1e-3, "BIAS1": 0.5, "BIAS2_ROOT": 0.5}
 SCALARS = {"SIGMA": 1, "WANTED": 1, "CHANGE": 1e-6, "FACTOR": 1, "PENALTY": 1e-6}
@@ -49,8 +50,8 @@ class NoiseBucket:
         """A pass, by the names of ``UPDATE`` and ``SIDE``."""
         self.bucket.launch_pass(getattr(buckets, update), getattr(buckets, side))
 
-    def solve(self, kind: str) -> None:
-        self.bucket.launch_solve(getattr(buckets, kind), round=0, last=True, found_inf=None)
+    def solve(self, kind: str, stage: int = 0) -> None:
+        self.bucket.launch_solve(getattr(buckets, kind), round=0, last=True, found_inf=None, stage=stage)
 
     def bytes(self, update: str, side: str) -> int:
         """What memory has to move in a pass: the streams, the operand, and the product in its partial sums."""

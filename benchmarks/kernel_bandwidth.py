@@ -36,7 +36,15 @@ PASSES = (
     ("correction", "CORRECT", "NOTHING"),
     ("correction and Wᵀ U", "CORRECT", "RIGHT"),
 )
-SOLVES = (("Ritz", "RITZ"), ("next basis", "BASIS"), ("turn", "TURN"))
+SOLVES = (
+    ("Ritz", "RITZ", 0),
+    ("Ritz, vectors", "RITZ", 1),
+    ("next basis", "BASIS", 0),
+    ("turn", "TURN", 0),
+    ("turn, candidates", "TURN", 1),
+    ("turn, orthonormal", "TURN", 2),
+)
+"""What it is called, and kind and stage."""
 NO_GPU = f"{reporting.NOT_MEASURED}: no GPU"
 COPIED = 1 << 30
 """Bytes of the copy's source; a fourth of it on a CPU."""
@@ -69,7 +77,7 @@ def pass_cases(matrices: Sequence[Shape], block: int, device: torch.device) -> I
 
 
 def solve_cases(matrices: Sequence[Shape], block: int, device: torch.device) -> Iterator[Case]:
-    """The small dense part, one program a matrix."""
+    """The small dense part of matrices that call for no further pair, by stages."""
     from .device_bucket import NoiseBucket
 
     for halves in (False, True):
@@ -78,9 +86,9 @@ def solve_cases(matrices: Sequence[Shape], block: int, device: torch.device) -> 
         if not halves:
             bucket.solve("RITZ")
         bucket.launch("NONE", "RIGHT")
-        for name, kind in SOLVES:
+        for name, kind, stage in SOLVES:
             if halves == (kind == "TURN"):
-                yield Case(f"solve: {name}", lambda b=bucket, k=kind: b.solve(k))
+                yield Case(f"solve: {name}", partial(bucket.solve, kind, stage))
 
 
 def update_cases(weights: list[Tensor]) -> Iterator[Case]:
@@ -199,7 +207,7 @@ def measure(device: torch.device, lists: dict[str, list[Shape]], block: int) -> 
     if watch.gpu:
         notes.append(f"Copy of {COPIED / 2**30:.0f} GiB: {copy / 1e9:.0f} GB/s, read and written.")
     else:
-        names = [p[0] for p in PASSES] + [f"solve: {s[0]}" for s in SOLVES] + ["Frobenius norms", "scaling"]
+        names = [p[0] for p in PASSES] + [f"solve: {name}" for name, *_ in SOLVES] + ["Frobenius norms", "scaling"]
         rows += [{"name": name, "where": "any", "measured_us": None, "of_copy": None, "note": NO_GPU} for name in names]
         notes.append(f"The Triton kernels: {NO_GPU}. The rows before them are the torch reference on the CPU.")
     columns = {key: head for key, head in COLUMNS.items() if any(key in line for line in rows)}

@@ -18,13 +18,13 @@ from . import records as r
 from . import tables
 from .passes import device as passes
 from .passes import tiling
-from .solves import algebra
+from .solves import algebra, kinds, rows
 from .solves import device as solves
 from .subspace import noise_buffer
 
 NOTHING, LEFT, RIGHT, TURNING = (side.value for side in (tiling.NOTHING, tiling.LEFT, tiling.RIGHT, tiling.TURNING))
 NONE, SGD, ADAMW, CORRECT = (update.value for update in (tiling.NONE, tiling.SGD, tiling.ADAMW, tiling.CORRECT))
-RITZ, BASIS, TURN = (kind.value for kind in (solves.RITZ, solves.BASIS, solves.TURN))
+RITZ, BASIS, TURN = (kind.value for kind in (kinds.RITZ, kinds.BASIS, kinds.TURN))
 
 SCRATCH = 64
 """Entries that scratch blocks are set apart by: 256 bytes."""
@@ -67,6 +67,7 @@ class Bucket:
         longest = max((max(shape) for shape in self.shapes), default=1)
         self.noise = noise_buffer(longest, torch.float32, self.device)
         self.work = {side: tiling.work_list(self.shapes, side, self.device) for side in (NOTHING, LEFT, RIGHT, TURNING)}
+        self.solving = solves.work_lists(self.shapes, [t.exact for t in tracked], self.KP, self.device)
         self._host = np.zeros((len(tracked), r.FIELDS.value), np.int64)
         self._numbers = np.full((len(tracked), r.NUMBERS.value), np.nan, np.float32)
         self._addresses: object = None
@@ -85,9 +86,10 @@ class Bucket:
         for t, (m, n) in zip(tracked, self.shapes, strict=True):
             left_chunks, right_chunks = tiling.chunks(n)[1], tiling.chunks(m)[1]
             counts = (0, 0, 0, 0) if t.exact else (left_chunks, right_chunks, 2, 2)
-            lengths = (m * counts[0], n * counts[1], m * counts[2], n * counts[3], m, n)
+            partials = 0 if t.exact else rows.partial_rows(max(m, n), self.KP)
+            lengths = (m * counts[0], n * counts[1], m * counts[2], n * counts[3], m, n, partials)
             sizes.append([-(-length * self.KP // SCRATCH) * SCRATCH for length in lengths])
-        # of each matrix: partial sums left and right, two blocks left, two right, vectors left and right
+        # of each matrix: partial sums left and right, two blocks left, two right, vectors left and right, partials
         self._scratch = self._zeros(sum(map(sum, sizes)))
         at = 0
         vectors = []
@@ -107,7 +109,8 @@ class Bucket:
             row[r.LEFT_PRODUCT.value], row[r.RIGHT_PRODUCT.value] = address[:2]
             row[r.LEFT_SUM.value], row[r.LEFT_SPARE.value] = address[2], address[2] + 4 * m * self.KP
             row[r.RIGHT_SUM.value], row[r.RIGHT_SPARE.value] = address[3], address[3] + 4 * n * self.KP
-            row[r.LEFT_VECTORS.value], row[r.RIGHT_VECTORS.value] = address[4:]
+            row[r.LEFT_VECTORS.value], row[r.RIGHT_VECTORS.value] = address[4:6]
+            row[r.PARTIALS.value] = address[6]
             row[r.STATS.value] = t.stats.data_ptr()
             left = left_vectors if t.left is None and not t.exact else t.left
             for field, step, block in (
@@ -150,7 +153,7 @@ class Bucket:
 
     def _kept(self) -> list[Tensor]:
         """What was uploaded for it."""
-        uploaded = [self.table, self.numbers, self.noise, *self.work.values()]
+        uploaded = [self.table, self.numbers, self.noise, *self.work.values(), *self.solving.values()]
         return [tensor for tensor in uploaded if tensor is not None]
 
     def in_use(self) -> list[object]:
@@ -186,5 +189,5 @@ class Bucket:
     def launch_pass(self, update: int, side: int, **options: Any) -> None:
         passes.launch(self, update, side, **options)
 
-    def launch_solve(self, kind: int, *, round: int, last: bool, found_inf: Tensor | None) -> None:
-        solves.launch(self, kind, round, last, found_inf)
+    def launch_solve(self, kind: int, *, round: int, last: bool, found_inf: Tensor | None, stage: int = 0) -> None:
+        solves.launch(self, kind, round, last, found_inf, stage)

@@ -76,7 +76,9 @@ LEFT_SPARE = tl.constexpr(35)
 RIGHT_SPARE = tl.constexpr(36)
 STATS = tl.constexpr(37)
 """Address of the state's stats, in the order of ``specopt.tracker.common.Stat``."""
-FIELDS = tl.constexpr(38)
+PARTIALS = tl.constexpr(38)
+"""Scratch: what the strips of a block leave for the sum over all of them, KP (KP + 2) each."""
+FIELDS = tl.constexpr(39)
 
 # --- numbers -------------------------------------------------------------------------------------------------------
 RATE = tl.constexpr(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -48,6 +49,13 @@ def seeded() -> None:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def on_device(device: torch.device) -> Iterator[None]:
+    """Tensors that a test makes lie where the kernels run."""
+    with device:
+        yield
 
 
 @pytest.fixture

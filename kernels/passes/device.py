@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .. import records as r
 from .. import tables
-from ..solves.device import solve
+from ..solves.device import settle, solve
+from ..solves.kinds import BASIS, RITZ
 from ..tiles import DTYPES, rounded
 from .arithmetic import adamw_corrections, is_finite, lerp, nearest, pointer_to, random_bits, sgd_direction, stochastic
 from .tiling import (
@@ -277,6 +278,7 @@ def pass_kernel(
     STAGES: tl.constexpr,
 ):
     """One program of one matrix; the last one of a matrix to arrive goes on with its solve, where ``THEN`` names one.
+    Those of a matrix that is not ``WANTED`` in a conditional pass take a stage of the solve before.
 
     Every program of a matrix decides from the same numbers, which nothing but the solve changes; so all of them take a
     ticket, also those that found nothing to do.
@@ -292,6 +294,10 @@ def pass_kernel(
             return
     if CONDITIONAL:  # noqa: SIM102 -- compiled only where it is asked for
         if tl.load(scalar + r.WANTED) == 0:
+            SETTLED: tl.constexpr = RITZ if THEN == BASIS else THEN
+            if THEN != 0 and THEN != RITZ:
+                sharing = programs_of(entry, SIDE, STRIP)
+                settle(b, table, scalars, squares, noise, tickets, round, index, sharing, SETTLED, KP, KX)
             return
     if UPDATE == SGD or UPDATE == ADAMW:  # noqa: SIM102, SIM109 -- only there; Triton knows no `in` of constexprs
         if tl.load(entry + r.GRAD) == 0:
@@ -347,7 +353,10 @@ def pass_kernel(
         arrived = tl.atomic_add(tickets + b, 1, sem="acq_rel")
         if arrived == programs_of(entry, SIDE, STRIP) - 1:
             tl.store(tickets + b, 0)
-            solve(b, table, numbers, scalars, sigmas, squares, noise, round, last, THEN, KP, KX, DTYPE)
+            solve(
+                b, table, numbers, scalars, sigmas, squares, noise, tickets, round, last, 0, 1,
+                THEN, KP, KX, DTYPE, True,
+            )  # fmt: skip
 
 
 def launch(
@@ -374,7 +383,7 @@ def launch(
     if not len(work):
         return
     tile = tile_of(records.KP, records.dtype.itemsize, update, side, stochastic)
-    limit = most_registers(records.KP, update, side, stochastic)
+    limit = most_registers(records.KP, update, side, stochastic, then)
     nvidia = work.device.type == "cuda" and torch.version.hip is None
     with tables.on(work.device):
         pass_kernel[(len(work),)](

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from .. import tables
+from ..solves import device as solves
+from ..solves.kinds import RITZ
 
 NONE, SGD, ADAMW, CORRECT = (tl.constexpr(i) for i in range(4))
 """``UPDATE``: what happens to the weight."""
@@ -60,8 +62,11 @@ def tile_of(kp: int, size: int, update: int, side: int, stochastic: bool) -> Til
     return tile
 
 
-def most_registers(kp: int, update: int, side: int, stochastic: bool) -> int | None:
-    """Left to itself the assembler keeps these two to 128 and spills; allowed more, the first needs 126."""
+def most_registers(kp: int, update: int, side: int, stochastic: bool, then: int) -> int | None:
+    """Left to itself the assembler keeps these to 128 and spills; allowed more, the first needs 126. A solve behind the
+    pass needs what it needs alone."""
+    if then:
+        return solves.most_registers(then, kp, 0, 0) if then == RITZ.value else None
     widest = kp == 64 and update == ADAMW.value
     by_chance = kp == 16 and update == SGD.value and stochastic
     return 168 if side == TURNING.value and (widest or by_chance) else None

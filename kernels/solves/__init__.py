@@ -1,1 +1,1 @@
-"""The small part of a step in one launch: one program a matrix."""
+"""The small part of a step: stages by strips of rows, and between them one program a matrix."""

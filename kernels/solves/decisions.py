@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .. import records as r
-from .algebra import block_at, is_finite
+from .rows import block_at, is_finite
 
 COLD_MAX = tl.constexpr(16)
 LOST = tl.constexpr(0.1)

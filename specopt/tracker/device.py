@@ -2,8 +2,9 @@
 
 ``NormScale`` and ``SpectralDecay``, warm: [update and Y = W V], solve, [Z and solve], [Y and solve] (the conditional
 pair), [correction and Z], solve: 6 launches. ``SpectralPenalty``: solve, [half and solve] twice (the conditional pair),
-[update and the half product of the next step]: 4 launches, and one more where somebody else wrote to a weight. A step
-of the cold phase enqueues up to 15 conditional pairs in place of one.
+[update and the half product of the next step]: 4 launches, and one more where somebody else wrote to a weight. Where a
+matrix calls for no second pair, the programs of the conditional launches take the later stages of its solve. A step of
+the cold phase enqueues up to 15 conditional pairs in place of one.
 """
 
 from __future__ import annotations
@@ -180,6 +181,9 @@ class Turns:
                 conditional=True,
                 found_inf=found_inf,
             )
+        if rounds == 1:  # else the conditional pair's launches take these stages
+            for stage in (1, 2):
+                bucket.launch_solve(ops.TURN, round=0, last=True, found_inf=found_inf, stage=stage)
         engine.versions = None
         for matrix in matrices:
             matrix.state[STEP] += 1
@@ -232,6 +236,8 @@ class Pairs:
             common = {"round": done, "conditional": True, "found_inf": found_inf}
             bucket.launch_pass(ops.NONE, ops.RIGHT, then=ops.BASIS, **common)
             bucket.launch_pass(ops.NONE, ops.LEFT, then=ops.RITZ, **common)
+        if self.rounds == 1:  # else the conditional pair's first launch takes this stage
+            bucket.launch_solve(ops.RITZ, round=0, last=False, found_inf=found_inf, stage=1)
         bucket.launch_pass(ops.CORRECT, ops.RIGHT, found_inf=found_inf, stochastic=_stochastic(self.matrices))
         bucket.launch_solve(ops.BASIS, round=0, last=True, found_inf=found_inf)
         torch.autograd.graph.increment_version([matrix.param for matrix in self.matrices])

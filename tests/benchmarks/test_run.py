@@ -311,7 +311,7 @@ def test_probe_makes_every_launch_in_a_dry_run(tmp_path: Path) -> None:
     rows = report["results"]
     names = {row["name"] for row in rows}
     assert names >= {name for name, *_ in kernel_bandwidth.PASSES}
-    assert names >= {f"solve: {name}" for name, _ in kernel_bandwidth.SOLVES}
+    assert names >= {f"solve: {name}" for name, *_ in kernel_bandwidth.SOLVES}
     assert names >= {"empty launch", "torch.mm W V", "torch AdamW(fused=True)", "Frobenius norms"}
     assert all(row["measured_us"] is None for row in rows)
 

@@ -11,7 +11,7 @@ from specopt.kernels import records as r
 from specopt.kernels.passes import tiling
 from specopt.kernels.subspace import start_block
 
-from .samples import generator
+from .samples import DEVICE, generator
 
 NONE, SGD, ADAMW, CORRECT = (u.value for u in (tiling.NONE, tiling.SGD, tiling.ADAMW, tiling.CORRECT))
 NOTHING, LEFT, RIGHT, TURNING = (s.value for s in (tiling.NOTHING, tiling.LEFT, tiling.RIGHT, tiling.TURNING))
@@ -23,7 +23,7 @@ LAYOUTS = ("rows", "columns", "sliced", "offset rows", "stepped")
 
 def laid_out(rows: int, columns: int, layout: str, dtype: torch.dtype, random: torch.Generator, scale=1.0) -> Tensor:
     def noise(*shape):
-        return (torch.randn(shape, generator=random) * scale).to(dtype)
+        return (torch.randn(shape, generator=random, device="cpu") * scale).to(DEVICE, dtype)
 
     if layout == "columns":
         return noise(columns, rows).mT
@@ -46,9 +46,9 @@ class PassBucket(SimpleNamespace):
         self.state = [dict(s) for s in state] or [{} for _ in weights]
         self.lefts, self.rights, self.us, self.vs, self.outs, self.stats = ([] for _ in range(6))
         self.noise = start_block(4096, 64, torch.float32, device)
-        self.table = torch.zeros(len(weights), r.FIELDS.value, dtype=torch.int64)
-        self.numbers = torch.zeros(len(weights), r.NUMBERS.value)
-        self.scalars = torch.zeros(len(weights), r.SCALARS.value)
+        self.table = torch.zeros(len(weights), r.FIELDS.value, dtype=torch.int64, device="cpu")
+        self.numbers = torch.zeros(len(weights), r.NUMBERS.value, device="cpu")
+        self.scalars = torch.zeros(len(weights), r.SCALARS.value, device="cpu")
         self.scalars[:, r.FACTOR.value] = 1
         self.amsgrad = any("max_exp_avg_sq" in s for s in self.state)
         self.k, self.probes = [], []
@@ -76,11 +76,13 @@ class PassBucket(SimpleNamespace):
                 (m, r.LEFT, r.LEFT_STEP, r.LEFT_PROBE, r.LEFT_PROBE_STEP, r.LEFT_VECTORS, self.lefts, self.us),
                 (n, r.RIGHT, r.RIGHT_STEP, r.RIGHT_PROBE, r.RIGHT_PROBE_STEP, r.RIGHT_VECTORS, self.rights, self.vs),
             ):
-                wide = torch.randn(length, row[r.K] + a, generator=random).to(device)
+                wide = torch.randn(length, row[r.K] + a, generator=random, device="cpu").to(device)
                 blocks.append(wide[:, : row[r.K]])
                 row |= {basis: wide.data_ptr(), step: wide.stride(0), probe_step: wide.stride(0)}
                 row[probe] = 0 if by_pairs and basis is r.LEFT else wide.data_ptr() + 4 * row[r.K]
-                triplets = torch.nn.functional.normalize(torch.randn(length, kp, generator=random), dim=0).to(device)
+                triplets = torch.nn.functional.normalize(
+                    torch.randn(length, kp, generator=random, device="cpu"), dim=0
+                ).to(device)
                 firsts.append(triplets[:, 0])
                 row[vectors] = triplets.data_ptr()
                 self.keep += [wide, triplets]

@@ -26,6 +26,9 @@ widths = st.integers(1, 64)
 seeds = st.integers(0, 2**31 - 1)
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

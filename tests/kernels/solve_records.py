@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specopt.kernels import records as r
 from specopt.kernels import start_block, subspace, tables
-from specopt.kernels.solves import algebra
+from specopt.kernels.solves import algebra, rows
 from specopt.kernels.solves import device as solves
 from specopt.rules import NormScale
 from specopt.session import Gate
@@ -21,7 +21,7 @@ from specopt.tracker import common, halves, pairs
 from specopt.tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, Stat, probe_columns
 from specopt.views import Matrix, matrices_of
 
-from .samples import generator
+from .samples import DEVICE, generator
 
 CHUNK = 48
 """So that small matrices have several partial sums."""
@@ -59,6 +59,9 @@ class Records:
         self.scalars = torch.full((len(matrices), r.SCALARS.value), math.nan, device=device)
         self.sigmas = torch.full((len(matrices), width), math.nan, device=device)
         self.squares = torch.full((len(matrices), algebra.SLOTS.value, width, width), math.nan, device=device)
+        self.tickets = torch.zeros(len(matrices), dtype=torch.int32, device=device)
+        shapes = [(m.weight.shape[0], m.weight.shape[1]) for m in matrices]
+        self.solving = solves.work_lists(shapes, [m.complete for m in matrices], self.KP, device)
         self.scratch = [self._scratch(m) for m in matrices]
         self.table = torch.tensor([self._row(i) for i in range(len(matrices))], dtype=torch.int64, device=device)
         self.numbers = torch.tensor([self._numbers(m) for m in matrices], device=device)
@@ -73,6 +76,7 @@ class Records:
         for side, length, inner in (("LEFT", m, n), ("RIGHT", n, m)):
             shapes[f"{side}_PRODUCT"] = (-(-inner // CHUNK), length, self.KP)
             shapes.update({f"{side}_{name}": (length, self.KP) for name in ("SUM", "VECTORS", "SPARE")})
+        shapes["PARTIALS"] = (rows.partial_rows(max(m, n), self.KP), self.KP)
         return {name: like.new_full(shape, math.nan) for name, shape in shapes.items()}
 
     def _row(self, i: int) -> list[int]:
@@ -163,7 +167,9 @@ class Records:
         return self.scalars[i, getattr(r, name).value]
 
     def solve(self, kind: tl.constexpr, round: int, last: bool, found_inf: Tensor | None = None) -> None:
-        solves.launch(self, kind.value, round, last, found_inf)
+        """The first stage, and after a step's first product those that a conditional pair's launches take."""
+        for stage in range(solves.STAGES[kind.value] if round == 0 else 1):
+            solves.launch(self, kind.value, round, last, found_inf, stage)
 
     def pairs_step(self, rounds: int) -> None:
         """One step of the tracker by pairs, with the passes made by torch."""
@@ -204,10 +210,12 @@ class Records:
 
 def spectrum(rows: int, columns: int, values: Tensor, seed: int) -> Tensor:
     q = [
-        torch.linalg.qr(torch.randn(n, len(values), generator=generator(seed + n), dtype=torch.float64))[0]
+        torch.linalg.qr(torch.randn(n, len(values), generator=generator(seed + n), dtype=torch.float64, device="cpu"))[
+            0
+        ]
         for n in (rows, columns)
     ]
-    return ((q[0] * values) @ q[1].mT).float()
+    return ((q[0] * values.cpu()) @ q[1].mT).float().to(DEVICE)
 
 
 def decaying(rows: int, columns: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -240,12 +248,13 @@ def begin(matrix: Matrix, tracker: str, count: int = 0, residual: float = math.i
         k, a = matrix.columns, probe_columns(matrix.block)
         size = matrix.weight.float().nan_to_num(0, 0, 0).abs().max().item() * 0.3
         blocks = {
-            length: torch.linalg.qr(torch.randn(length, k, generator=random, dtype=torch.float64))[0]
+            length: torch.linalg.qr(torch.randn(length, k, generator=random, dtype=torch.float64, device="cpu"))[0]
             .float()
             .contiguous()
+            .to(DEVICE)
             for length in (m, n)
         }
-        probes = {length: torch.randn(length, a, generator=random) * size for length in (m, n)}
+        probes = {length: torch.randn(length, a, generator=random, device="cpu").to(DEVICE) * size for length in (m, n)}
         if tracker == "pairs":
             matrix.state[BLOCK], matrix.state[PROBE] = blocks[n], probes[n]
         else:

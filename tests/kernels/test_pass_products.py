@@ -11,6 +11,7 @@ from specopt.kernels import records as r
 from specopt.kernels.bucket import Bucket, Tracked
 from specopt.kernels.passes import device as passes
 from specopt.kernels.solves import device as solves
+from specopt.kernels.solves import kinds
 
 from .pass_bucket import (
     CORRECT,
@@ -24,6 +25,8 @@ from .pass_bucket import (
     set_sgd,
 )
 from .samples import copy, generator
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 
 @pytest.mark.parametrize("kp", [16, 32])
@@ -91,7 +94,10 @@ def test_products_only_where_a_pair_is_wanted():
 
 
 @triton.jit
-def _note_solve(b, table, numbers, scalars, sigmas, squares, noise, round, last, KIND, KP, KX, DTYPE):
+def _note_solve(
+    b, table, numbers, scalars, sigmas, squares, noise, tickets, round, last, index, count,
+    KIND, KP, KX, DTYPE, ALONE,
+):  # fmt: skip
     """In place of the solve: counts how often it runs, and moves the step count on as the real one does."""
     entry = table + b * r.FIELDS
     stats = tl.load(entry + r.STATS).to(tl.pointer_type(tl.float32))
@@ -121,31 +127,74 @@ def test_the_last_program_of_each_matrix_solves_it_once(side, monkeypatch):
     assert [stats[0].item() for stats in bucket.stats] == [3, 4, 3, 4]
 
 
+def tracked_bucket(shapes, gradient=None, *, most=2, by_pairs=False):
+    """A bucket with blocks of 4 columns and a probe, of which at most ``most`` pairs are wanted; a matrix of 5 columns
+    is exact. Also all that its launches write to."""
+    weights, others = matrices(torch.float32, "rows", count=2, shapes=shapes)
+    random = generator(11)
+    blocks = [
+        [torch.randn(length, 5, generator=random, device="cpu").to(w.device) for length in w.shape] for w in weights
+    ]
+    stats = [torch.zeros(7, device=w.device) for w in weights]
+    tracked = []
+    for w, (left, right), stat in zip(weights, blocks, stats, strict=True):
+        if w.shape[1] == 5:
+            tracked.append(Tracked(w, 5, 0, True, stat))
+        elif by_pairs:
+            tracked.append(Tracked(w, 4, 1, False, stat, right=right[:, :4], right_probe=right[:, 4:]))
+        else:
+            tracked.append(Tracked(w, 4, 1, False, stat, right[:, :4], left[:, :4], right[:, 4:], left[:, 4:]))
+    bucket = Bucket(tracked)
+    bucket.amsgrad = False
+    bucket.set_addresses([(g.data_ptr() if gradient else 0, 0, 0, 0, 0, 0, 0) for g in others])
+    numbers = torch.zeros(len(shapes), r.NUMBERS.value, device="cpu")
+    values = ((r.RATE, 0.1), (r.STRENGTH, 0.5), (r.TOLERANCE, 0.01), (r.MINIMUM, 1), (r.MAXIMUM, most), (r.FIXED, 1))
+    for field, value in values:
+        numbers[:, field.value] = value
+    bucket.set_numbers(numbers.numpy())
+    written = [*weights, *(block for pair in blocks for block in pair), *stats, bucket.scalars, bucket.sigmas]
+    return bucket, [*written, *bucket.vectors[0], *bucket.vectors[1]], others
+
+
 def test_the_solve_in_a_pass_is_the_one_after_it():
     results = []
+    turn = kinds.TURN.value
     for within in (True, False):
-        weights, gradient = matrices(torch.float32, "rows", count=2, shapes=[(70, 40), (6, 9), (90, 5)])
-        random = generator(11)
-        blocks = [[torch.randn(length, 5, generator=random) for length in w.shape] for w in weights]
-        stats = [torch.zeros(7) for _ in weights]
-        tracked = [
-            Tracked(w, 5, 0, True, s) if w.shape[1] == 5
-            else Tracked(w, 4, 1, False, s, right[:, :4], left[:, :4], right[:, 4:], left[:, 4:])
-            for w, (left, right), s in zip(weights, blocks, stats, strict=True)
-        ]  # fmt: skip
-        bucket = Bucket(tracked)
-        bucket.amsgrad = False
-        bucket.set_addresses([(g.data_ptr(), 0, 0, 0, 0, 0, 0) for g in gradient])
-        numbers = torch.zeros(3, r.NUMBERS.value)
-        for field, value in ((r.RATE, 0.1), (r.STRENGTH, 0.5), (r.TOLERANCE, 0.01), (r.MINIMUM, 1), (r.MAXIMUM, 2)):
-            numbers[:, field.value] = value
-        bucket.set_numbers(numbers.numpy())
-        turn = solves.TURN.value
+        bucket, written, _gradient = tracked_bucket([(70, 40), (6, 9), (90, 5)], gradient=True)
         passes.launch(bucket, SGD, TURNING, then=turn if within else 0, last=True)
         if not within:
-            bucket.launch_solve(turn, round=0, last=True, found_inf=None)
-        assert all(s[6] == 1 for s in stats)
+            for stage in range(3):
+                bucket.launch_solve(turn, round=0, last=True, found_inf=None, stage=stage)
         assert (bucket.scalars[:, r.PENALTY.value] > 0).all()
-        state = [block for pair in blocks for block in pair]
-        results.append([*weights, *state, *stats, bucket.scalars, *bucket.vectors[0], *bucket.vectors[1]])
+        results.append(written)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("most", [1, 2])
+@pytest.mark.parametrize("by_pairs", [True, False])
+def test_programs_of_a_conditional_pass_without_a_pair_to_make_take_the_stages_of_the_solve(by_pairs, most):
+    """The same bits as their own launches, which a step of one pair has; where a pair is wanted they leave it alone."""
+    kind = (kinds.RITZ if by_pairs else kinds.TURN).value
+    results = []
+    for within in (True, False):
+        bucket, written, _ = tracked_bucket([(300, 150), (40, 70), (90, 5)], most=most, by_pairs=by_pairs)
+        passes.launch(bucket, NONE, LEFT if by_pairs else TURNING)
+        bucket.launch_solve(kind, round=0, last=False, found_inf=None)
+        wanted = bucket.scalars[:, r.WANTED.value].clone()
+        assert wanted.tolist() == [most - 1, most - 1, 0]
+        before = [tensor.clone() for tensor in written]
+        if not within or most == 2:
+            for stage in range(1, solves.STAGES[kind]):
+                bucket.launch_solve(kind, round=0, last=False, found_inf=None, stage=stage)
+        elif by_pairs:
+            passes.launch(bucket, NONE, RIGHT, then=kinds.BASIS.value, round=1, conditional=True)
+        else:
+            for half in (1, 2):
+                passes.launch(
+                    bucket, NONE, TURNING, then=kind, flip=half - 1, round=half, last=half == 2, conditional=True
+                )
+        assert (bucket.tickets == 0).all()
+        same = all(torch.equal(one, other) for one, other in zip(written, before, strict=True))
+        assert same == (most == 2)
+        results.append(written)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -28,7 +28,9 @@ from .pass_bucket import (
     set_sgd,
     torch_step,
 )
-from .samples import copy, generator
+from .samples import DEVICE, copy, generator
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 SGD_OPTIONS = [
     {"lr": 0.1},
@@ -282,7 +284,7 @@ def test_a_correction_leaves_what_would_overflow_and_spreads_no_nan():
 
 def test_where_there_is_nothing_to_correct_memory_is_left_alone():
     """-0 and a NaN of odd bits would come back changed."""
-    weights = [torch.randn(70, 70, generator=generator(0)), torch.randn(70, 5, generator=generator(1))]
+    weights = [torch.randn(70, n, generator=generator(n), device="cpu").to(DEVICE) for n in (70, 5)]
     for w in weights:
         w[1, 1] = -0.0
         w.view(torch.int32)[2, 2] = 0x7F800123

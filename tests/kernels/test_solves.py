@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from specopt.kernels import records as r
-from specopt.kernels.solves import decisions
+from specopt.kernels.solves import decisions, rows
 from specopt.kernels.solves import device as solves
 from specopt.tracker import common
 from specopt.tracker.common import BLOCK, LEFT, RIGHT, STATS, STEP, Stat
@@ -27,6 +29,8 @@ from .solve_records import (
     twin,
     warm,
 )
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 # --- a step --------------------------------------------------------------------------------------------------------
 SHAPES = [((65, 41), 8), ((23, 130), 8), ((147, 61), 16), ((70, 67), 32), ((20, 19), 4), ((9, 8), 2)]
@@ -159,7 +163,7 @@ def test_following_a_weight_that_moves(tracker):
     begin(matrix, tracker, 0)
     random = generator(5)
     for step in range(6):
-        matrix.weight.add_(0.01 * decaying(64, 50, seed=int(torch.randint(100, (), generator=random))))
+        matrix.weight.add_(0.01 * decaying(64, 50, seed=int(torch.randint(100, (), generator=random, device="cpu"))))
         getattr(Records([matrix], tracker), f"{tracker}_step")(4 if step == 0 else 2)
     exact = torch.linalg.svdvals(matrix.weight.double())[0]
     assert abs(float(matrix.state[STATS][Stat.SIGMA] / exact) - 1) < 1e-3
@@ -175,6 +179,76 @@ def test_two_runs_give_the_same_bits(tracker):
         getattr(records, f"{tracker}_step")(2)
         found.append([value for value in matrix.state.values() if isinstance(value, Tensor)] + [records.sigmas[:, :7]])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+# --- stages --------------------------------------------------------------------------------------------------------
+@triton.jit
+def _strips_kernel(lengths, out, K: tl.constexpr):
+    length = tl.load(lengths + tl.program_id(0))
+    tl.store(out + 2 * tl.program_id(0), rows.strip_rows(length, K))
+    tl.store(out + 2 * tl.program_id(0) + 1, rows.strips_of(length, K))
+
+
+@pytest.mark.parametrize("kp", [16, 32, 64])
+def test_host_and_device_cut_the_same_strips(kp, device):
+    lengths = torch.tensor([1, 31, 32, 33, 128, 129, 2000, 2048, 2049, 8192, 8193, 50257], dtype=torch.int32)
+    found = torch.zeros(len(lengths), 2, dtype=torch.int32, device=device)
+    _strips_kernel[(len(lengths),)](lengths.to(device), found, K=kp)
+    for length, (size, count) in zip(lengths.tolist(), found.tolist(), strict=True):
+        assert count == rows.strips(length, kp) <= rows.MOST_STRIPS.value
+        assert (count - 1) * size < length <= count * size
+        assert rows.partial_rows(length, kp) * kp == count * (kp * kp + 2 * kp)
+
+
+@TRACKERS
+def test_the_bits_do_not_depend_on_how_many_programs_share_a_solve(tracker):
+    """Of 3 strips on one side and 2 on the other."""
+    found = []
+    for most in (1, 2, 100):
+        matrices = [warm(decaying(300, 150), tracker, tolerance=10.0, top=1.0), warm(decaying(70, 140), tracker)]
+        records = Records(matrices, tracker)
+        for key, work in records.solving.items():
+            count = [min(int((work[:, 0] == b).sum()), most) for b in range(2)]
+            tasks = [(b, index, count[b]) for b in range(2) for index in range(count[b])]
+            records.solving[key] = torch.tensor(tasks, dtype=torch.int32, device=work.device)
+            assert most != 100 or torch.equal(records.solving[key], work)
+        getattr(records, f"{tracker}_step")(2)
+        assert not records.wants(0) and (records.tickets == 0).all()
+        state = [value for m in matrices for value in m.state.values() if isinstance(value, Tensor)]
+        vectors = [scratch[f"{side}_VECTORS"][:, 0] for scratch in records.scratch for side in ("LEFT", "RIGHT")]
+        found.append([*state, *vectors, *(m.weight for m in matrices), records.sigmas, records.scalars])
+    for other in found[1:]:
+        for one, same in zip(found[0], other, strict=True):
+            torch.testing.assert_close(same, one, rtol=0, atol=0, equal_nan=True)
+
+
+@TRACKERS
+@pytest.mark.parametrize("off", [1e-2, 1e-5])
+def test_a_small_residual_is_not_lost_in_rounding(tracker, off):
+    """Also over several strips; squares subtracted from each other would leave 3e-4."""
+    matrix = warm(decaying(300, 150), tracker, tolerance=10.0, top=1.0, lr=0.0)
+    left, sigma, right = torch.linalg.svd(matrix.weight.double(), full_matrices=False)
+    k = matrix.columns
+    for key, truth in ((LEFT, left), (RIGHT, right.mT), (BLOCK, right.mT)):
+        if key in matrix.state:
+            tilted = truth[:, :k].clone()
+            tilted[:, 0] += off * truth[:, k + 3]
+            matrix.state[key][:, :k] = torch.linalg.qr(tilted)[0]
+    wide = torch.linalg.qr(matrix.state[RIGHT if tracker == "halves" else BLOCK][:, :k].double())[0]
+    records = Records([matrix], tracker)
+    getattr(records, f"{tracker}_step")(2)
+    product = matrix.weight.double() @ wide
+    if tracker == "pairs":  # of the Ritz triplet
+        u, _, v = torch.linalg.svd(product, full_matrices=False)
+        image = matrix.weight.double().mT @ u[:, 0] / sigma[0]
+        truth = (image - (image @ (wide @ v[0])) * (wide @ v[0])).norm()
+    else:  # of the first column beside its image
+        image, old = product[:, 0] / sigma[0], torch.linalg.qr(left[:, :k] + 0)[0]
+        tilted = left[:, :k].clone()
+        tilted[:, 0] += off * left[:, k + 3]
+        old = torch.linalg.qr(tilted)[0][:, 0]
+        truth = (image - (image @ old) * old).norm()
+    torch.testing.assert_close(float(matrix.state[STATS][Stat.RESIDUAL]), float(truth), rtol=2e-2, atol=3e-7)
 
 
 # --- what is decided -----------------------------------------------------------------------------------------------
