@@ -100,7 +100,7 @@ def pass_usage(request) -> compiled.Usage:
 
 @pytest.mark.parametrize(("target", "name"), COMPILED)
 def test_passes_compile_without_spilling(target, name, pass_usage):
-    but = compiled.waiting(name) if " then " in name else 0
+    but = compiled.waiting(target, name) if " then " in name else 0
     usage = compiled.without_spilling(pass_usage, target, name, but)
     if target != "gfx942":
         arrays = {"none": 1, "sgd": 3, "adamw": 4, "correct": 1}.get(name.split()[0], 1)

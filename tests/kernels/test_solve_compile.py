@@ -73,7 +73,7 @@ def solve_usage(request) -> compiled.Usage:
 @pytest.mark.parametrize(("target", "name"), combinations())
 def test_it_compiles_without_spilling(target, name, solve_usage):
     whole = "turn" in name or "ritz" in name  # a next basis has one stage
-    usage = compiled.without_spilling(solve_usage, target, name, compiled.waiting(name) if whole else 0)
+    usage = compiled.without_spilling(solve_usage, target, name, compiled.waiting(target, name) if whole else 0)
     assert usage.get("wide", 1) > 0, usage
 
 
