@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
 from .. import records as r
 from .. import tables
@@ -45,9 +44,8 @@ THREADS = 256
 """Of a program."""
 MOST_REGISTERS = 255
 """Of a thread on NVIDIA. Said to the assembler where it would stop at 128, for a second program beside the first, and
-spill; where it takes more of itself it does better untold."""
-TOLD = TorchVersion(triton.__version__) >= "3.9"
-"""Before, it always takes more of itself: BASIS of KP 32 spills 8 bytes on sm_90 with Triton 3.6, and 176 when told."""
+spill; where it takes more of itself it does better untold: BASIS of KP 32 spills 64 bytes on sm_90 with Triton 3.6, and
+272 when told."""
 
 
 @triton.jit
@@ -283,9 +281,7 @@ def options(device: torch.device, kind: int, kp: int, kx: int, stage: int) -> di
 
 
 def most_registers(kind: int, kp: int, kx: int, stage: int) -> int | None:
-    if not TOLD:
-        return None
-    return MOST_REGISTERS if kind == BASIS.value or (kind == RITZ.value and max(kp, kx) <= 32) else None
+    return MOST_REGISTERS if kind == RITZ.value and max(kp, kx) <= 32 and stage == 0 else None
 
 
 def launch(records: Any, kind: int, round: int, last: bool, found_inf: Tensor | None, stage: int = 0) -> None:
