@@ -73,9 +73,7 @@ def side_of(stats, round):
 
 
 @triton.jit
-def first_stage(
-    entry, stats, mine, sigmas, round, last, index, count, KIND: tl.constexpr, KP: tl.constexpr
-):  # fmt: skip
+def first_stage(entry, stats, mine, sigmas, round, last, index, count, KIND: tl.constexpr, KP: tl.constexpr):
     if KIND == RITZ:
         ritz_sums(entry, index, count, KP)
     elif KIND == BASIS:
@@ -164,9 +162,7 @@ def solve(
             arrived = all_arrived(tickets, b, count)
         if arrived:
             whole = ALONE | (round != 0)
-            after_first_stage(
-                entry, options, stats, mine, sigmas, squares, noise, round, last, due, whole, KIND, KP
-            )  # fmt: skip
+            after_first_stage(entry, options, stats, mine, sigmas, squares, noise, round, last, due, whole, KIND, KP)
 
 
 @triton.jit
