@@ -86,6 +86,19 @@ def decide_on_weights(entry, options, stats, mine, sigma, residual, pairs, wante
 
 
 @triton.jit
+def decide_on_gradients(options, stats, mine, sigma, residual, pairs, wanted, count):
+    """What an odd number of halves has found, and the penalty, into the scalars; every thread has read them before."""
+    penalty = tl.where(is_finite(sigma), tl.load(options + r.STRENGTH) * sigma, 0.0)
+    tl.debug_barrier()
+    tl.store(mine + r.SIGMA, sigma)
+    tl.store(mine + r.RESIDUAL, residual)
+    tl.store(mine + r.PAIRS, pairs)
+    tl.store(mine + r.WANTED, wanted)
+    tl.store(mine + r.PENALTY, penalty)
+    tl.store(stats + r.STAT_COUNT, count.to(tl.float32))
+
+
+@triton.jit
 def record_on_weights(stats, mine, sigmas, k, residual, K: tl.constexpr):
     """The stats after the correction. ``residual``: of a triplet that is finite."""
     wide = tl.arange(0, K)

@@ -7,8 +7,7 @@ import triton.language as tl
 
 from .. import records as r
 from .algebra import entry_of, ritz_values
-from .decisions import decide_on_weights, record_on_gradients, record_on_weights
-from .halves import finish_turn
+from .decisions import decide_on_gradients, decide_on_weights, record_on_gradients, record_on_weights
 from .kinds import BASIS, RITZ
 from .rows import ROWS, add_gram, is_finite, lengths, no_gram, rows_of, scratch_at
 
@@ -32,7 +31,7 @@ def exact(
             decide_on_weights(entry, options, stats, mine, sigma, residual, 0.5, 0.0, round)
         else:
             count = tl.load(stats + r.STAT_COUNT) + 1
-            finish_turn(options, stats, mine, sigma, 0.0, 0.5, 0.0, count)
+            decide_on_gradients(options, stats, mine, sigma, 0.0, 0.5, 0.0, count)
             record_on_gradients(stats, sigma, 0.0, 0.5)
 
 

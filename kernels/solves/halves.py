@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .. import records as r
 from .algebra import entry_of, ritz_values
-from .decisions import LOST, again_wanted, first_wanted, record_on_gradients
+from .decisions import LOST, again_wanted, decide_on_gradients, first_wanted, record_on_gradients
 from .rows import (
     ROWS,
     SLICE,
@@ -37,7 +37,7 @@ from .rows import (
     scratch_at,
     strip_rows,
     strips_of,
-    sum_of_chunks,
+    sum_strip,
 )
 
 
@@ -81,17 +81,9 @@ def turn_sums(entry, side, index, count, K: tl.constexpr):
     chunks = tl.load(entry + tl.where(side == 0, r.LEFT_CHUNKS, r.RIGHT_CHUNKS)).to(tl.int32)
     total = scratch_at(entry, tl.where(side == 0, r.LEFT_SUM, r.RIGHT_SUM))
     old, old_step = basis_on(entry, side)
-    offsets, whole = row[:, None] * K + wide[None, :], length.to(tl.int64) * K
-    size = strip_rows(length, K)
+    offsets = row[:, None] * K + wide[None, :]
     for strip in range(index, strips_of(length, K), count):
-        start, stop = strip * size, tl.minimum(strip * size + size, length)
-        gram, peak = no_gram(K)
-        for first in range(start, stop, R):
-            inside = (row < stop - first)[:, None]
-            y = sum_of_chunks(rows_of(product, first, K), offsets, inside, whole, chunks)
-            tl.store(rows_of(total, first, K) + offsets, y, inside)
-            gram, peak, _ratio, _y = add_gram(gram, peak, tl.where((wide < k)[None, :], y, 0.0))
-        leave_gram(entry, strip, gram, peak, K)
+        start, stop, peak = sum_strip(entry, strip, product, chunks, total, length, k, K)
         tl.debug_barrier()
         scale = tl.where(peak == 0, 1.0, peak)
         dots = tl.zeros((K,), tl.float32)
@@ -147,23 +139,10 @@ def turn_triplets(entry, options, stats, mine, sigmas, squares, side, half, last
         if half == 1:
             tl.store(mine + r.SEEN, valid.to(tl.float32))
     else:
-        finish_turn(options, stats, mine, top, residual, made, wanted, done + 1)
+        decide_on_gradients(options, stats, mine, top, residual, made, wanted, done + 1)
         if (last != 0) | (wanted == 0):
             record_on_gradients(stats, top, residual, made)
     return wanted
-
-
-@triton.jit
-def finish_turn(options, stats, mine, sigma, residual, pairs, wanted, count):
-    """What an odd number of halves has found, into the scalars."""
-    penalty = tl.where(is_finite(sigma), tl.load(options + r.STRENGTH) * sigma, 0.0)
-    tl.debug_barrier()
-    tl.store(mine + r.SIGMA, sigma)
-    tl.store(mine + r.RESIDUAL, residual)
-    tl.store(mine + r.PAIRS, pairs)
-    tl.store(mine + r.WANTED, wanted)
-    tl.store(mine + r.PENALTY, penalty)
-    tl.store(stats + r.STAT_COUNT, count.to(tl.float32))
 
 
 @triton.jit

@@ -32,29 +32,19 @@ from .rows import (
     strip_rows,
     strips_of,
     sum_of_chunks,
+    sum_strip,
 )
 
 
 @triton.jit
 def ritz_sums(entry, index, count, K: tl.constexpr):
     """The chunks of Y summed, and the Gram matrices of strips."""
-    R: tl.constexpr = ROWS if K <= 32 else ROWS // 4
-    row, wide = tl.arange(0, R), tl.arange(0, K)
     m, _n = lengths(entry)
     k = tl.load(entry + r.K).to(tl.int32)
     product, chunks = scratch_at(entry, r.LEFT_PRODUCT), tl.load(entry + r.LEFT_CHUNKS).to(tl.int32)
     total = scratch_at(entry, r.LEFT_SUM)
-    offsets, whole = row[:, None] * K + wide[None, :], m.to(tl.int64) * K
-    size = strip_rows(m, K)
     for strip in range(index, strips_of(m, K), count):
-        start, stop = strip * size, tl.minimum(strip * size + size, m)
-        gram, peak = no_gram(K)
-        for first in range(start, stop, R):
-            inside = (row < stop - first)[:, None]
-            y = sum_of_chunks(rows_of(product, first, K), offsets, inside, whole, chunks)
-            tl.store(rows_of(total, first, K) + offsets, y, inside)
-            gram, peak, _ratio, _y = add_gram(gram, peak, tl.where((wide < k)[None, :], y, 0.0))
-        leave_gram(entry, strip, gram, peak, K)
+        sum_strip(entry, strip, product, chunks, total, m, k, K)
 
 
 @triton.jit

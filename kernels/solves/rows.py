@@ -207,6 +207,25 @@ def add_gram(gram, peak, x):
 
 
 @triton.jit
+def sum_strip(entry, strip, product, chunks, total, n, k, K: tl.constexpr):
+    """One strip of a product of n rows: its chunks summed into ``total``, and the Gram matrix of k columns left behind.
+    Returns the strip's first row, the row after its last, and what the Gram matrix is divided by."""
+    R: tl.constexpr = ROWS if K <= 32 else ROWS // 4
+    row, wide = tl.arange(0, R), tl.arange(0, K)
+    offsets = row[:, None] * K + wide[None, :]
+    start = strip * strip_rows(n, K)
+    stop = tl.minimum(start + strip_rows(n, K), n)
+    gram, peak = no_gram(K)
+    for first in range(start, stop, R):
+        inside = (row < stop - first)[:, None]
+        y = sum_of_chunks(rows_of(product, first, K), offsets, inside, n.to(tl.int64) * K, chunks)
+        tl.store(rows_of(total, first, K) + offsets, y, inside)
+        gram, peak, _ratio, _y = add_gram(gram, peak, tl.where((wide < k)[None, :], y, 0.0))
+    leave_gram(entry, strip, gram, peak, K)
+    return start, stop, peak
+
+
+@triton.jit
 def add_mixed(
     total, origin, step, row, left, columns, factor, PADDED: tl.constexpr, WIDE: tl.constexpr, K: tl.constexpr
 ):
