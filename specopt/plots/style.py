@@ -23,10 +23,10 @@ Path = str | os.PathLike[str]
 
 FEW = 8
 """Up to so many layers have a line style and a legend entry each."""
-COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-"""Okabe and Ito's, told apart by the colour-blind, from dark to light."""
+COLORS = ("#000000", "#882255", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+"""Okabe and Ito's, told apart by the colour-blind, from dark to light; for their yellow, lost on white, Tol's wine."""
 STYLES: tuple[Any, ...] = ("-", (0, (5, 1.5)), "-.", (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
 SMALL, PLAIN = 7, 9
 """Points of type: names in great number, and everything else."""
 LABEL = 34
@@ -41,7 +41,7 @@ class Look(NamedTuple):
 
 
 def look(i: int) -> Look:
-    """Of the i-th of a few lines or methods; colour and marker together repeat after 56."""
+    """Of the i-th of a few lines or methods; colour and marker together repeat after 72."""
     return Look(COLORS[i % len(COLORS)], STYLES[i % len(STYLES)], MARKERS[i % len(MARKERS)])
 
 

@@ -17,6 +17,7 @@ from papers.tables.grids import GRIDS, Grid, grid_table, lent
 from papers.tables.markdown import label, percent_over_seeds
 from papers.tables.results import Row
 
+from specopt.plots.style import look
 from tests.examples.results_samples import TINY, made_row
 from tests.specopt.test_plots import clashes, texts
 
@@ -181,14 +182,13 @@ def test_figure_has_means_here_and_the_replications_dotted() -> None:
     rows[0] = with_accuracies(with_accuracies(rows[0], "double-back", 0.94, 0.95, 0.96), "spect-reg", 0.95, 0.96, 0.95)
     figure = accuracy_by_size(C4, rows[::-1])
     whole, less = figure.axes
-    double_back = C4.methods(rows).index("double-back")
-    color = ("#000000", "#0072B2", "#D55E00")[double_back]
+    methods = C4.methods(rows)
+    color, spect_reg = (look(methods.index(method)).color for method in ("double-back", "spect-reg"))
     x, y = line_of(whole, color, "-")
     assert x == pytest.approx([500, 1000, 2000], rel=0.1) and y[0] == pytest.approx(95.0)
     x, y = line_of(whole, color, ":")
     assert x == list(SIZES) and y[0] == pytest.approx(94.17) and y[-1] == pytest.approx(98.22)
     assert line_of(less, color, "-")[1] == [0.0] * 3
-    spect_reg = ("#000000", "#0072B2", "#D55E00")[C4.methods(rows).index("spect-reg")]
     assert line_of(less, spect_reg, "-")[1][0] == pytest.approx(100 * (0.01 + 0.01 - 0.01) / 3)
     assert line_of(less, spect_reg, ":")[1][0] == pytest.approx(94.06 - 94.17)
     assert {text.get_text() for text in texts(figure)} >= {"DoubleBack", "replication", "500", "20k"}

@@ -271,7 +271,7 @@ def test_colors_of_a_few_get_lighter_and_differ_in_grey() -> None:
     assert shades == sorted(shades) and shades[-1] < 0.6
     looks = [plots.style.look(i) for i in range(FEW)]
     assert len(set(looks)) == FEW and len({look.marker for look in looks}) == FEW
-    assert len({(look.color, look.marker) for look in map(plots.style.look, range(56))}) == 56
+    assert len({(look.color, look.marker) for look in map(plots.style.look, range(72))}) == 72
 
 
 @pytest.mark.parametrize(

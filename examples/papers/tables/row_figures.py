@@ -16,16 +16,13 @@ from matplotlib.ticker import MaxNLocator
 
 import specopt.plots
 from specopt import SpectralHistory
+from specopt.plots import style
 from specopt.seeing.history import Record
 
 from .markdown import label
 from .results import Row, Run
 
-COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-"""Okabe and Ito's, from dark to light."""
-STYLES = ("-", "--", "-.", ":")
 DPI = 90
-SMALL, PLAIN = 8, 9
 
 Array = npt.NDArray[np.float64]
 
@@ -65,7 +62,7 @@ def gap_against_gradient_norm(row: Row) -> Figure | None:
     ):
         pairs = {method: (norms, gaps) for method, (norms, gaps) in points.items()}
         specopt.plots.gap_against_gradient_norm(pairs, ylabel="training less test accuracy", ax=axes)
-        axes.set_title(f"a point for each {what}", fontsize=PLAIN)
+        axes.set_title(f"a point for each {what}", fontsize=style.PLAIN)
     return figure
 
 
@@ -107,7 +104,7 @@ def curves(row: Row) -> Figure:
             draw_curves(axes, row, f"{part}_{what}")
             finish(axes, f"{'training' if part == 'train' else part} {what}")
     handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=SMALL, handlelength=3)
+    figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=style.PLAIN - 1, handlelength=3)
     return figure
 
 
@@ -118,8 +115,8 @@ def draw_curves(axes: Axes, row: Row, name: str) -> None:
         values = over_runs(list(row.of(method).values()), name)
         mean, deviation = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
         epochs = numbers(next(iter(row.of(method).values())).epochs["epoch"])
-        color, style = COLORS[i % len(COLORS)], STYLES[i % len(STYLES)]
-        axes.plot(epochs, mean, color=color, linestyle=style, linewidth=1.4, label=label(method, row.table))
+        color, line, _ = style.look(i)
+        axes.plot(epochs, mean, color=color, linestyle=line, linewidth=1.4, label=label(method, row.table))
         axes.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0)
         shown += [value for value in mean.tolist() if math.isfinite(value) and value > 0]
     if name.endswith("loss") and shown and max(shown) > 20 * statistics.median(shown):
@@ -128,9 +125,8 @@ def draw_curves(axes: Axes, row: Row, name: str) -> None:
 
 
 def finish(axes: Axes, what: str) -> None:
-    axes.set_xlabel("epoch", fontsize=PLAIN)
-    axes.set_ylabel(what, fontsize=PLAIN)
-    axes.tick_params(labelsize=SMALL)
+    style.label(axes, "epoch", what)
+    axes.tick_params(labelsize=style.PLAIN - 1)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
@@ -152,8 +148,8 @@ def spectral_norms(row: Row) -> Figure | None:
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes, (method, history) in zip(panels, shown.items(), strict=False):
         specopt.plots.spectral_norms(history, ax=axes)
-        axes.set_title(label(method, row.table), fontsize=PLAIN)
-        axes.set_xlabel("epoch", fontsize=PLAIN)
+        axes.set_title(label(method, row.table), fontsize=style.PLAIN)
+        axes.set_xlabel("epoch", fontsize=style.PLAIN)
     for empty in panels[len(shown) :]:
         empty.remove()
     return figure
