@@ -29,11 +29,12 @@ def ritz_triplets(products: Sequence[Tensor], blocks: Sequence[Tensor], out: Tri
     for chosen, gram, scale in _grams(products, live(active, len(products))):
         weight, rotation = torch.linalg.eigh(gram.neg_())
         root = weight.neg_().clamp_min_(0).sqrt_()
-        present = root > 64 * torch.finfo(root.dtype).eps * root[:, :1]
-        inverse = torch.where(present, 1 / root, 0.0)
+        limits = torch.finfo(root.dtype)
+        present = root > 64 * limits.eps * root[:, :1]
         if any(s != 1 for s in scale):
-            factor = root.new_tensor(scale)[:, None]
-            root, inverse = root * factor, inverse / factor
+            root *= root.new_tensor(scale)[:, None]
+            present &= root >= limits.smallest_normal
+        inverse = torch.where(present, 1 / root, 0.0)
         sigma = torch.where(present | root.isnan(), root, 0.0)
         k = gram.shape[1]
         if len(chosen) == len(out.sigma) and k == out.sigma.shape[1]:

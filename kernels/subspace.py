@@ -86,7 +86,8 @@ def ritz_triplets(
     """Rayleigh–Ritz on ``span(V)`` from ``Y = W V``, with V orthonormal.
 
     ``G = YᵀY`` gives the rotation Q (:func:`~specopt.kernels.small.rotations`); then ``θ_i = ‖Y q_i‖``,
-    ``u_i = Y q_i / θ_i``, ``v_i = V q_i``, so that ``W v_i = θ_i u_i`` however old V is.
+    ``u_i = Y q_i / θ_i``, ``v_i = V q_i``, so that ``W v_i = θ_i u_i`` however old V is. A ``θ_i`` of which rounding
+    leaves nothing, and one below the smallest normal number, whose inverse may be none, is 0, and so is its ``u_i``.
 
     Args:
         products: ``Y_b`` (m_b, k_b).
@@ -106,7 +107,8 @@ def ritz_triplets(
     gram, scale = grams(products)
     rotation, weight = rotations(gram)
     root = weight.sqrt()
-    present = root > 64 * torch.finfo(root.dtype).eps * root[:, :1]
+    limits = torch.finfo(root.dtype)
+    present = (root > 64 * limits.eps * root[:, :1]) & (root * scale[:, None] >= limits.smallest_normal)
     inverse = torch.where(present, 1 / torch.where(present, root, 1.0), 0.0) / scale[:, None]
     # a non-finite product leaves no comparison true: let it show in sigma
     sigma = torch.where(present, root, 0.0) * scale[:, None] + 0.0 * gram.sum((1, 2))[:, None]

@@ -91,7 +91,7 @@ def ritz_values(gram, peak, k, squares, K: tl.constexpr):
     scale = tl.where(peak == 0, 1.0, peak)
     basis, weight = rotate(gram, k, squares, K)
     root = tl.sqrt(weight)
-    present = root > 64 * EPS * entry_of(root, 0, K)
+    present = (root > 64 * EPS * entry_of(root, 0, K)) & (root * scale >= SMALLEST)
     inverse = tl.where(present, 1 / tl.where(present, root, 1.0), 0.0) / scale
     sigma = tl.where(present, root, 0.0) * scale + poison
     return basis, sigma, inverse

@@ -5,6 +5,7 @@ The schedule is that of :mod:`specopt.tracker.common`, which this package does n
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -14,6 +15,7 @@ from .rows import block_at, is_finite
 COLD_MAX = tl.constexpr(16)
 LOST = tl.constexpr(0.1)
 JUMP = tl.constexpr(10.0)
+LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 STILL = tl.constexpr(0.1)
 """So much of the tolerance may sigma move by from pair to pair."""
 
@@ -61,7 +63,8 @@ def change_of(entry, options, stats, sigma):
     change = tl.where(mode == 3, decayed, change)
     change = tl.where(rate != 0, change, 0.0)
     whole = mode == 2
-    factor = tl.where(whole & (change != 0), target / tl.where(sigma > 0, sigma, 1.0), 1.0)
+    ratio = tl.minimum(target / tl.where(sigma > 0, sigma, 1.0), LARGEST)
+    factor = tl.where(whole & (change != 0), ratio, 1.0)
     return tl.where(whole, 0.0, change), factor, capped.to(tl.float32)
 
 

@@ -16,7 +16,17 @@ from ..tracker import device, pairs
 from ..tracker.common import constant, has_stats
 from ..views import Matrix, block_of
 from .after import After, AfterOnDevice
-from .steering import InitialNorms, beginners, distance, down_only, noted_norm, shape_target, targets_of, tell_first
+from .steering import (
+    InitialNorms,
+    beginners,
+    distance,
+    down_only,
+    factor_to,
+    noted_norm,
+    shape_target,
+    targets_of,
+    tell_first,
+)
 from .whole import Capped, FrobeniusScaled
 
 
@@ -139,7 +149,7 @@ def _correct(matrices: Sequence[Matrix], gate: Gate, found: pairs.Found) -> pair
     if not any(rescaled):
         return pairs.Change(change)
     whole = constant([float(r) for r in rescaled], norm) > 0
-    factor = torch.where(whole & (change[:, 0] != 0), target / torch.where(norm > 0, norm, 1.0), 1.0)
+    factor = factor_to(target, norm, whole & (change[:, 0] != 0))
     return pairs.Change(torch.where(whole[:, None], 0.0, change), factor)
 
 

@@ -54,7 +54,7 @@ from ..tracker.common import (
 )
 from ..updates import is_on_device, rate_of
 from ..views import could_be_controlled
-from .steering import norm_to_keep
+from .steering import factor_to, norm_to_keep
 
 OPERATOR, INITIAL = PREFIX + "operator", PREFIX + "initial_operator"
 """State keys: the block that follows the operator's norm, and the norm noted for ``target="initial"``."""
@@ -233,7 +233,7 @@ class OperatorSession:
             pulled = moves & (kernel.group["mode"] == "rescale")
             self.gate.ratios.append(([kernel], HostCopy.of(torch.where(pulled, sigma / target, 1.0)[None])))
         moves = moves & (self.gate.open([kernel], sigma)[0] > 0)
-        factor = torch.where(moves, target / torch.where(sigma > 0, sigma, 1.0), 1.0)
+        factor = factor_to(target, sigma, moves)
         stats[Stat.TOP] = sigma * factor
         kernel.whole.store(seen.weight * factor)
 

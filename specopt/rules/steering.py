@@ -87,6 +87,11 @@ def distance(norm: Tensor, target: Tensor, valid: Tensor, down: Tensor) -> Tenso
     return torch.where(down, change.clamp_max(0.0), change)
 
 
+def factor_to(target: Tensor, norm: Tensor, moved: Tensor) -> Tensor:
+    """``target / norm`` where a norm is moved, at most the largest number there is; else 1."""
+    return torch.where(moved, target / torch.where(norm > 0, norm, 1.0), 1.0).clamp_max(torch.finfo(norm.dtype).max)
+
+
 def beginners(matrices: Sequence[Matrix]) -> list[int]:
     """Which are in their first step, as long as that is not counted."""
     return [i for i, matrix in enumerate(matrices) if matrix.state[STEP] == 0]

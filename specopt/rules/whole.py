@@ -24,7 +24,7 @@ from ..tracker.common import (
     rounding_seeds,
 )
 from ..views import Matrix
-from .steering import InitialNorms, beginners, distance, down_only, targets_of, tell_first
+from .steering import InitialNorms, beginners, distance, down_only, factor_to, targets_of, tell_first
 
 
 class _Whole:
@@ -79,7 +79,7 @@ def frobenius_factors(
     change = distance(norm, target, norm.isfinite(), down_only(matrices, norm, target, stats))
     tell_first(matrices, beginners(matrices), norm, target, change != 0, gate)
     moved = (change != 0) & (gate.open(matrices, norm) > 0)
-    return norm, torch.where(moved, target / torch.where(norm > 0, norm, 1.0), 1.0)
+    return norm, factor_to(target, norm, moved)
 
 
 class Capped(_Whole):

@@ -50,7 +50,7 @@ def solved(grams: Sequence[Tensor], dtype: torch.dtype) -> Solved:
         finite = stacked.isfinite().all(2).all(1)[:, None]
         weight, rotation = torch.linalg.eigh(torch.where(finite[:, :, None], stacked, 0.0).neg_())
         root = weight.neg_().clamp_min_(0).sqrt_()
-        present = root > 64 * torch.finfo(dtype).eps * root[:, :1]
+        present = (root > 64 * torch.finfo(dtype).eps * root[:, :1]) & (root >= torch.finfo(dtype).smallest_normal)
         sigma = torch.where(finite, torch.where(present, root, 0.0), torch.nan)
         inverse = torch.where(present, 1 / root, 0.0)
         for i, *found in zip(chosen, sigma, rotation, inverse, strict=True):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import specopt
@@ -209,6 +209,37 @@ def test_penalty_of_extreme_scales(scale: float) -> None:
             u, s, vh = exact(old)
             expected = old.double().flatten(1) - 0.5 * s[0] * torch.outer(u[:, 0], vh[0])
             assert torch.allclose(param.double().flatten(1) / scale, expected / scale, atol=1e-4)
+
+
+TINY_RULES: list[tuple[type, dict[str, Any]]] = [
+    (specopt.SNRSGD, {"momentum": 0.0, "snr_lambda": 0.5}),
+    *[(specopt.NormScaleAdamW, {"mode": mode, "target": 100.0}) for mode in ("set", "cap", "rescale")],
+    *[(specopt.NormScaleAdamW, {"norm": "frobenius", "mode": mode}) for mode in ("set", "cap")],
+    (specopt.NormScaleAdamW, {"mode": "cap", "rank": "full"}),
+]
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e-38, 3e-39, 1e-41])
+@pytest.mark.parametrize(("cls", "options"), TINY_RULES, ids=str)
+def test_weights_around_the_smallest_normal_number_stay_finite(cls: Any, options: dict[str, Any], scale: float) -> None:
+    params = [(scale * param.detach()).requires_grad_() for param in parameters(torch.float32)]
+    groups: Any = [params]
+    if options.get("mode") != "set" and not options.keys() & {"rank", "norm"}:  # what operators can be under
+        model = nn.Conv2d(4, 6, 3, padding=1, bias=False)
+        model.weight.data.mul_(scale)
+        groups.append(specopt.param_groups(model, conv="operator", inputs=torch.randn(1, 4, 8, 8)))
+        params.append(model.weight)
+    if cls is specopt.NormScaleAdamW:
+        options = {"weight_decay": 0.0, **options}
+    for optimizer in [cls(group, lr=0.1, **options) for group in groups]:
+        for _ in range(4):
+            for param in params:
+                param.grad = torch.zeros_like(param)
+            optimizer.step()
+        for state in optimizer.state.values():
+            blocks = [value for value in state.values() if isinstance(value, Tensor) and value.ndim > 1]
+            assert all(bool(block.isfinite().all()) for block in blocks)
+    assert all(bool(param.isfinite().all()) for param in params)
 
 
 STILL: list[tuple[type, dict[str, Any]]] = [
