@@ -32,7 +32,7 @@ def of_function(
     Raises:
         NotKnown: where there is none, or we know of none.
     """
-    if "out" in kwargs:
+    if kwargs.get("out") is not None:
         raise NotKnown("writes into out=")
     _stays_real(key, args, kwargs, given, result)
     if key in functions.AS_MODULE:
@@ -45,6 +45,9 @@ def of_function(
     if key in functions.REARRANGED:
         only_first(args, kwargs, but_sizes=True)
         return constants[0]
+    if key in functions.CLAMPED:
+        only_first(args, kwargs)
+        return times(_expansion(args[0], result, [*args[1:], *kwargs.values()]), constants[0])
     if key is getattr and args[1] in functions.TRANSPOSES:
         return constants[0]
     if key is operator.getitem:
@@ -133,7 +136,7 @@ def _of_index(args: Any) -> float:
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
     if all(part is None or part is Ellipsis or isinstance(part, int | slice) for part in index):
         return 1.0
-    raise NotKnown("is indexed by a tensor, which may take an entry several times")
+    raise NotKnown("is indexed by a tensor or a list, which may take an entry several times")
 
 
 def _of_matrix(args: Any, kwargs: Any, tolerance: float) -> float:

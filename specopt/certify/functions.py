@@ -27,10 +27,6 @@ def _dropout(p: float = 0.5, training: bool = True, inplace: bool = False) -> nn
     return nn.Dropout(p).train(training)
 
 
-def _clamp(*args: Any, **kwargs: Any) -> nn.Module:
-    return nn.Hardtanh()
-
-
 def _pad(pad: Any, mode: str = "constant", value: float | None = None) -> nn.Module:
     kinds = {
         "constant": nn.ConstantPad2d,
@@ -100,7 +96,6 @@ _add(_softmax(nn.Softmax), F.softmax, torch.softmax, "softmax")
 _add(_softmax(nn.Softmin), F.softmin)
 _add(_softmax(nn.LogSoftmax), F.log_softmax, torch.log_softmax, "log_softmax")
 _add(_dropout, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout)
-_add(_clamp, torch.clamp, "clamp", "clamp_")
 _add(_max_pool(nn.MaxPool1d), F.max_pool1d, torch.max_pool1d)
 _add(_max_pool(nn.MaxPool2d), F.max_pool2d, torch.max_pool2d)
 _add(_max_pool(nn.MaxPool3d), F.max_pool3d, torch.max_pool3d)
@@ -131,6 +126,9 @@ REARRANGED: frozenset[Any] = frozenset(
 )
 """Entries in other places, some of them left out or with another sign or sizes: nothing grows. (Rounding to another
 dtype is no part of the map that is bounded.)"""
+
+CLAMPED = frozenset([torch.clamp, torch.clip, "clamp", "clamp_", "clip", "clip_"])
+"""Held between bounds, which may be tensors that show an entry more than once."""
 
 CASTS = frozenset(["to", "type", "type_as"])
 """Some of these, which may take a dtype from a tensor."""

@@ -168,8 +168,7 @@ def _upsample(module: nn.Upsample, call: Call) -> float:
     for n, scale, size in zip(given.shape[2:], scales, sizes, strict=True):
         options = {"size": size, "scale_factor": scale, "recompute_scale_factor": module.recompute_scale_factor}
         if module.mode in ("nearest", "nearest-exact"):
-            places = F.interpolate(torch.arange(n, dtype=torch.float64)[None, None], mode=module.mode, **options)
-            gains.append(root(int(places.flatten().long().bincount().max())))
+            gains.append(root(max(_copies(n, dtype, module.mode, options) for dtype in (torch.float32, torch.float64))))
         elif module.mode in ("linear", "bilinear", "trilinear"):
             align = module.align_corners
             unit = torch.eye(n, dtype=torch.float64)[:, None]
@@ -179,6 +178,13 @@ def _upsample(module: nn.Upsample, call: Call) -> float:
         else:
             raise NotKnown(f"has mode={module.mode!r}, of which no constant is known")
     return times(*gains)
+
+
+def _copies(n: int, dtype: torch.dtype, mode: str, options: dict[str, Any]) -> int:
+    """How often the nearest of n entries is taken at most. The scale by which it is found is of the input's precision,
+    or of float32 where that is less."""
+    places = F.interpolate(torch.arange(n, dtype=dtype)[None, None], mode=mode, **options)
+    return int(places.flatten().long().bincount().max())
 
 
 def _unfold(module: Any, call: Call) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 from collections import deque
@@ -123,11 +124,11 @@ class SpectralHistory:
             ValueError: a file with another header.
         """
         with open(path, encoding="utf-8", newline="") as file:
-            reader = csv.reader(file)
-            header = next(reader, [])
-            if header != list(COLUMNS):
-                raise ValueError(f"path must be of a file that SpectralMonitor wrote, got {os.fspath(path)!r}")
-            lines = [line for line in reader if len(line) == len(COLUMNS)]
+            text = file.read()
+        reader = csv.reader(io.StringIO(text[: text.rfind("\n") + 1 or None], newline=""))
+        if next(reader, []) != list(COLUMNS):
+            raise ValueError(f"path must be of a file that SpectralMonitor wrote, got {os.fspath(path)!r}")
+        lines = [line for line in reader if len(line) == len(COLUMNS)]
         return cls(_record(int(step), list(of_step)) for step, of_step in groupby(lines, key=lambda line: line[0]))
 
 

@@ -45,8 +45,10 @@ class CsvFile:
             self.file.flush()
         elif header.rstrip("\r\n") != ",".join(COLUMNS):
             raise ValueError(f"to must name a new file, or one that SpectralMonitor wrote, got {str(self.path)!r}")
-        elif not _ends_a_line(self.path):
-            self.file.write("\n")  # behind a line that was cut off
+        elif not header.endswith("\n"):
+            self.file.write("\n")
+        else:
+            self.file.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # a line that was cut off
 
     def write(self, record: Record) -> None:
         rows = record.rows()
@@ -58,12 +60,6 @@ class CsvFile:
 
     def __str__(self) -> str:
         return str(self.path)
-
-
-def _ends_a_line(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() == b"\n"
 
 
 class TensorBoard:

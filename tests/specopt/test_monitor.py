@@ -605,6 +605,23 @@ def test_csv_that_was_cut_off_is_read_and_continued(tmp_path: Path) -> None:
         SpectralHistory.from_csv(tmp_path / "other.csv")
 
 
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_a_number_that_was_cut_off_is_no_number(tmp_path: Path, cut: int) -> None:
+    params = small()
+    optimizer = specopt.SNRSGD(params, lr=0.01)
+    path = tmp_path / "x.csv"
+    with specopt.SpectralMonitor(optimizer, 1, path, gradients=True):
+        train(optimizer, params, range(2))
+    whole = SpectralHistory.from_csv(path)
+    path.write_text(path.read_text()[:-cut])
+    read = SpectralHistory.from_csv(path)
+    assert read.gradient_norm[0] == whole.gradient_norm[0] and np.isnan(read.gradient_norm[1])
+    with specopt.SpectralMonitor(optimizer, 1, path, gradients=True):
+        train(optimizer, params, range(2, 3))
+    read = SpectralHistory.from_csv(path)
+    assert np.isnan(read.gradient_norm[1]) and np.isfinite(read.gradient_norm[2])
+
+
 def test_columns_of_the_file_name_every_quantity_once() -> None:
     assert len(set(COLUMNS)) == len(COLUMNS) == len(QUANTITIES) + 3
     assert set(snapshot.STORED) | {"target", "frobenius", "stable_rank"} == set(QUANTITIES)

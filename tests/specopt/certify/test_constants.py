@@ -127,6 +127,13 @@ def test_constants_of_linear_maps_are_their_norms(module: nn.Module, size: tuple
         assert norm * (1 - 1e-12) <= for_any_size
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [41, 47, 55, 61, 82, 94])
+def test_nearest_upsampling_counts_copies_as_torch_rounds_their_places(size: int, dtype: torch.dtype) -> None:
+    module, example = nn.Upsample(size=size), torch.randn(1, 1, 2, dtype=dtype)
+    assert gain(module, example) >= norm_at(module, example) * (1 - 1e-6)
+
+
 @pytest.mark.parametrize(
     ("module", "size"),
     [
