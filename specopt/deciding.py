@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .operators.groups import geometry_text
+from .options import CONVS, check_choice
 from .reading import Kind, Owned, Reading, readings_of
 from .recording import LayerShapes, record_call
 from .settling import entry_of, is_settled
@@ -69,7 +70,7 @@ def decide(
         matrices = _matrices(places[0], {**common, **own})
         options, beside = _settled(places[0], {**common, **own}, matrices, sizes)
         if _is_operator(options):
-            beside["geometry"] = geometry_text(places[0].name, places[0].module, sizes)
+            beside["geometry"] = geometry_text(places[0].name, [place.module for place in places], sizes)
         decided.append(Decided(places, reading, given, own, options, beside, matrices))
     _check_reached(overrides, decided)
     return decided
@@ -104,6 +105,8 @@ def _check_common(options: Mapping[str, Any]) -> None:
     """The options of all groups."""
     if "view" in options:
         raise ValueError(f"view must be given in overrides, by module, got {options['view']!r} for all")
+    if "conv" in options:
+        check_choice("conv", options["conv"], CONVS)
     if isinstance(options.get("target"), list | tuple):
         raise ValueError(f"target must be one for all groups, or given in overrides, got {options['target']!r} for all")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,11 @@ from torch import Tensor
 NOTHING = -1
 """In place of a position: a zero is read."""
 MODES = ("zeros", "circular", "reflect", "replicate")
+
+
+def each(value: Any, count: int) -> list[Any]:
+    """A setting for each dimension, as torch takes them."""
+    return list(value) if isinstance(value, tuple | list) else [value] * count
 
 
 @dataclass(frozen=True)

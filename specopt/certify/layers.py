@@ -18,7 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ..reading import NORMS, READERS, Kind, Reading, is_transformers_conv1d
 from ..views.parts import parse, pieces
-from .axes import Axis
+from .axes import Axis, each
 from .convolution import Bound, operator_bound
 from .gram import in_double, largest_norm
 
@@ -169,13 +169,15 @@ def axes_of(module: _ConvNd, sizes: Sizes | None = None) -> list[Axis]:
     if transposed:
         inputs, outputs = outputs, inputs
     axes = []
+    count = len(module.kernel_size)
+    strides, dilations = each(module.stride, count), each(module.dilation, count)
     for i, kernel in enumerate(module.kernel_size):
         before, after = _padding(module, i)
         axes.append(
             Axis(
                 kernel=kernel,
-                stride=module.stride[i],
-                dilation=module.dilation[i],
+                stride=strides[i],
+                dilation=dilations[i],
                 before=before,
                 after=after,
                 mode=module.padding_mode,
@@ -190,6 +192,7 @@ def _padding(module: _ConvNd, i: int) -> tuple[int, int]:
     if module.padding == "valid":
         return 0, 0
     if module.padding == "same":
-        whole = module.dilation[i] * (module.kernel_size[i] - 1)
+        whole = each(module.dilation, i + 1)[i] * (module.kernel_size[i] - 1)
         return whole // 2, whole - whole // 2
-    return int(module.padding[i]), int(module.padding[i])
+    width = int(each(module.padding, i + 1)[i])
+    return width, width

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.modules.conv import _ConvNd
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..control import SpectralOptimizer
+from ..operators import Geometry
 from ..rules.operator import OPERATOR, kernels_of
 from ..tracker.common import STATS, Stat, has_stats
 from ..tracker.measure import OPTIONS, measure
@@ -39,8 +39,9 @@ def seen_norms(layers: Sequence[Layer], optimizer: Optimizer | None) -> list[See
     operators = tracked_operators(optimizer) if optimizer is not None else {}
     found: list[Seen | None] = []
     for layer in layers:
-        if isinstance(layer.module, _ConvNd) and _place(layer.weight) in operators:
-            found.append(operators[_place(layer.weight)])
+        geometry, operator = operators.get(_place(layer.weight), (None, None))
+        if geometry is not None and _is_of(geometry, layer.module):
+            found.append(operator)
             continue
         values = [known.get(_place(piece)) for piece in layer.pieces]
         whole = [value for value in values if value is not None]
@@ -63,9 +64,9 @@ def tracked_norms(optimizer: Optimizer) -> dict[Place, float]:
     return {_place(matrix.piece): top for matrix, (sigma, top, steps) in rows if sigma == sigma and steps > 0}
 
 
-def tracked_operators(optimizer: Optimizer) -> dict[Place, Seen]:
+def tracked_operators(optimizer: Optimizer) -> dict[Place, tuple[Geometry, Seen]]:
     """The norm after the last step's correction of every convolution under ``conv="operator"`` that has been tracked,
-    by where its kernel lies in memory.
+    and what it is the norm of, by where its kernel lies in memory.
 
     Raises:
         TypeError: an optimizer that is not under a rule of ours.
@@ -75,10 +76,21 @@ def tracked_operators(optimizer: Optimizer) -> dict[Place, Seen]:
         return {}
     rows = zip(kernels, _stats([kernel.state[STATS] for kernel in kernels]), strict=True)
     return {
-        _place(kernel.whole.values): Seen([top], "tracker", f"operator on {'x'.join(map(str, kernel.geometry.size))}")
+        _place(kernel.whole.values): (
+            kernel.geometry,
+            Seen([top], "tracker", f"operator on {'x'.join(map(str, kernel.geometry.size))}"),
+        )
         for kernel, (sigma, top, steps) in rows
         if sigma == sigma and steps > 0
     }
+
+
+def _is_of(geometry: Geometry, module: nn.Module) -> bool:
+    """Whether a module's convolution, on an input of that size, is the one described: a tied kernel may have others."""
+    try:
+        return Geometry.of(module, geometry.size) == geometry
+    except (TypeError, ValueError):
+        return False
 
 
 def _ours(optimizer: Optimizer) -> SpectralOptimizer:

@@ -18,14 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import padding, pooling
 
-from .axes import NOTHING, Axis
+from .axes import NOTHING, Axis, each
 from .gram import largest_norm, root, times, up
 from .known import Call, NotKnown
-
-
-def each(value: Any, count: int) -> list[Any]:
-    """A setting for each dimension, as torch takes them."""
-    return list(value) if isinstance(value, tuple | list) else [value] * count
 
 
 def _axes(module: Any, call: Call, count: int, stride: Any) -> list[Axis]:

@@ -41,12 +41,14 @@ from .geometry import Geometry
 Indices = npt.NDArray[np.int64]
 NUMPY_PADDING = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 OUTSIDE = -1
+ROUNDING = 1 + 1e-12
 
 
 @torch.no_grad()
 def flattened_bound(kernel: Tensor, geometry: Geometry) -> Tensor:
     """An upper bound of the operator norm, of no dimensions and in float64: the lesser of the factors of
-    :func:`flattened_factors`, each times its matrix' norm from an SVD.
+    :func:`flattened_factors`, each times its matrix' norm from an SVD, and 1e-12 of it more for what that may have
+    rounded off. Infinite for a kernel that is not finite.
 
     Raises:
         ValueError: a kernel that the geometry does not fit.
@@ -64,8 +66,10 @@ def flattened_bound(kernel: Tensor, geometry: Geometry) -> Tensor:
 
 def _largest_norm(kernel: Tensor, kind: str, groups: int) -> Tensor:
     matrices = torch.stack([piece.flatten(1) for piece in pieces(kernel, parse(f"{kind}:{groups}"))])
+    if not bool(matrices.isfinite().all()):
+        return matrices.new_full((), math.inf)
     norms: Tensor = torch.linalg.matrix_norm(matrices, ord=2)
-    return norms.amax()
+    return norms.amax() * ROUNDING
 
 
 @cache

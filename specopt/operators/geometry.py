@@ -23,6 +23,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 MODES = ("zeros", "reflect", "replicate", "circular")
 GRAMMAR = re.compile(r"(conv|transposed)([123])d\((\d+(?:x\d+)*)((?:, \w+=[\w:]+)*)\)", re.ASCII)
+NUMBERS = re.compile(r"\d+(?:[x:]\d+)*", re.ASCII)
 EXAMPLE = "conv2d(32x32, stride=2x2, padding=1x1)"
 DEFAULTS = {"stride": 1, "padding": (0, 0), "dilation": 1, "output_padding": 0}
 
@@ -81,13 +82,13 @@ class Geometry:
         transposed = isinstance(module, _ConvTransposeNd)
         geometry = cls(
             size=tuple(int(length) for length in size),
-            stride=tuple(module.stride),
+            stride=_each(module.stride, dimensions),
             padding=_paddings(module),
-            dilation=tuple(module.dilation),
+            dilation=_each(module.dilation, dimensions),
             groups=module.groups,
             mode=module.padding_mode,
             transposed=transposed,
-            output_padding=tuple(module.output_padding) if transposed else (),
+            output_padding=_each(module.output_padding, dimensions) if transposed else (),
         )
         geometry.check_kernel(tuple(module.weight.shape))
         return geometry
@@ -133,13 +134,19 @@ class Geometry:
         return f"{name}({', '.join([_joined(self.size), *told])})"
 
 
+def _each(value: Any, count: int) -> tuple[int, ...]:
+    """A module's constructor makes tuples of numbers; whoever sets them later may leave a number."""
+    return (int(value),) * count if isinstance(value, Integral) else tuple(value)
+
+
 def _paddings(module: _ConvNd) -> tuple[tuple[int, int], ...]:
+    count = len(module.kernel_size)
     if module.padding == "valid":
-        return ((0, 0),) * len(module.kernel_size)
+        return ((0, 0),) * count
     if module.padding == "same":  # the odd pixel goes behind
-        spans = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        spans = [d * (k - 1) for d, k in zip(_each(module.dilation, count), module.kernel_size, strict=True)]
         return tuple((span // 2, span - span // 2) for span in spans)
-    return tuple((int(p), int(p)) for p in module.padding)
+    return tuple((int(p), int(p)) for p in _each(module.padding, count))
 
 
 def _check(geometry: Geometry) -> None:
@@ -217,6 +224,9 @@ def _parsed(text: str) -> Geometry:
     unknown = sorted(given.keys() - {*DEFAULTS, "groups", "mode"})
     if unknown or len(given) < len(pairs):
         raise ValueError(f"geometry knows {', '.join(DEFAULTS)}, groups and mode, each at most once, got {text!r}")
+    wrong = [value for name, value in given.items() if name != "mode" and not NUMBERS.fullmatch(value)]
+    if wrong:
+        raise ValueError(f"geometry {text!r}: {wrong[0]!r} is no number, and no lengths with an x between")
     try:
         return _built(kind, int(dimensions), size, given)
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import nn
@@ -19,19 +19,20 @@ class InputShape(Protocol):
         """``(channels, *size)``, without the batch."""
 
 
-def geometry_text(name: str, module: nn.Module, shapes: Mapping[str, InputShape] | None) -> str | None:
+def geometry_text(name: str, owners: Sequence[nn.Module], shapes: Mapping[str, InputShape] | None) -> str | None:
     """What a group with ``conv="operator"`` holds of a parameter: the text of a convolution's :class:`Geometry`; None
     of anything else, which stays a matrix.
 
     Args:
         name: the parameter's.
-        module: its owner.
+        owners: the modules that have it; several where it is tied.
         shapes: by name of a kernel, what its convolution takes.
 
     Raises:
-        ValueError: a convolution of unknown input size, or of one that it does not fit; names the parameter.
+        ValueError: a convolution of unknown input size, or of one that it does not fit; a kernel that is tied, and not
+            to a convolution of the same geometry; names the parameter.
     """
-    if not isinstance(module, _ConvNd) or not name.endswith("weight"):
+    if not isinstance(owners[0], _ConvNd) or not name.endswith("weight"):
         return None
     found = (shapes or {}).get(name)
     if found is None:
@@ -40,6 +41,12 @@ def geometry_text(name: str, module: nn.Module, shapes: Mapping[str, InputShape]
             "conv='matrix' for it in overrides"
         )
     try:
-        return str(Geometry.of(module, found.input[1:]))
-    except ValueError as error:
+        texts = [str(Geometry.of(module, found.input[1:])) for module in owners]
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from None
+    if len(set(texts)) > 1:
+        raise ValueError(
+            f"{name} is the kernel of different convolutions, {' and '.join(dict.fromkeys(texts))}, and has a norm "
+            "under each: give conv='matrix' for it in overrides"
+        )
+    return texts[0]

@@ -7,17 +7,17 @@ from torch import Tensor
 
 from .bound import flattened_bound
 from .conv import ConvOperator
-from .geometry import Geometry
+from .geometry import Geometry, parse
 from .tracker import START, follow, start
 
 
 @torch.no_grad()
-def operator_norm(kernel: Tensor, geometry: Geometry, *, bound: str | None = None) -> Tensor:
+def operator_norm(kernel: Tensor, geometry: Geometry | str, *, bound: str | None = None) -> Tensor:
     """The norm of the map that a kernel makes, of no dimensions, from nothing.
 
     Args:
         kernel: ``(out, in / groups, *k)``, or ``(in, out / groups, *k)`` where transposed.
-        geometry: :meth:`Geometry.of` a module and a size.
+        geometry: :meth:`Geometry.of` a module and a size, or its text.
         bound: None for the norm itself, to about 1e-3 from below; ``"flattened"`` for an upper bound that holds for
             sure, see :func:`flattened_bound`.
 
@@ -30,6 +30,8 @@ def operator_norm(kernel: Tensor, geometry: Geometry, *, bound: str | None = Non
         geometry = Geometry.of(conv, (224, 224))
         operator_norm(conv.weight, geometry) <= operator_norm(conv.weight, geometry, bound="flattened")
     """
+    if not isinstance(geometry, Geometry):
+        geometry = parse(geometry)
     if bound == "flattened":
         return flattened_bound(kernel, geometry)
     if bound is not None:

@@ -164,6 +164,17 @@ def test_convolutions_under_operator_control_have_their_operators_norm_as_tracke
     assert "operator on 6x6" in str(specopt.certify(model, inputs, optimizer))
 
 
+def test_a_tied_kernel_has_the_tracked_norm_of_its_own_convolution_alone() -> None:
+    model, inputs = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, stride=2)), torch.randn(1, 3, 8, 8)
+    groups = specopt.param_groups(model, conv="operator", inputs=inputs)
+    optimizer = specopt.wrap(torch.optim.SGD(groups, lr=1e-3), specopt.NormScale(mode="cap", target=0.5))
+    model(inputs).sum().backward()
+    optimizer.step()
+    model[1].weight = model[0].weight
+    rows = by_name(specopt.certify(model, inputs, optimizer))
+    assert (rows["0.weight"].tracked_by, rows["1.weight"].tracked_by) == ("tracker", "measured")
+
+
 @pytest.mark.parametrize("tracked", [True, False])
 def test_the_ratio_of_a_convolution_read_as_a_matrix_is_of_the_matrix(tracked: bool) -> None:
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -49,6 +50,20 @@ def test_each_side_s_factor_holds_by_itself(dimensions: int) -> None:
 def test_factor_is_the_root_of_the_product_of_ceil_kernel_over_stride(stride: int, factor: float) -> None:
     geometry = Geometry.of(nn.Conv2d(2, 5, 3, stride=stride), (13, 13))
     assert flattened_factors(geometry, (5, 2, 3, 3))[0] == pytest.approx(factor)
+
+
+def test_bound_allows_for_the_rounding_of_its_singular_value_decomposition() -> None:
+    geometry = Geometry.of(nn.Conv2d(1, 64, 1), (4, 4))
+    for seed in range(20):
+        kernel = torch.randn(64, 1, 1, 1, generator=torch.Generator().manual_seed(seed)).double()
+        exact = sum(Fraction(x) ** 2 for x in kernel.flatten().tolist())
+        assert Fraction(float(flattened_bound(kernel, geometry))) ** 2 >= exact
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bound_of_a_kernel_that_is_not_finite_is_infinite(bad: float) -> None:
+    kernel = torch.ones(2, 3, 3, 3).index_fill(0, torch.tensor([1]), bad)
+    assert flattened_bound(kernel, Geometry.of(nn.Conv2d(3, 2, 3), (5, 5))) == math.inf
 
 
 def test_dilation_that_shares_a_divisor_with_the_stride_brings_its_taps_together() -> None:

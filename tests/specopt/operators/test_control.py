@@ -444,6 +444,30 @@ def test_a_convolution_of_unknown_size_is_named() -> None:
         specopt.param_groups(model(), conv="operator", shapes=shapes)
 
 
+class Tied(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1, **options)
+        self.other.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.other(self.one(x))
+        return result
+
+
+def test_a_kernel_of_different_convolutions_is_named() -> None:
+    inputs = torch.randn(1, 3, 12, 12)
+    with pytest.raises(ValueError, match=r"one\.weight is the kernel of different convolutions, .*stride=3x3"):
+        specopt.param_groups(Tied(stride=3), conv="operator", inputs=inputs)
+    (group, *_) = specopt.param_groups(Tied(), conv="operator", inputs=inputs)
+    assert group["geometry"] == ["conv2d(12x12, padding=1x1)"]
+
+
+def test_another_kind_of_control_is_refused() -> None:
+    with pytest.raises(ValueError, match="conv must be one of 'matrix', 'operator', got 'op'"):
+        specopt.param_groups(model(), conv="op")
+
+
 def test_operator_without_a_geometry_is_refused_by_the_optimizer_too() -> None:
     conv = nn.Conv2d(2, 4, 3)
     group = {"params": [("body.weight", conv.weight)], "conv": "operator"}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import specopt
 from specopt.operators import Geometry, parse
 from tests.specopt.operators.cases import every
 
@@ -56,6 +57,7 @@ def test_text_is_as_the_documentation_has_it() -> None:
         "conv2d(8x8, padding=1:2:3x1)",
         "conv2d(8x8, padding=ax1)",
         "conv2d(8x8, groups=0)",
+        "conv2d(8x8, groups=a)",
         "conv2d(8x8, mode=mirror)",
         "conv2d(0x8)",
         "conv2d(8x8, output_padding=1x1)",
@@ -111,6 +113,16 @@ def test_sizes_that_do_not_fit_the_module_are_refused() -> None:
         Geometry.of(nn.Conv2d(1, 1, 9), (8, 8))
     with pytest.raises(TypeError, match="Linear"):
         Geometry.of(nn.Linear(3, 3), (8,))
+
+
+def test_settings_that_were_changed_to_a_number_are_of_every_dimension() -> None:
+    expected = Geometry.of(nn.Conv2d(2, 3, 3, stride=2, padding=1, dilation=2), (9, 8))
+    module: Any = nn.Conv2d(2, 3, 3)
+    module.stride, module.padding, module.dilation = 2, 1, 2
+    assert Geometry.of(module, (9, 8)) == expected
+    same = nn.Conv2d(2, 3, 3, stride=2, padding=1, dilation=2)
+    same.load_state_dict(module.state_dict())
+    assert specopt.certify(module).rows[0].bound == specopt.certify(same).rows[0].bound
 
 
 def test_kernels_that_do_not_fit_the_geometry_are_refused() -> None:

@@ -18,6 +18,12 @@ def test_norm_lies_between_a_thousandth_below_the_exact_one_and_the_bound() -> N
         assert found < bound
         assert torch.equal(bound, flattened_bound(module.weight, geometry))
         assert not found.requires_grad
+        assert torch.equal(found, operator_norm(module.weight, str(geometry)))
+
+
+def test_what_is_no_geometry_is_refused() -> None:
+    with pytest.raises(ValueError, match="geometry must be text like"):
+        operator_norm(torch.ones(1, 1, 1, 1), (4, 4))  # type: ignore[arg-type]
 
 
 def test_another_bound_is_refused() -> None:
