@@ -102,7 +102,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--every", type=int, default=4, help="look at every so many-th step, and the first 8")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--rank", nargs="+", default=["1", "8", "16", "full"])
-    parser.add_argument("--out", type=Path, default=reporting.RESULTS)
+    parser.add_argument("--out", type=Path, default=reporting.OUT, help="folder of JSON file and plot")
     parser.set_defaults(main=main)
 
 

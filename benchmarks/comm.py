@@ -180,7 +180,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--width", type=int, default=256, help="of the network that is timed")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--out", type=Path, default=reporting.RESULTS)
+    parser.add_argument("--out", type=Path, default=reporting.OUT, help="folder of JSON file and plot")
     parser.set_defaults(main=main)
 
 

@@ -170,7 +170,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--block", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2, help="of a CPU")
     parser.add_argument("--largest", type=int, default=4096, help="leaves out lists with a longer side than this")
-    parser.add_argument("--out", type=Path, default=reporting.RESULTS)
+    parser.add_argument("--out", type=Path, default=reporting.OUT, help="folder of JSON file and plot")
     parser.set_defaults(main=main)
 
 

@@ -105,7 +105,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--block", type=int, nargs="+", default=list(BLOCKS))
-    parser.add_argument("--out", type=Path, default=reporting.RESULTS)
+    parser.add_argument("--out", type=Path, default=reporting.OUT, help="folder of JSON file and plot")
     arguments = parser.parse_args(words)
     if not arguments.dry_run:
         if not torch.cuda.is_available():

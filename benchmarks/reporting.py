@@ -29,6 +29,9 @@ from examples.papers.runs.machine import described
 Report = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results"
+"""What is recorded."""
+OUT = Path("out/bench")
+"""Where else the benchmarks write to, unless told."""
 PAGES = tuple(Path(__file__).parents[1] / "docs" / f"{name}.md" for name in ("performance", "distributed"))
 NOT_MEASURED = "not measured"
 PACKAGES = ("torch", "triton", "numpy", "pytorch_optimizer")

@@ -8,8 +8,8 @@
     python -m benchmarks.run comm        what sharded weights send: counted, measured, modelled for up to 4,096 GPUs
     python -m benchmarks.run operators   cost of conv="operator" in a training step, printed only
 
-Each prints a table and writes a JSON file and a plot into --out (benchmarks/results). `python -m benchmarks.reporting`
-then puts the tables into docs/performance.md and docs/distributed.md.
+Each prints a table and writes a JSON file and a plot into --out (out/bench). With --out benchmarks/results it is
+recorded: `python -m benchmarks.reporting` puts what lies there into docs/performance.md and docs/distributed.md.
 """
 
 from __future__ import annotations

@@ -251,7 +251,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--only", default="", help="run only workloads whose name contains this")
     parser.add_argument("--block", type=int, nargs="+", default=[BLOCK])
     parser.add_argument("--passes", type=int, nargs="+", default=[0], help="max_passes; 0 is the default")
-    parser.add_argument("--out", type=Path, default=reporting.RESULTS)
+    parser.add_argument("--out", type=Path, default=reporting.OUT, help="folder of JSON file and plot")
     parser.set_defaults(main=main)
 
 

@@ -276,7 +276,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--only", default="", help="run only optimizers whose name contains this, and their base")
     parser.add_argument("--threads", type=int, default=2, help="of a CPU")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--out", type=Path, default=reporting.RESULTS)
+    parser.add_argument("--out", type=Path, default=reporting.OUT, help="folder of JSON file and plot")
     parser.set_defaults(main=main)
 
 

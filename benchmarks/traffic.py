@@ -243,7 +243,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--scale", type=float, default=1.0, help="of the data; default: all of it")
     parser.add_argument("--conditional", action="store_true", help="with the conditional pair in every matrix")
     parser.add_argument("--rows", action="store_true", help="print every launch")
-    parser.add_argument("--out", type=Path, default=reporting.RESULTS, help="folder of the JSON file and the plot")
+    parser.add_argument("--out", type=Path, default=reporting.OUT, help="folder of JSON file and plot")
     parser.set_defaults(main=main)
     return parser
 

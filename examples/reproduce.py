@@ -63,14 +63,19 @@ def checked(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:
     """Arguments that make sense, and what they ask for; all else ends the program before anything is run."""
     made = parser()
     args = made.parse_args(argv)
-    if args.table is None:
-        if not args.render:
-            made.error(f"TABLE must be one of {', '.join(TABLES)}, where --render is not given")
-        return args, {}
     for name, least in (("seeds", 1), ("together", 1), ("epochs", 1), ("budget", 0)):
         value = getattr(args, name)
         if value is not None and not least <= value < math.inf:
             made.error(f"--{name} must be {least} or more, got {value}")
+    if args.table is None:
+        if not args.render:
+            made.error(f"TABLE must be one of {', '.join(TABLES)}, where --render is not given")
+        if args.rows != ["*"] or args.methods:
+            made.error(f"--rows and --methods are of a TABLE, one of {', '.join(TABLES)}")
+        folder = args.record or RECORDED
+        if not any(folder.glob("*.json")):
+            made.error(f"--record {folder}: no folder with recorded results to be rendered")
+        return args, {}
     try:
         plan = planned(args.table, rows=args.rows, methods=args.methods, scale=SCALES[args.scale], epochs=args.epochs)
         kept = kept_of(args)

@@ -27,7 +27,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, help="folder of the data sets, as their publishers' archives unpack")
     parser.add_argument("--download", action="store_true", help="get a data set that is not there")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--seeds", "--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", "--seed", type=int, nargs="+", default=[0], help="which, such as 0 1 2")
     parser.add_argument("--together", action="store_true", help="train all seeds at once, by stacked networks")
     parser.add_argument("--epochs", type=int, help="in place of the recipe's; the schedule shrinks with them")
     parser.add_argument("--scale", choices=SCALES, default=FULL.name, help="smaller networks, sets and schedules")
@@ -75,18 +75,18 @@ def main() -> None:
     lines = [list(COLUMNS)]
 
     def run_of(seeds: list[int]) -> Run:
-        try:
-            return Run(args.chosen, seeds, args.out, args.machine, resume=args.resume)
-        except (ValueError, OSError) as error:
-            args.error(str(error))
+        return Run(args.chosen, seeds, args.out, args.machine, resume=args.resume)
 
     parts = [args.seeds] if args.together else [[seed] for seed in args.seeds]
-    for seeds in parts[1:]:
-        run_of(seeds)  # which fails where it would fail after hours of the seeds before
-    for seeds in parts:
-        results = run_of(seeds).finish()
-        assert results is not None  # without a deadline every run comes to its end
-        lines += [line(seed, result) for seed, result in zip(seeds, results, strict=True)]
+    try:
+        for seeds in parts[1:]:
+            run_of(seeds)  # which fails where it would fail after hours of the seeds before
+        for seeds in parts:
+            results = run_of(seeds).finish()
+            assert results is not None  # without a deadline every run comes to its end
+            lines += [line(seed, result) for seed, result in zip(seeds, results, strict=True)]
+    except (ValueError, OSError) as error:
+        args.error(str(error))
     show(lines)
     print(f"\nWritten: {args.out / args.chosen.name}")
 

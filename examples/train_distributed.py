@@ -38,7 +38,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=shape.layers)
     parser.add_argument("--context", type=int, default=shape.context, help="characters that the model sees")
     parser.add_argument("--lr", type=float, default=recipe.lr)
-    parser.add_argument("--cap", type=float, default=recipe.cap, help="the most that a projection's norm may be")
+    parser.add_argument(
+        "--cap", type=float, default=recipe.cap, help="what a projection's norm is lowered to, one direction a step"
+    )
     parser.add_argument("--seed", type=int, default=recipe.seed)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--timeout", type=float, default=300, help="seconds that a rank waits for another")
@@ -46,6 +48,8 @@ def arguments() -> argparse.Namespace:
     for name in ("steps", "every", "batch", "width", "layers", "context"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be 1 or more, got {getattr(args, name)}")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed must be from 0 to 2**63 - 1, got {args.seed}")
     for name in ("lr", "cap", "timeout"):
         if not 0 < getattr(args, name) < float("inf"):
             parser.error(f"--{name} must be positive and finite, got {getattr(args, name)}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,14 +68,13 @@ def batches_of(optimizer: SpectralOptimizer) -> list[Batch]:
         RuntimeError: a sparse gradient.
     """
     batches: dict[Any, Batch] = {}
-    names: Mapping[Tensor, str] = {}
+    names = cache(optimizer.names)
     for matrix in optimizer.matrices():
         if not optimizer.rule.is_on(matrix.group):
             continue
         is_sharded = isinstance(matrix, ShardedMatrix)
         if is_sharded:
-            names = names or optimizer.names()
-            check_sharded(matrix.param, matrix.group, names[matrix.param])
+            check_sharded(matrix.param, matrix.group, names)
         ours, fused = _is_ours(optimizer, matrix), optimizer.rule.is_fused(matrix) and not is_sharded
         kind: tuple[Any, ...] = (kernels.accumulation_dtype(matrix.param.dtype), matrix.complete)
         if fused:

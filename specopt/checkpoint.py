@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,15 @@ from specopt.kernels import accumulation_dtype
 from .base_step import own_entries
 from .rules.operator import OPERATOR, block_shape, check_kernels, geometries_in
 from .settling import settle
+from .sharding.cut import is_distributed
 from .tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, WAIT, Stat
 from .views import Matrix, is_controlled, matrices_of
 
 if TYPE_CHECKING:
     from .control import SpectralOptimizer
 
+FOLLOWED = (BLOCK, PROBE, LEFT, RIGHT, OPERATOR)
+"""What a tracker follows singular vectors by, and never gets rid of a NaN in."""
 ANY = -1
 """In a shape: a length that options decide."""
 
@@ -66,34 +70,40 @@ def _restore(optimizer: SpectralOptimizer, loaded: dict[str, Any], options: Sequ
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     for key, param in zip(keys, params, strict=True):
         for name, value in own_entries(loaded["state"].get(key, {})).items():
-            if isinstance(value, Tensor):
+            if name in FOLLOWED and isinstance(value, Tensor) and not is_distributed(value) and not _is_finite(value):
+                del optimizer.state[param][name]  # the tracker starts anew where it finds none
+            elif isinstance(value, Tensor):
                 dtype = accumulation_dtype(param.dtype)
                 optimizer.state[param][name] = value.to(param.device, dtype, copy=True)
+
+
+def _is_finite(value: Tensor) -> bool:
+    return bool(value.isfinite().all())
 
 
 def _check_saved(optimizer: SpectralOptimizer, saved: dict[str, Any], options: Sequence[dict[str, Any]]) -> None:
     groups = saved["param_groups"]
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in optimizer.param_groups]:
         return  # the base has an error for that
-    names = optimizer.names()
+    names = cache(optimizer.names)
     for mine, now, saved_group in zip(optimizer.param_groups, options, groups, strict=True):
         group = {**now, **saved_group}
         _check_options(getattr(optimizer, "defaults", {}), group, type(optimizer).__name__)
         optimizer.rule.check(group)
         if "target" in optimizer.rule.names:
-            settle({**group, "params": mine["params"]}, optimizer.names)
+            settle({**group, "params": mine["params"]}, names)
         check_kernels({**group, "params": mine["params"]}, names)
         operators = geometries_in({**group, "params": mine["params"]})
         for param, key in zip(mine["params"], group["params"], strict=True):
             state = saved["state"].get(key, {})
             for kept in optimizer.like_weight:
-                _check(param, state, kept, tuple(param.shape), names[param])
+                _check(param, state, kept, tuple(param.shape), names()[param])
             if id(param) in operators:
                 shape = block_shape(param, operators[id(param)])
-                _check(param, state, OPERATOR, (shape[0], ANY), names[param])
+                _check(param, state, OPERATOR, (shape[0], ANY), names()[param])
             elif is_controlled(param, group):
                 for matrix in matrices_of(param, group, state, optimizer.rule.columns(group)):
-                    _check_matrix(matrix, names[param] + matrix.suffix)
+                    _check_matrix(matrix, names()[param] + matrix.suffix)
 
 
 def _check_options(defaults: Mapping[str, Any], group: Mapping[str, Any], optimizer: str) -> None:

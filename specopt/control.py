@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -97,11 +97,11 @@ class SpectralOptimizer(Mixin):
             param_group.update({name: plain(merged[name]) for name in self.rule.names})
         self._base.add_param_group(param_group)
         group = self.param_groups[-1]
-        names = self.names()
+        names = cache(self.names)  # of all groups: only where there is something to tell
         check_kernels(group, names)
         for param in group["params"]:
             check_readable(param, group)
-            check_sharded(param, group, names[param])
+            check_sharded(param, group, names)
         if "target" in self.rule.names:
             adopt(group, self.names)
 
@@ -120,8 +120,7 @@ class SpectralOptimizer(Mixin):
             self.rule.check(group)
             if "target" in self.rule.names:
                 settle(group, self.names)
-            if group.get("conv") == "operator":
-                check_kernels(group, self.names())
+            check_kernels(group, self.names)
         workspace: dict[Any, Any] = self.__dict__.setdefault("_workspace", {})
         Unfinished.of(workspace).check()
         loss = None

@@ -129,7 +129,7 @@ def is_transformers_conv1d(module: nn.Module) -> bool:
     library = sys.modules.get("transformers.pytorch_utils")
     if library is not None and isinstance(module, getattr(library, "Conv1D", ())):
         return True
-    weight = module._parameters.get("weight")
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
     sizes = getattr(module, "nx", None), getattr(module, "nf", None)
     return weight is not None and weight.ndim == 2 and tuple(weight.shape) == sizes
 

@@ -39,7 +39,8 @@ class SNRSGD(SpectralOptimizer, SGD):
         max_passes: the most pairs of products in a step; by default 16 in the first 20 steps, 2 later.
         stochastic_rounding: round bfloat16 and float16 weights up or down by chance, so that updates and corrections
             smaller than their last place count on average. The chance is seeded by the step: the same in every run.
-            (torch itself makes, and rounds, the update of a parameter that holds several matrices.)
+            (torch itself makes, and rounds, the update of what is not controlled, of everything while ``snr_lambda`` is
+            0, and of a parameter that holds several matrices.)
 
     Raises:
         ValueError: an option that makes no sense, naming it, its value and what it may be.

@@ -30,6 +30,8 @@ def is_plain(matrix: Matrix) -> bool:
     options = (group["weight_decay"], *group.get("betas", ()))
     if group["differentiable"] or any(isinstance(value, Tensor) for value in options):
         return False
+    if not group.get("decoupled_weight_decay", True):  # AdamW's groups may have it: then it is Adam
+        return False
     if runs_on(matrix):
         if "betas" in group and "step" not in matrix.state:
             return False

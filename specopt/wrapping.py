@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, partial, wraps
 from types import FunctionType, MethodType, new_class
 from typing import Any, ClassVar, TypeVar, cast
 from weakref import WeakValueDictionary, ref
@@ -68,13 +68,13 @@ def wrap(optimizer: AnyOptimizer, rule: AnyRule) -> AnyOptimizer:
     _check_base(optimizer, rule)
     options = rule.options
     merged = [{**options, **group} for group in optimizer.param_groups]
-    names = SpectralOptimizer.names(cast(SpectralOptimizer, optimizer))
+    names = cache(partial(SpectralOptimizer.names, cast(SpectralOptimizer, optimizer)))
     for group, given in zip(merged, optimizer.param_groups, strict=True):
         rule.check(group)
         check_kernels(group, names)
         for param in group["params"]:
             check_readable(param, group)
-            check_sharded(param, group, names[param])
+            check_sharded(param, group, names)
         if "target" in rule.names:
             refuse_target_of_off(given, rule.names)
             adopt(group, lambda: names_in(merged))

@@ -22,7 +22,7 @@ the same bits to the same state, and writes its own part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -121,7 +121,7 @@ def _kernels(optimizer: Ruled, with_grad: bool) -> Iterator[Kernel]:
                 yield Kernel(param, group, state, found[id(param)], place, Whole(param))
 
 
-def check_kernels(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> None:
+def check_kernels(group: Mapping[str, Any], names: Callable[[], Mapping[Tensor, str]]) -> None:
     """Whether every convolution of a group that is to be an operator is one.
 
     Raises:
@@ -134,8 +134,9 @@ def check_kernels(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> None
         for param in params:
             if param.ndim > 2:
                 raise ValueError(
-                    f"{names[param]} of shape {tuple(param.shape)} needs a geometry with conv='operator', which holds "
-                    "the size of its input: make the groups with specopt.param_groups(model, conv='operator', ...)"
+                    f"{names()[param]} of shape {tuple(param.shape)} needs a geometry with conv='operator', which "
+                    "holds the size of its input: make the groups with specopt.param_groups(model, conv='operator', "
+                    "...)"
                 )
         return
     if len(given) != len(params):
@@ -144,11 +145,11 @@ def check_kernels(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> None
         if text is None:
             continue
         if not could_be_controlled(param):
-            raise ValueError(f"{names[param]} must be a dense real kernel, got {param.dtype}, {tuple(param.shape)}")
+            raise ValueError(f"{names()[param]} must be a dense real kernel, got {param.dtype}, {tuple(param.shape)}")
         try:
             parse(text).check_kernel(tuple(param.shape))
         except ValueError as error:
-            raise ValueError(f"{names[param]}: {error}") from None
+            raise ValueError(f"{names()[param]}: {error}") from None
 
 
 class OperatorSession:

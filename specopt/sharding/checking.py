@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -31,7 +31,7 @@ def check_whole(params: Iterable[Tensor], what: str) -> None:
             )
 
 
-def check_sharded(param: Tensor, group: Mapping[str, Any], name: str) -> None:
+def check_sharded(param: Tensor, group: Mapping[str, Any], names: Callable[[], Mapping[Tensor, str]]) -> None:
     """Whether a parameter that is cut up over ranks can be controlled as its group asks for.
 
     Raises:
@@ -39,18 +39,18 @@ def check_sharded(param: Tensor, group: Mapping[str, Any], name: str) -> None:
     """
     if group["spectral"] and param.ndim == 1 and getattr(param, "_fsdp_flattened", False):
         raise ValueError(
-            f"parameter {name} is a flattened shard of FullyShardedDataParallel, {param.numel()} numbers of which no "
-            "matrix can be made: use torch.distributed.fsdp.fully_shard (FSDP2), whose parameters keep their shape, "
-            + INSTEAD
+            f"parameter {names()[param]} is a flattened shard of FullyShardedDataParallel, {param.numel()} numbers of "
+            "which no matrix can be made: use torch.distributed.fsdp.fully_shard (FSDP2), whose parameters keep their "
+            f"shape, {INSTEAD}"
         )
     if not is_distributed(param) or not group["spectral"]:
         return
     if any(placement.is_partial() for placement in param.placements):
         raise ValueError(
-            f"parameter {name} must be cut up (Shard) or repeated (Replicate), got the placements {param.placements}: "
-            "sum it up with redistribute"
+            f"parameter {names()[param]} must be cut up (Shard) or repeated (Replicate), got the placements "
+            f"{param.placements}: sum it up with redistribute"
         )
-    told = f"the sharded {name} of shape {tuple(param.shape)}"
+    told = f"the sharded {names()[param]} of shape {tuple(param.shape)}"
     if id(param) in geometries_in(group):
         _check_parts(param, told)
         return

@@ -468,6 +468,9 @@ def test_a_block_of_an_unknown_table_is_refused(tmp_path: Path) -> None:
         (("snr", "--device", "gpu"), "device must be auto or one of cpu"),
         (("snr", "--out", "/proc/none"), "--out /proc/none: cannot write there"),
         (("snr", "--record", "/proc/none"), "--record /proc/none: cannot write there"),
+        (("--render", "--record", "/proc/none"), "--record /proc/none: no folder with recorded results to be rendered"),
+        (("--render", "--rows", "mlp-5*"), "--rows and --methods are of a TABLE"),
+        (("--render", "--seeds", "0"), "--seeds must be 1 or more, got 0"),
     ],
 )
 def test_what_makes_no_sense_is_told_before_anything_is_run(

@@ -87,6 +87,18 @@ def test_without_control_every_listed_configuration_is_torch_bit_for_bit(
             assert all(torch.equal(p, o) for p, o in zip(params, others, strict=True)), what
 
 
+def test_a_group_of_adamw_whose_decay_is_not_decoupled_is_updated_as_torch_does() -> None:
+    params, others = parameters(torch.float32), parameters(torch.float32)
+    group = {"decoupled_weight_decay": False, "weight_decay": 0.5, "lr": 0.01}
+    ours = specopt.NormScaleAdamW([{"params": params, **group}], mode="cap", target=1e6)
+    theirs = torch.optim.AdamW([{"params": others, **group}])
+    for seed in range(3):
+        set_gradients(params, others, seed)
+        ours.step()
+        theirs.step()
+    assert all(torch.allclose(p, o, rtol=1e-6, atol=1e-7) for p, o in zip(params, others, strict=True))
+
+
 def penalty_gradient(weight: Tensor) -> Tensor:
     u, s, vh = exact(weight)
     return (LAMBDA * s[0] * torch.outer(u[:, 0], vh[0])).view(weight.shape)

@@ -7,6 +7,7 @@ import math
 import sys
 import types
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -449,3 +450,25 @@ def test_an_override_asks_for_control_of_what_is_off_for_all(asked: dict[str, An
 def test_a_view_for_all_groups_is_refused() -> None:
     with pytest.raises(ValueError, match=r"view must be given in overrides.*rows:2"):
         specopt.param_groups(nn.Linear(4, 4), view="rows:2")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_scripted_model_has_groups_of_what_is_known_of_it() -> None:
+    script = torch.jit.script(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)))  # type: ignore[no-untyped-call]
+    with pytest.warns(UserWarning, match="RecursiveScriptModule"):
+        groups = specopt.param_groups(script)
+    assert sum(len(group["params"]) for group in groups) == 4
+
+
+def test_names_are_looked_up_where_there_is_something_to_tell_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    names = specopt.SNRSGD.names
+
+    def counted(self: specopt.SNRSGD) -> Mapping[Tensor, str]:
+        calls.append(1)
+        return names(self)
+
+    monkeypatch.setattr(specopt.SNRSGD, "names", counted)
+    params = [torch.randn(8, 9, requires_grad=True) for _ in range(50)]
+    specopt.SNRSGD([{"params": [param]} for param in params], lr=0.1)
+    assert len(calls) <= 2

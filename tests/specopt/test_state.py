@@ -325,6 +325,25 @@ def test_a_checkpoint_with_blocks_of_another_width_than_its_option_starts_them_c
         assert second.state[params[0]][RIGHT].shape == (70, block)
 
 
+@pytest.mark.parametrize("key", [BLOCK, PROBE, LEFT, RIGHT])
+def test_a_tracker_that_is_loaded_with_a_nan_starts_anew(kind: str, key: str) -> None:
+    first, params = trained(kind)
+    saved = copy.deepcopy(first.state_dict())
+    damaged = [state[key] for state in saved["state"].values() if key in state]
+    for value in damaged:
+        value.view(-1)[0] = torch.nan
+    second = OURS[kind](params)
+    second.load_state_dict(saved)
+    train(second, params, range(2, 5))
+    kept = [value for state in second.state.values() for value in state.values() if isinstance(value, Tensor)]
+    assert all(bool(value.isfinite().all()) for value in [*params, *kept] if value.ndim > 1)
+    if kind != "frobenius":
+        for param in params:
+            if STATS in second.state[param]:
+                sigma = float(second.state[param][STATS][Stat.SIGMA])
+                assert sigma == sigma
+
+
 # --- older states ----------------------------------------------------------------------------------------------------
 def test_setstate_fills_in_the_options_that_an_older_state_lacks(kind: str) -> None:
     optimizer, params = trained(kind)

@@ -107,7 +107,8 @@ def load(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged archive makes unpickling raise
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); remove it to start anew") from error
+        why = str(error).partition("\n")[0].partition(". ")[0]  # torch tells at length how to unpickle all the same
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {why}); remove it to start anew") from error
     differing = list(differences(expected, {name: state.get(name) for name in expected}))
     if differing:
         raise ValueError(f"{path} is of another run: {'; '.join(differing)}")
