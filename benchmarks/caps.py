@@ -98,9 +98,11 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("caps", help="how well a cap holds", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--data-dir", type=Path, help="holds MNIST/raw; UCI digits if absent")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--every", type=int, default=4, help="look at every so many-th step, and the first 8")
-    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--steps", type=reporting.whole(1), default=200)
+    parser.add_argument(
+        "--every", type=reporting.whole(1), default=4, help="look at every so many-th step, and the first 8"
+    )
+    parser.add_argument("--width", type=reporting.whole(1), default=512)
     parser.add_argument("--rank", nargs="+", default=["1", "8", "16", "full"])
     parser.add_argument("--out", type=Path, default=reporting.OUT, help="folder of JSON file and plot")
     parser.set_defaults(main=main)

@@ -177,14 +177,16 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--ranks", type=int, nargs="+", choices=(2, 4, 8), default=[2, 4], help="that sums are counted on"
     )
-    parser.add_argument("--width", type=int, default=256, help="of the network that is timed")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--width", type=reporting.whole(1), default=256, help="of the network that is timed")
+    parser.add_argument("--rounds", type=reporting.whole(1), default=20)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--out", type=Path, default=reporting.OUT, help="folder of JSON file and plot")
     parser.set_defaults(main=main)
 
 
 def main(arguments: argparse.Namespace) -> None:
+    if arguments.width % 4:
+        raise SystemExit(f"comm: --width must be a multiple of 4, the heads, got {arguments.width}")
     parts = PARTS if arguments.only is None else (arguments.only,)
     device = ranks.device_of_ranks(arguments.device)
     if "counted" in parts:

@@ -167,9 +167,11 @@ EXPECTED = "Expected: the bytes over the bandwidth of a copy. Cold caches; ± is
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("kernels", help="bandwidth of every kernel", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--block", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=2, help="of a CPU")
-    parser.add_argument("--largest", type=int, default=4096, help="leaves out lists with a longer side than this")
+    parser.add_argument("--block", type=reporting.whole(1, 64), default=32)
+    parser.add_argument("--threads", type=reporting.whole(1), default=2, help="of a CPU")
+    parser.add_argument(
+        "--largest", type=reporting.whole(1), default=4096, help="leaves out lists with a longer side than this"
+    )
     parser.add_argument("--out", type=Path, default=reporting.OUT, help="folder of JSON file and plot")
     parser.set_defaults(main=main)
 

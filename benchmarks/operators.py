@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 import specopt
 
+from . import reporting
 from .timing import Stopwatch
 
 SIZE, CHANNELS, CLASSES = 32, (3, 32, 64, 64), 10
@@ -79,7 +80,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("operators", help=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--warm-up", type=int, default=22, help="steps first: 20 make more pairs")
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--batch", type=reporting.whole(1), default=128)
+    parser.add_argument("--warm-up", type=reporting.whole(0), default=22, help="steps first: 20 make more pairs")
+    parser.add_argument("--repeats", type=reporting.whole(1), default=20)
     parser.set_defaults(main=main)

@@ -104,7 +104,7 @@ def probe(device: torch.device, lists: dict[str, list[Shape]], blocks: Sequence[
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--block", type=int, nargs="+", default=list(BLOCKS))
+    parser.add_argument("--block", type=reporting.whole(1, 64), nargs="+", default=list(BLOCKS))
     parser.add_argument("--out", type=Path, default=reporting.OUT, help="folder of JSON file and plot")
     arguments = parser.parse_args(words)
     if not arguments.dry_run:

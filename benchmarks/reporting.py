@@ -17,7 +17,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,22 @@ def about(benchmark: str, device: torch.device) -> Report:
         "device": described(str(device)),
         "gpu": device.type == "cuda",
     }
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """For ``type=`` of an option: a number from ``least`` up, to ``most``."""
+
+    def number(text: str) -> int:
+        wanted = f"{least} or more" if most is None else f"from {least} to {most}"
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
+        return value
+
+    return number
 
 
 def command() -> str:

@@ -42,6 +42,8 @@ def main(words: Sequence[str] | None = None) -> None:
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.run", *words])
     importlib.import_module(f"benchmarks.{MODULES[words[0]]}").add_parser(parser.add_subparsers())
     arguments = parser.parse_args(words)
+    if arguments.__dict__.get("data_dir") and not arguments.data_dir.is_dir():
+        parser.error(f"--data-dir {arguments.data_dir}: no folder is there")
     arguments.main(arguments)
 
 

@@ -247,10 +247,12 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("sigma", help="how exact the tracked sigma is", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--data-dir", type=Path, help="holds MNIST/raw and cifar-10-batches-bin; UCI digits if absent")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=reporting.whole(2), default=400)
     parser.add_argument("--only", default="", help="run only workloads whose name contains this")
-    parser.add_argument("--block", type=int, nargs="+", default=[BLOCK])
-    parser.add_argument("--passes", type=int, nargs="+", default=[0], help="max_passes; 0 is the default")
+    parser.add_argument("--block", type=reporting.whole(1, 64), nargs="+", default=[BLOCK])
+    parser.add_argument(
+        "--passes", type=reporting.whole(0), nargs="+", default=[0], help="max_passes; 0 is the default"
+    )
     parser.add_argument("--out", type=Path, default=reporting.OUT, help="folder of JSON file and plot")
     parser.set_defaults(main=main)
 

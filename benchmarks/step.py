@@ -270,11 +270,13 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("step", help="time of a step and of a training step", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--workload", choices=WORKLOADS, default="mlp")
-    parser.add_argument("--width", type=int, default=2000, help="of the MLP")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--slow-rounds", type=int, default=3, help="of what takes seconds a step; 0 leaves it out")
+    parser.add_argument("--width", type=reporting.whole(1), default=2000, help="of the MLP")
+    parser.add_argument("--rounds", type=reporting.whole(1), default=20)
+    parser.add_argument(
+        "--slow-rounds", type=reporting.whole(0), default=3, help="of what takes seconds a step; 0 leaves it out"
+    )
     parser.add_argument("--only", default="", help="run only optimizers whose name contains this, and their base")
-    parser.add_argument("--threads", type=int, default=2, help="of a CPU")
+    parser.add_argument("--threads", type=reporting.whole(1), default=2, help="of a CPU")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--out", type=Path, default=reporting.OUT, help="folder of JSON file and plot")
     parser.set_defaults(main=main)
@@ -282,6 +284,8 @@ def add_parser(subparsers: Any) -> None:
 
 def chosen(only: str, gpu: bool, slow_rounds: int) -> list[Peer]:
     found = [peer for peer in PEERS if only in peer.name and (slow_rounds > 0 or not peer.slow)]
+    if not found:
+        raise SystemExit(f"step: no optimizer's name contains {only!r}")
     bases = {base_of(peer.family, gpu) for peer in found}
     return [peer for peer in PEERS if peer in found or peer.name in bases]
 

@@ -290,6 +290,30 @@ def test_run_refuses_what_it_does_not_know(words: list[str], capsys: pytest.Capt
     assert "step,traffic,kernels,sigma" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["step", "--rounds", "0"], "--rounds: must be 1 or more, got '0'"),
+        (["step", "--width", "x"], "--width: must be 1 or more, got 'x'"),
+        (["step", "--only", "nope"], "no optimizer's name contains 'nope'"),
+        (["sigma", "--steps", "1"], "--steps: must be 2 or more, got '1'"),
+        (["sigma", "--data-dir", "/nowhere"], "--data-dir /nowhere: no folder is there"),
+        (["kernels", "--block", "65"], "--block: must be from 1 to 64, got '65'"),
+        (["comm", "--only", "measured", "--width", "7"], "--width must be a multiple of 4"),
+        (["caps", "--every", "0"], "--every: must be 1 or more, got '0'"),
+        (["operators", "--repeats", "0"], "--repeats: must be 1 or more, got '0'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_numbers_that_make_no_sense_are_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    with pytest.raises(SystemExit) as ended:
+        run.main(words)
+    assert message in f"{ended.value} {capsys.readouterr().err}"
+
+
 def test_probe_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="torch sees no GPU"):
