@@ -24,8 +24,9 @@ def grams(blocks: Sequence[Tensor], *, width: int | None = None) -> tuple[Tensor
         width: ``K``, the padded size of the result; the largest ``k_b`` if absent.
 
     Returns:
-        ``G`` (B, K, K), zero beyond ``k_b``, and ``s`` (B,); ``s_b`` is 1 for a block of zeros. A non-finite entry in a
-        block leaves a non-finite entry in its ``G_b`` or ``s_b``.
+        ``G`` (B, K, K), zero beyond ``k_b``, and ``s`` (B,); ``s_b`` is 1 for a block of zeros, and of subnormal
+        numbers, which count for zeros: their inverses may be none. A non-finite entry in a block leaves a non-finite
+        entry in its ``G_b`` or ``s_b``.
     """
     width = width or max(block.shape[1] for block in blocks)
     if backend_for(blocks[0].device, blocks[0].dtype) == "triton":

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tables
+from ..small.device import SMALLEST
 
 GRAM_FIELDS = tl.constexpr(6)
 """Of a table row: block, n, k, row stride, rows a strip, first partial."""
@@ -78,7 +79,8 @@ def gram_sums_kernel(table, partials, peaks, gram, scale, width, K: tl.constexpr
     first = tl.load(entry + 5)
     slot = tl.arange(0, GRAM_MOST)
     peak = tl.max(tl.load(peaks + first + slot, slot < count, 0.0), 0)
-    divisor = tl.where(peak == 0, 1.0, peak)
+    faint = peak < SMALLEST
+    divisor = tl.where(faint, 1.0, peak)
     wide = tl.arange(0, K)
     source = partials + first * (K * K) + wide[:, None] * K + wide[None, :]
     total = tl.zeros((K, K), tl.float32)

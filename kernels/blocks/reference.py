@@ -13,7 +13,7 @@ from ..backend import keep, live
 def grams(blocks: Sequence[Tensor], width: int) -> tuple[Tensor, Tensor]:
     gram = blocks[0].new_zeros(len(blocks), width, width)
     scale = torch.stack([block.abs().amax() if block.numel() else block.new_zeros(()) for block in blocks])
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    scale = torch.where(scale < torch.finfo(scale.dtype).smallest_normal, torch.ones_like(scale), scale)
     for i, block in enumerate(blocks):
         k = block.shape[1]
         scaled = block / scale[i]

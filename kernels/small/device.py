@@ -17,6 +17,9 @@ WARPS = {16: 2, 32: 4, 64: 8}
 STAGES = {16: [(True, ROUNDS)], 32: [(True, ROUNDS)], 64: [(True, 0), *[(False, 1)] * ROUNDS]}
 """``FRESH`` and ``ROUNDS`` of the launches that find rotations; at 64 the whole does not fit in registers."""
 
+SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
+"""What is less has an inverse that may be infinite."""
+
 
 @triton.jit
 def inner_halves(a, b):

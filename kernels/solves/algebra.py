@@ -13,7 +13,15 @@ import triton.language as tl
 from .. import subspace, triplets
 from ..products import MAX_COLUMNS
 from ..small import ROUNDS, SQUARINGS
-from ..small.device import diagonal_of, orthonormalizer, reflection, sorted_columns, square_product, top_direction
+from ..small.device import (
+    SMALLEST,
+    diagonal_of,
+    orthonormalizer,
+    reflection,
+    sorted_columns,
+    square_product,
+    top_direction,
+)
 from ..small.reference import TINY
 from .rows import (
     ROWS,
@@ -35,7 +43,6 @@ SLOTS = tl.constexpr(5)
 """Small matrices that a matrix has in ``squares``. The last holds vectors: see :func:`first_factor`."""
 
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)
-SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
 ZERO_NORM = tl.constexpr(TINY)
 POWER = tl.constexpr(SQUARINGS)
 SWEEPS = tl.constexpr(ROUNDS)

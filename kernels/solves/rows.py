@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .. import records as r
 from .. import tables
+from ..small.device import SMALLEST
 
 ROWS = tl.constexpr(128)
 """Rows of a block that are on chip at once; a quarter of them at 64 columns."""
@@ -121,16 +122,17 @@ def number_of(entry, at, count, K: tl.constexpr):
 
 @triton.jit
 def gram_of(entry, count, K: tl.constexpr):
-    """``G = XᵀX / s²`` and ``s = max |X|`` of all strips."""
+    """``G = XᵀX / s²`` and ``s = max |X|`` of all strips; subnormal numbers count for 0: their inverses may be none."""
     peak = tl.max(number_of(entry, PEAK, count, K), 0)  # may pass a NaN by; the sum does not
-    divisor = tl.where(peak == 0, 1.0, peak)
+    faint = peak < SMALLEST
+    divisor = tl.where(faint, 1.0, peak)
     gram = tl.zeros((K, K), tl.float32)
     partial = partial_of(entry, 0, K)
     for _ in range(count):
         ratio = tl.load(partial + K * K + K + PEAK) / divisor
         gram += fetch(partial, K) * (ratio * ratio)
         partial += K * K + 2 * K
-    return gram, peak
+    return gram, tl.where(faint, 0.0, peak)
 
 
 @triton.jit

@@ -46,9 +46,10 @@ def test_tall_blocks_are_summed_in_strips_as_exactly(device):
 
 
 @BACKENDS
-def test_zero_and_empty_blocks_have_a_zero_gram_and_scale_one(backend, device, monkeypatch):
+@pytest.mark.parametrize("value", [0.0, 1e-41])
+def test_zero_subnormal_and_empty_blocks_have_a_zero_gram_and_scale_one(backend, value, device, monkeypatch):
     monkeypatch.setenv("SPECOPT_BACKEND", backend)
-    gram, scale = grams([torch.zeros(n, 3, device=device) for n in (10, 1, 0)])
+    gram, scale = grams([torch.full((n, 3), value, device=device) for n in (10, 1, 0)])
     assert (gram == 0).all() and (scale == 1).all()
 
 

@@ -21,7 +21,9 @@ from .samples import generator
 from .solve_records import (
     TRACKERS,
     Records,
+    assert_same_state,
     begin,
+    both,
     check,
     decaying,
     matrix_of,
@@ -110,6 +112,18 @@ def test_a_zero_matrix_stays_zero(tracker, monkeypatch):
         matrix.state[STATS][Stat.CAPPED] = 1
     check(matrices, tracker, 2, monkeypatch)
     assert all((matrix.weight == 0).all() for matrix in matrices)
+
+
+@TRACKERS
+def test_a_matrix_of_subnormal_numbers_counts_as_zero(tracker, monkeypatch):
+    matrices = [warm(decaying(65, 41, scale=1e-41), tracker), warm(decaying(50, 11, scale=1e-41), tracker)]
+    before = [matrix.weight.clone() for matrix in matrices]
+    _, twins, _ = both(matrices, tracker, 2, monkeypatch)  # its first vectors are any
+    for matrix, expected, old in zip(matrices, twins, before, strict=True):
+        assert_same_state(matrix, expected)
+        assert torch.equal(matrix.weight, old) and matrix.state[STATS][Stat.SIGMA] == 0
+        kept = [value for value in matrix.state.values() if isinstance(value, torch.Tensor) and value.ndim > 1]
+        assert all(value.isfinite().all() for value in kept)
 
 
 @TRACKERS
