@@ -32,7 +32,7 @@ def test_recording_adds_new_runs_keeps_old_ones_and_replaces_the_same(tmp_path: 
     records.record(tmp_path, made(VGG, ("vanilla", 0, {"test": 0.5}), ("snr", 0, {}), times={"vanilla": 1.0}))
     path = records.record(tmp_path, made(VGG, ("vanilla", 0, {"test": 0.6}), ("vanilla", 1, {}), times={"snr": 1.2}))
     found = records.read(path)
-    assert [(run.method, run.seed) for run in found.runs] == [("snr", 0), ("vanilla", 0), ("vanilla", 1)]
+    assert [(run.method, run.seed) for run in found.runs] == [("vanilla", 0), ("snr", 0), ("vanilla", 1)]
     assert found.of("vanilla")[0].last("test_accuracy") == 0.6
     assert found.times == {"vanilla": 1.0, "snr": 1.2}
 

@@ -72,11 +72,13 @@ def recorded(folder: Path, row: Row, methods: Mapping[str, Mapping[str, Any]]) -
 def record(folder: Path, row: Row) -> Path:
     """Writes the row's file. Runs that it holds already stay, but for those that ``row`` has anew."""
     there = recorded(folder, row, {run.method: {key: run.about[key] for key in OWN} for run in row.runs})
+    methods = row.methods
     if there is not None:
+        methods = [*there.methods, *methods]  # in the order in which they came
         new = {(run.method, run.seed) for run in row.runs}
         kept = tuple(run for run in there.runs if (run.method, run.seed) not in new)
         row = replace(row, runs=kept + row.runs, times={**there.times, **row.times})
-    runs = sorted(row.runs, key=lambda run: run.seed)
+    runs = sorted(row.runs, key=lambda run: (run.seed, methods.index(run.method)))
     times = {method: float(f"{value:.3g}") for method, value in row.times.items()}
     path = path_of(folder, row)
     plain = asdict(replace(row, runs=tuple(runs), times=times))
