@@ -219,7 +219,7 @@ TINY_RULES: list[tuple[type, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("scale", [1e-37, 1e-38, 3e-39, 1e-41])
+@pytest.mark.parametrize("scale", [1e-37, 3e-39, 1e-41])
 @pytest.mark.parametrize(("cls", "options"), TINY_RULES, ids=str)
 def test_weights_around_the_smallest_normal_number_stay_finite(cls: Any, options: dict[str, Any], scale: float) -> None:
     params = [(scale * param.detach()).requires_grad_() for param in parameters(torch.float32)]
