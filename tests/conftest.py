@@ -13,6 +13,10 @@ if not torch.cuda.is_available():
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.interpreter import patch_once_a_launch
+
+patch_once_a_launch()
+
 for name, examples in (("default", 25), ("full", 200)):
     settings.register_profile(
         name,
