@@ -64,6 +64,8 @@ def named(option: str) -> dict[str, str]:
 
 
 SHARED = tuple(field.name for field in fields(Shared))
+OF_RULES = ("snr_lambda", "decay_lambda", "norm", "mode", "target", "rank", "every", "raise_small")
+"""What groups have of one rule and not of another."""
 MAX_RANK = 16
 """Triplets that the tracker follows; more go by functions of all singular values at once."""
 NORMS = ("spectral", "frobenius")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Ruled(Protocol):
 
     state: defaultdict[Tensor, Any]
     param_groups: list[dict[str, Any]]
+    base_is_known: ClassVar[bool]
 
     @property
     def rule(self) -> Rule: ...

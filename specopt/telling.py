@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .options import OF_RULES
 from .rules.operator import geometries_in
 from .tracker.common import HostCopy
 from .views import could_be_controlled, is_controlled
@@ -56,6 +57,19 @@ def warn_of_unclear(groups: Iterable[Mapping[str, Any]], names: Mapping[Tensor, 
             f"{len(unclear)} parameter(s) of a shape that does not tell how to read them are not controlled: "
             f"{listing(unclear)}. Give the model in place of its parameters, or specopt.param_groups(model); or vouch "
             "for them with view= in a group, or put them into one with spectral=False.",
+            stacklevel=outside(),
+        )
+
+
+def warn_of_idle_options(groups: Iterable[Mapping[str, Any]], optimizer: Ruled) -> None:
+    """One warning of options that groups have of another rule. Only where the base is torch's own: the options of
+    another may have such names too (GaLore's ``rank``)."""
+    if not optimizer.base_is_known:
+        return
+    idle = {name for group in groups for name in OF_RULES if name in group} - set(optimizer.rule.names)
+    if idle:
+        warnings.warn(
+            f"{listing(sorted(idle))} in a group: {type(optimizer).__name__} has no such option, and goes on without.",
             stacklevel=outside(),
         )
 

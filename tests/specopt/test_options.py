@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import specopt
+from specopt.options import OF_RULES, SHARED
 from specopt.targets import target_frobenius, target_sigma
 from specopt.views import is_controlled, matrix_view
 
@@ -206,9 +207,9 @@ def test_scaled_orthogonal_fills_any_dtype(dtype: torch.dtype) -> None:
     assert torch.allclose(values, torch.full_like(values, 1.5**0.5), rtol=1e-12 if dtype == torch.float64 else 2e-2)
 
 
-SHARED = {"block": np.int64(8), "tolerance": np.float32(0.02), "max_passes": np.int32(3)}
-LAMBDA = {**SHARED, "snr_lambda": np.float32(0.25)}
-SCALE = {**SHARED, "target": np.float64(0.75), "rank": np.int64(4), "every": np.int16(1), "mode": "cap"}
+COMMON = {"block": np.int64(8), "tolerance": np.float32(0.02), "max_passes": np.int32(3)}
+LAMBDA = {**COMMON, "snr_lambda": np.float32(0.25)}
+SCALE = {**COMMON, "target": np.float64(0.75), "rank": np.int64(4), "every": np.int16(1), "mode": "cap"}
 
 
 def wrapped(groups: Any, rule: Any) -> Any:
@@ -224,8 +225,8 @@ def wrapped(groups: Any, rule: Any) -> Any:
         lambda: specopt.NormScaleAdamW([{"params": weight(), **SCALE}]),
         lambda: specopt.NormScaleAdamW(specopt.param_groups(nn.Linear(4, 5), **SCALE)),
         lambda: specopt.NormScaleAdamW([{"params": weight(), "target": [np.float64(0.75)]}]),
-        lambda: wrapped(weight(), specopt.SpectralPenalty(np.float32(0.25), **SHARED)),
-        lambda: wrapped(weight(), specopt.SpectralDecay(np.float32(0.25), **SHARED)),
+        lambda: wrapped(weight(), specopt.SpectralPenalty(np.float32(0.25), **COMMON)),
+        lambda: wrapped(weight(), specopt.SpectralDecay(np.float32(0.25), **COMMON)),
         lambda: wrapped(weight(), specopt.NormScale(**SCALE)),
         lambda: wrapped([{"params": weight(), **SCALE}], specopt.NormScale()),
         lambda: wrapped(
@@ -278,3 +279,38 @@ def test_scaled_orthogonal_leaves_other_modules_alone_and_follows_its_generator(
     assert not torch.equal(build(1)[1].weight, build(2)[1].weight)
     with pytest.raises(ValueError, match="gain"):
         specopt.init.scaled_orthogonal_(nn.Linear(2, 2), gain=0.0)
+
+
+def test_options_of_the_rules_are_all_listed() -> None:
+    rules = [specopt.SpectralPenalty(0.1), specopt.SpectralDecay(0.1), specopt.NormScale()]
+    assert {name for rule in rules for name in rule.names} == {*OF_RULES, *SHARED}
+
+
+def idle(record: pytest.WarningsRecorder) -> list[str]:
+    return [str(warning.message) for warning in record if "no such option" in str(warning.message)]
+
+
+def test_option_of_another_rule_in_a_group_is_told_of(recwarn: pytest.WarningsRecorder) -> None:
+    optimizer = specopt.SNRSGD([{"params": weight(), "every": 3, "target": 2.0}, {"params": weight()}])
+    assert idle(recwarn) == ["every, target in a group: SNRSGD has no such option, and goes on without."]
+    assert recwarn.list[-1].filename == __file__
+    recwarn.clear()
+    optimizer.add_param_group({"params": weight(), "snr_lambda": 0.3})
+    assert not idle(recwarn)
+    optimizer.add_param_group({"params": weight(), "mode": "cap"})
+    assert len(idle(recwarn)) == 1
+    recwarn.clear()
+    specopt.NormScaleAdamW([{"params": weight(), "snr_lambda": 0.3, "every": 2}])
+    assert [text.split(" in ")[0] for text in idle(recwarn)] == ["snr_lambda"]
+
+
+def test_options_that_a_wrapped_optimizer_may_have_itself_are_its_own(recwarn: pytest.WarningsRecorder) -> None:
+    rule = specopt.SpectralPenalty(0.1)
+    specopt.wrap(torch.optim.RMSprop([{"params": weight(), "rank": 8}]), rule)  # as GaLore's groups have
+    assert not idle(recwarn)
+    specopt.wrap(torch.optim.SGD([{"params": weight(), "rank": 8}]), rule)
+    assert len(idle(recwarn)) == 1
+    recwarn.clear()
+    both = specopt.Compose(rule, specopt.NormScale())
+    specopt.wrap(torch.optim.SGD([{"params": weight(), "rank": 8, "snr_lambda": 1.0}]), both)
+    assert not idle(recwarn)
