@@ -65,13 +65,17 @@ def densenet(inputs: int, classes: int, layers: int, growth: int) -> int:
     return total + 2 * channels + dense(channels, classes)
 
 
+SIDES = {"lenet5": 28, "lenet": 16}
+"""The smallest images that leave a position."""
+
 # Of 1000 and of 100 classes, as counted elsewhere: torchvision's resnet50, and the usual networks for CIFAR-100. VGG's
 # usual count has biases on the 4224 channels before a batch norm.
 PUBLISHED = [
     ("resnet34", CIFAR, 100, 21_328_292),
     ("resnet50-cifar", CIFAR, 100, 23_705_252),
     ("resnet50", (3, 224, 224), 1000, 25_557_032),
-    ("lenet5", MNIST, 10, 431_080),
+    ("lenet5", MNIST, 10, 61_706),
+    ("lenet", MNIST, 10, 431_080),
     ("vgg16", CIFAR, 10, 14_728_266 - 4224),
     ("densenet40", CIFAR, 10, 1_019_722),
 ]
@@ -91,8 +95,13 @@ def test_parameter_count_follows_from_the_layers(shape: tuple[int, int, int], cl
     positions = (((side - 4) // 2 - 4) // 2) ** 2
     lenet = conv(inputs, 20, 5, bias=True, norm=False) + conv(20, 50, 5, bias=True, norm=False)
     lenet += dense(50 * positions, 500, classes)
-    assert parameters("lenet5", shape, classes) == lenet
-    assert parameters("lenet5", shape, classes, batch_norm=True, dropout=0.5) == lenet + 2 * (20 + 50 + 500)
+    assert parameters("lenet", shape, classes) == lenet
+    assert parameters("lenet", shape, classes, batch_norm=True, dropout=0.5) == lenet + 2 * (20 + 50 + 500)
+    positions = ((side // 2 - 4) // 2 - 4) ** 2
+    lenet5 = sum(conv(*sizes, 5, bias=True, norm=False) for sizes in pairwise((inputs, 6, 16, 120)))
+    lenet5 += dense(120 * positions, 84, classes)
+    assert parameters("lenet5", shape, classes) == lenet5
+    assert parameters("lenet5", shape, classes, batch_norm=True, dropout=0.5) == lenet5 + 2 * 84
     assert parameters("vgg16", shape, classes) == vgg16(inputs, classes)
     assert parameters("nin", shape, classes) == nin(inputs, classes, norm=False)
     assert parameters("nin", shape, classes, batch_norm=True) == nin(inputs, classes, norm=True)
@@ -113,8 +122,9 @@ def test_depth_counts_every_linear_layer_of_an_mlp() -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", [DIGITS, MNIST, CIFAR, STL, (2, 33, 47)])
 def test_network_gives_a_logit_for_each_class(name: str, shape: tuple[int, int, int]) -> None:
-    if name == "lenet5" and shape == DIGITS:
-        with pytest.raises(ValueError, match="lenet5 takes images of 16 x 16 pixels and more, got 8 x 8"):
+    if name in SIDES and shape == DIGITS:
+        side = SIDES[name]
+        with pytest.raises(ValueError, match=f"{name} takes images of {side} x {side} pixels and more, got 8 x 8"):
             small(name, shape)
         return
     with torch.device("meta"):
@@ -122,10 +132,30 @@ def test_network_gives_a_logit_for_each_class(name: str, shape: tuple[int, int, 
         assert model(torch.empty(3, *shape)).shape == (3, 7)
 
 
-def test_lenet_takes_16_pixels_and_no_less() -> None:
-    assert build("lenet5", (1, 16, 16), 10)(torch.zeros(1, 1, 16, 16)).shape == (1, 10)
-    with pytest.raises(ValueError, match="got 16 x 15"):
-        build("lenet5", (1, 16, 15), 10)
+@pytest.mark.parametrize(("name", "side"), SIDES.items())
+def test_lenets_take_so_many_pixels_and_no_less(name: str, side: int) -> None:
+    assert build(name, (1, side, side), 10)(torch.zeros(1, 1, side, side)).shape == (1, 10)
+    with pytest.raises(ValueError, match=f"got {side} x {side - 1}"):
+        build(name, (1, side, side - 1), 10)
+
+
+def test_lenet5_halves_twice_and_ends_in_one_position() -> None:
+    model, found = build("lenet5", MNIST, 10), []
+    for name in ("conv1", "conv2", "conv3"):
+        model.get_submodule(name).register_forward_hook(lambda _module, _inputs, output: found.append(output.shape[1:]))
+    model(torch.zeros(1, *MNIST))
+    assert found == [(6, 28, 28), (16, 10, 10), (120, 1, 1)]
+
+
+def test_lenet5_norms_what_the_hidden_layer_gives_after_its_relu_and_before_dropout() -> None:
+    model, seen = build("lenet5", MNIST, 10, batch_norm=True, dropout=0.5).train(), {}
+    for name in ("norm", "dropout"):
+        model.get_submodule(name).register_forward_hook(
+            lambda _module, inputs, output, name=name: seen.update({name: (inputs[0], output)})
+        )
+    model(torch.randn(50, *MNIST))
+    assert (seen["norm"][0] >= 0).all() and seen["norm"][0].shape == (50, 84)
+    assert torch.equal(seen["norm"][1], seen["dropout"][0]) and (seen["norm"][1] < 0).any()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -193,7 +223,8 @@ def test_resnet_stages_halve_the_size_after_the_stem(name: str, sizes: list[int]
     ("name", "relus", "max_pools", "mean_pools", "dropouts"),
     [
         ("mlp", 4, 0, 0, 0),
-        ("lenet5", 3, 2, 0, 1),
+        ("lenet5", 4, 2, 0, 1),
+        ("lenet", 3, 2, 0, 1),
         ("vgg16", 13, 5, 0, 0),
         ("nin", 8, 1, 1, 2),
         ("densenet40", 39, 0, 2, 38),
@@ -265,7 +296,7 @@ def widths(name: str, scale: float) -> list[int]:
     return [layer.weight.shape[0] for layer in layers if layer is not model.get_submodule("head")]
 
 
-@pytest.mark.parametrize("name", ["lenet5", "vgg16", "nin", "resnet34"])
+@pytest.mark.parametrize("name", ["lenet5", "lenet", "vgg16", "nin", "resnet34"])
 @pytest.mark.parametrize("scale", [0.03, 0.25, 0.7, 1.5])
 def test_scale_multiplies_channels_and_rounds_to_multiples_of_8(name: str, scale: float) -> None:
     nearest = [8 * int(scale * width / 8 + 0.5) for width in widths(name, 1.0)]
@@ -285,7 +316,7 @@ def test_scale_multiplies_stem_and_growth_of_a_densenet() -> None:
         assert widths("densenet40", scale) == expected
 
 
-@pytest.mark.parametrize("name", ["mlp", "lenet5", "vgg16", "nin", "densenet40", "resnet34"])
+@pytest.mark.parametrize("name", ["mlp", "lenet5", "lenet", "vgg16", "nin", "densenet40", "resnet34"])
 def test_compiled_network_is_one_graph_and_agrees(name: str) -> None:
     model, images = small(name).eval(), torch.randn(2, *CIFAR)
     torch._dynamo.reset()
@@ -358,7 +389,7 @@ def test_initial_weights_have_the_variance_of_he_and_a_head_half_of_it() -> None
             assert layer.bias.count_nonzero() == 0
 
 
-@pytest.mark.parametrize("name", ["lenet5", "nin", "densenet40"])
+@pytest.mark.parametrize("name", ["lenet5", "lenet", "nin", "densenet40"])
 def test_dropout_acts_in_training_alone(name: str) -> None:
     images = torch.randn(4, *CIFAR)
     model = small(name, dropout=0.5)

@@ -17,7 +17,7 @@ WEIGHT = 0.3
 @pytest.fixture
 def net() -> nn.Module:
     torch.manual_seed(0)
-    return build("lenet5", (1, 16, 16), 10, scale=0.2).double().eval()
+    return build("lenet", (1, 16, 16), 10, scale=0.2).double().eval()
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_filters_alone_decay_where_the_method_says_so(base: str, rule: dict[str,
 
 
 def test_adversarial_training_drops_the_same_units_in_both_forwards_and_draws_once(images: Tensor) -> None:
-    net = build("lenet5", (1, 16, 16), 10, scale=0.2, dropout=0.5).double()
+    net = build("lenet", (1, 16, 16), 10, scale=0.2, dropout=0.5).double()
     seen: list[Tensor] = []
     net.dropout.register_forward_hook(lambda _, inputs, output: seen.append((output == 0) & (inputs[0] != 0)))  # type: ignore[union-attr]
     torch.manual_seed(3)

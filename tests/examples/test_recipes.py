@@ -125,8 +125,9 @@ def test_gradient_regularization_has_the_reports_settings() -> None:
         assert (recipe.batch, recipe.lr, recipe.gamma, recipe.milestones) == (50, 1e-3, 0.1, (0.5, 0.75))
         assert abs(steps - 10_000) <= 0.5 * size / recipe.batch
         assert (recipe.method.base, recipe.method.weight_decay, recipe.method.decayed) == ("adam", 5e-4, "convolutions")
-        assert recipe.balanced == ("/c4-" not in name) and (recipe.test, recipe.augment) == (None, False)
+        assert recipe.balanced == ("c4-" not in name) and (recipe.test, recipe.augment) == (None, False)
         assert len(recipe.measured) == 11 and recipe.measured[-1] == recipe.epochs
+        assert (recipe.model == "lenet") == ("/wide-" in name) and recipe.model in ("lenet", "lenet5")
     nets = {
         row: find(f"gradreg/{row}/none").model_options for row in ("c2-baseline", "c2-batchnorm", "c2-dropout", "c6")
     }
@@ -165,6 +166,16 @@ def test_c6_is_c2_on_the_dropout_net_by_other_penalties_and_has_none_of_ours_a_s
     assert {**first, "name": again["name"]} == again
     assert [recipe.method.name for recipe in c6] == ["none", "spect-reg", "jac-reg", "frob-reg"]
     assert [recipe.method.name for recipe in c2][-3:] == ["snr-adam", "spectral", "cap"]
+
+
+def test_wide_rows_are_the_same_but_for_their_network() -> None:
+    wide = [name for name in names("gradreg/wide-*")]
+    assert {name.split("/")[1] for name in wide} == {
+        f"wide-{row}" for row in ("c2-baseline", "c2-batchnorm", "c2-dropout", "c6", "c4-500", "c4-2000", "c4-10000")
+    }
+    for name in wide:
+        plain = find(name.replace("wide-", ""))
+        assert replace(plain, name=name, model="lenet") == find(name)
 
 
 def test_candidates_decay_what_their_row_decays() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from .densenet import densenet40
-from .lenet import LeNet5
+from .lenet import LeNet, LeNet5
 from .mlp import MLP
 from .nin import NIN
 from .parts import Shape, check_input, he_normal_
@@ -26,6 +26,7 @@ __all__ = ["NAMES", "build", "he_normal_"]
 _NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
     "lenet5": LeNet5,
+    "lenet": LeNet,
     "vgg16": VGG16,
     "nin": NIN,
     "densenet40": densenet40,
@@ -43,7 +44,8 @@ def build(name: str, shape: tuple[int, int, int], classes: int, **options: Any) 
     name                 network                                                     options, with their defaults
     ===================  ==========================================================  ===================================
     ``mlp``              Linear layers with ReLU between                             ``depth=5, width=2000``
-    ``lenet5``           two 5 x 5 convolutions, 20-50-500                           ``dropout=0, batch_norm=False``
+    ``lenet5``           three 5 x 5 convolutions, 6-16-120-84                       ``dropout=0, batch_norm=False``
+    ``lenet``            two 5 x 5 convolutions, 20-50-500                           ``dropout=0, batch_norm=False``
     ``vgg16``            thirteen 3 x 3 convolutions with batch norm, a linear head  -
     ``nin``              Network in Network                                          ``dropout=0.5, batch_norm=False``
     ``densenet40``       three dense blocks, no bottleneck, no compression           ``depth=40, growth=12, dropout=0``

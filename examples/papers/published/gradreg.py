@@ -17,6 +17,8 @@ C4_METHODS = ("none", "double-back", "spect-reg", "jac-reg", "confidence-penalty
 C6_METHODS = ("none", "spect-reg", "jac-reg", "frob-reg")
 SIZES = (500, 1000, 2000, 3000, 4000, 5000, 10_000, 15_000, 20_000)
 """Training images in C4."""
+WIDE, WIDE_SIZES = "wide-", (500, 2000, 10_000)
+"""In front of a row's name: the same on a wider network, of which the report has nothing; of C4 at these sizes."""
 
 _C2 = {
     "baseline": "96.99 (.15) 96.77 (.31) | 97.59 (.13) 96.61 (.67) | 97.56 (.24) 96.32 (.72)",
@@ -79,11 +81,11 @@ CELLS = {
 }
 """By row and method."""
 
-METHODS_OF_ROWS = {
+_METHODS_OF_ROWS = {
     row: C2_METHODS if "/c2-" in row else C4_METHODS if "/c4-" in row else C6_METHODS for row in CELLS
 }  # fmt: skip
 
-LAMBDAS: dict[str, dict[str, float]] = {
+_LAMBDAS: dict[str, dict[str, float]] = {
     "gradreg/c2-baseline": {"spect-reg": 0.01, "double-back": 50},
     "gradreg/c2-batchnorm": {"spect-reg": 0.001, "double-back": 0.001},
     "gradreg/c2-dropout": {"spect-reg": 0.01, "double-back": 50},
@@ -93,8 +95,18 @@ LAMBDAS: dict[str, dict[str, float]] = {
     },
     "gradreg/c6": {"spect-reg": 0.03, "jac-reg": 1, "frob-reg": 0.03},
 }
-"""The weights of the penalties that the report found best, by row and method. Those of the confidence penalty are for
-its sum over a batch of 50, all others for means over the batch."""
+
+_WIDE = {
+    row: f"gradreg/{WIDE}{name}"
+    for row in CELLS
+    if not (name := row.removeprefix("gradreg/")).startswith("c4-") or int(name.removeprefix("c4-")) in WIDE_SIZES
+}
+
+METHODS_OF_ROWS = _METHODS_OF_ROWS | {wide: _METHODS_OF_ROWS[row] for row, wide in _WIDE.items()}
+
+LAMBDAS = _LAMBDAS | {wide: _LAMBDAS[row] for row, wide in _WIDE.items()}
+"""The weights of the penalties that the report found best, by row and method; the same on the wider network. Those of
+the confidence penalty are for its sum over a batch of 50, all others for means over the batch."""
 
 REPLICATED = {
     "gradreg (a)": "not held against Batchnorm",

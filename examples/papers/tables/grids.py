@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from .. import published
-from ..published.gradreg import SIZES
+from ..published.gradreg import SIZES, WIDE, WIDE_SIZES
 from .claims.ours import ours_of
 from .markdown import NOT_RUN, NOTHING, label, markdown_table, percent, percent_over_seeds
 from .results import Row
@@ -53,6 +53,16 @@ GRIDS: dict[str, tuple[Grid, ...]] = {
             "net",
             {"gradreg/c6": "Dropout"},
             lenders={"gradreg/c6": "gradreg/c2-dropout"},
+        ),
+        Grid(
+            "The same on a wider LeNet, of 20, 50 and 500",
+            "experiment",
+            {
+                **{f"gradreg/{WIDE}c2-{net.lower()}": f"C2, {net}" for net in ("Baseline", "Batchnorm", "Dropout")},
+                **{f"gradreg/{WIDE}c4-{size}": f"C4, {size:,} images" for size in WIDE_SIZES},
+                f"gradreg/{WIDE}c6": "C6",
+            },
+            lenders={f"gradreg/{WIDE}c6": f"gradreg/{WIDE}c2-dropout"},
         ),
     )
 }
