@@ -9,12 +9,13 @@ found best for it.
 
 The authors' code's: LeNet-5 of 6-16-120-84, with batch norm after the hidden layer's ReLU alone; lr 1e-3 (the report
 prints 0.1, 0.01 and 0.001); weight decay coupled, and of convolutions alone (the newest version of that code decays
-dense weights too); images with mean 0 and deviation 1. The last decides what a lambda means: pixels in [0, 1] have
-deviation 0.308, and a network of the same function on them has derivatives ``1/std`` times as large, and so at the same
-lambda the penalties of squared derivatives (DoubleBack, SpectReg, FrobReg, JacReg) ``1/std^2 = 10.5`` times as large.
+dense weights too); the subsets of C4 drawn without regard to classes; images with mean 0 and deviation 1. The last
+decides what a lambda means: pixels in [0, 1] have deviation 0.308, and a network of the same function on them has
+derivatives ``1/std`` times as large, and so at the same lambda the penalties of squared derivatives (DoubleBack,
+SpectReg, FrobReg, JacReg) ``1/std^2 = 10.5`` times as large.
 
-Chosen here, where our documents say nothing: He's initial weights; the subsets of C4 drawn without regard to classes;
-no crops; the nearest whole number of epochs to 10,000 batches.
+Chosen here, where our documents say nothing: He's initial weights; no crops; the nearest whole number of epochs to
+10,000 batches.
 
 The rows ``wide-*`` are the same on a wider network, LeNet of 20-50-500 with batch norm before each ReLU.
 
