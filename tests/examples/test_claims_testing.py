@@ -66,6 +66,12 @@ def test_holm_is_the_step_down_of_bonferroni() -> None:
     assert holm([]) == []
 
 
+def test_p_values_that_holm_corrected_are_told_from_the_others() -> None:
+    told = [str(each) for each in findings_of([Comparison("a", [1.0, 1.1, 0.9]), Comparison("b", [-1.0, 1.1, -2.0])])]
+    assert ["(Holm)" in text for text in told] == [False, True]
+    assert "(Holm)" not in str(findings_of([Comparison("b", [-1.0, 1.1, -2.0])])[0])  # the only one
+
+
 def p_of(found: Sequence[Finding]) -> list[float]:
     return [each.p for each in found if each.p is not None]
 

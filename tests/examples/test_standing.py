@@ -66,7 +66,7 @@ def test_where_no_method_of_the_paper_has_all_seeds_of_ours_nothing_is_compared(
     assert cells_of(section(there))[-1][1:7] == ["cap (ours)", "92.00 (1.00)", "not enough seeds", "–", "–", "1.10"]
     assert section(there).startswith(
         "- `gradreg`, cap (ours): ahead of the best of the paper's in 0 of 0 row(s), behind it in 0, by 95 % "
-        "intervals; not enough seeds in 1; step 1.10, that of the best not timed."
+        "intervals, each by itself; not enough seeds in 1; step 1.10, that of the best not timed."
     )
     apart = replace(there, runs=tuple(run for run in there.runs if (run.seed < 2) == (run.method == "none")), times={})
     assert cells_of(section(apart))[-1][3:] == ["not enough seeds", "–", "–", "–", "–"]
@@ -84,7 +84,7 @@ def test_in_short_counts_rows_by_their_intervals_and_tells_the_range_of_costs() 
     rows = [replace(one, times={"none": 1.0, "cap": time}) for one, time in ((ahead, 1.2), (behind, 1.1), (open_, 1.3))]
     assert section(*rows).splitlines()[0] == (
         "- `gradreg`, cap (ours): ahead of the best of the paper's in 1 of 3 row(s), behind it in 1, by 95 % "
-        "intervals; step 1.10 to 1.30, that of the best 1.00."
+        "intervals, each by itself; step 1.10 to 1.30, that of the best 1.00."
     )
 
 

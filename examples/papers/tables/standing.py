@@ -130,7 +130,7 @@ def summary(table: str, method: str, found: Sequence[Standing]) -> str:
     ours, best = (span([step for each in found if (step := each.steps[i]) is not None]) for i in (0, 1))
     return (
         f"- `{table}`, {label(method, table)}: ahead of the best of the paper's in {ahead} of {len(compared)} row(s), "
-        f"behind it in {behind}, by 95 % intervals{left}; step {ours}, that of the best {best}."
+        f"behind it in {behind}, by 95 % intervals, each by itself{left}; step {ours}, that of the best {best}."
     )
 
 

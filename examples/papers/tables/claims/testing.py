@@ -60,6 +60,8 @@ class Finding:
     p: float | None
     missing: str = ""
     margin: float | None = None
+    corrected: bool = False
+    """The p-value is against the claim, and made larger by Holm's correction."""
 
     @property
     def sign(self) -> int:
@@ -71,7 +73,9 @@ class Finding:
     def __str__(self) -> str:
         if self.mean is None:
             return f"{self.what}: {self.missing}"
-        return f"{self.what}: {self.mean:+.3g}, " + (self.missing if self.p is None else f"p {self.p:.2g}")
+        if self.p is None:
+            return f"{self.what}: {self.mean:+.3g}, {self.missing}"
+        return f"{self.what}: {self.mean:+.3g}, p {self.p:.2g}{' (Holm)' if self.corrected else ''}"
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def findings_of(comparisons: Sequence[Comparison]) -> list[Finding]:
     against = holm([contrary(found[i]) for i in tested])
     for i, p in zip(tested, against, strict=True):
         if contrary(found[i]) < 1:
-            found[i] = replace(found[i], p=p)
+            found[i] = replace(found[i], p=p, corrected=len(tested) > 1)
     return found
 
 
