@@ -12,7 +12,10 @@ are then, in whichever way. A rank that waits for one that has died fails after 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -23,6 +26,8 @@ from gpt.training import Recipe, Training
 from papers.runs.checkpoint import reserve
 from torch.distributed.elastic.multiprocessing.errors import record
 
+SEEDS = 2**33
+"""So many differ in the windows that they draw (:meth:`gpt.text.Text.batch`)."""
 COLUMNS = ("step", "loss", "held-out loss", "largest sigma", "cap", "ms a step")
 
 
@@ -48,11 +53,13 @@ def arguments() -> argparse.Namespace:
     for name in ("steps", "every", "batch", "width", "layers", "context"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be 1 or more, got {getattr(args, name)}")
-    if not 0 <= args.seed < 2**63:
-        parser.error(f"--seed must be from 0 to 2**63 - 1, got {args.seed}")
-    for name in ("lr", "cap", "timeout"):
+    if not 0 <= args.seed < SEEDS:
+        parser.error(f"--seed must be from 0 to 2**33 - 1, got {args.seed}")
+    for name in ("lr", "cap"):
         if not 0 < getattr(args, name) < float("inf"):
             parser.error(f"--{name} must be positive and finite, got {getattr(args, name)}")
+    if not 1 <= args.timeout <= 1e6:
+        parser.error(f"--timeout must be from 1 to 1e6 seconds, got {args.timeout}")
     if args.width % shape.heads:
         parser.error(f"--width must be a multiple of {shape.heads}, got {args.width}")
     try:
@@ -75,9 +82,22 @@ def show(*cells: str) -> None:
         print("  ".join(cell.rjust(len(head)) for cell, head in zip(cells, COLUMNS, strict=False)), flush=True)
 
 
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """What is refused of a folder, without a traceback of every rank."""
+    try:
+        yield
+    except ValueError as error:
+        if dist.get_rank() == 0:
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
 def train(training: Training, steps: int, every: int, folder: Path) -> None:
     """To the last step, from the newest checkpoint in a folder or from the start."""
-    if training.resume(folder):
+    with in_one_line():
+        is_resumed = training.resume(folder)
+    if is_resumed:
         show(f"Goes on from step {training.step}, of {folder}")
     show(*COLUMNS)
     while training.step < steps:
@@ -88,7 +108,8 @@ def train(training: Training, steps: int, every: int, folder: Path) -> None:
         ms = 1e3 * (time.perf_counter() - start) / (training.step - first)
         numbers = (mean, training.held_out_loss(), largest_sigma(training.optimizer), training.recipe.cap)
         show(str(training.step), *(f"{number:.4f}" for number in numbers), f"{ms:.1f}")
-        training.save(folder)
+        with in_one_line():
+            training.save(folder)
 
 
 @record

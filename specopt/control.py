@@ -123,6 +123,7 @@ class SpectralOptimizer(Mixin):
             if "target" in self.rule.names:
                 settle(group, self.names)
             check_kernels(group, self.names)
+            group.update({name: plain(group[name]) for name in self.rule.names})  # schedules may be NumPy's
         workspace: dict[Any, Any] = self.__dict__.setdefault("_workspace", {})
         Unfinished.of(workspace).check()
         loss = None

@@ -13,6 +13,7 @@ from specopt.kernels import MAX_COLUMNS
 
 from .operators.geometry import parse as parse_geometry
 from .targets import check_target, is_positive
+from .views import SCALING, scaling
 from .views.parts import parse
 
 
@@ -64,7 +65,7 @@ def named(option: str) -> dict[str, str]:
 
 
 SHARED = tuple(field.name for field in fields(Shared))
-OF_RULES = ("snr_lambda", "decay_lambda", "norm", "mode", "target", "rank", "every", "raise_small")
+OF_RULES = ("snr_lambda", "decay_lambda", *SCALING)
 """What groups have of one rule and not of another."""
 MAX_RANK = 16
 """Triplets that the tracker follows; more go by functions of all singular values at once."""
@@ -102,7 +103,7 @@ def check_conv(group: Mapping[str, Any]) -> None:
     for text in given:
         if text is not None:
             parse_geometry(text)
-    if group["conv"] == "operator" and any(text is not None for text in given) and "mode" in group:
+    if group["conv"] == "operator" and any(text is not None for text in given) and scaling(group, "mode", None):
         _check_scaled_operator(group)
 
 

@@ -33,6 +33,8 @@ def settle(group: dict[str, Any], names: Names) -> None:
     target, params = group["target"], group["params"]
     if isinstance(target, list | tuple):
         _check_list(group, names)
+        if isinstance(target, list):
+            target[:] = _plain(target)
     elif not is_settled(target):
         known = names()
         group["target"] = [

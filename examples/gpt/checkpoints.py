@@ -57,7 +57,7 @@ def save(folder: Path, step: int, states: Mapping[str, Any], recipe: Mapping[str
     """
     whole = folder / f"{NAME}{step:08d}"
     part = whole.with_name(whole.name + PART)
-    from_first(lambda: _remove(folder.glob("*" + PART)))
+    from_first(lambda: _remove(folder.glob(NAME + 8 * "[0-9]" + PART)))
     with _one_error(f"{part} cannot be written"):
         written = save_parts(dict(states), checkpoint_id=part)
     files = {METADATA, *(place.relative_path for place in written.storage_data.values())}

@@ -16,7 +16,7 @@ from ..session import Gate, Session
 from ..tracker import pairs
 from ..tracker.common import LEFT, RIGHT, STATS, STEP, Stat, gather_stats, scatter_stats
 from ..tracker.measure import measured_triplets
-from ..views import Matrix, block_of
+from ..views import Matrix, block_of, scaling
 from .decay import SpectralDecay
 from .norm_scale import NormScale
 from .penalty import SpectralPenalty, strengths
@@ -116,7 +116,7 @@ class Compose:
         return False
 
     def sort(self, matrix: Matrix) -> Hashable:
-        return matrix.group.get("norm"), matrix.group.get("rank"), self.penalizes(matrix.group)
+        return scaling(matrix.group, "norm", None), scaling(matrix.group, "rank", None), self.penalizes(matrix.group)
 
     def takes_along(self, matrix: Matrix) -> bool:
         return False
@@ -130,7 +130,7 @@ class Compose:
 
     def keeps_first(self, group: Mapping[str, Any]) -> bool:
         """Whether a step leaves a triplet for the next one's penalty: not where the whole matrix is capped after it."""
-        return self.penalizes(group) and group.get("rank") != "full"
+        return self.penalizes(group) and scaling(group, "rank", None) != "full"
 
 
 def find(rule: object, kind: type[Kind]) -> Kind | None:

@@ -14,7 +14,7 @@ from ..session import Gate, Session
 from ..targets import Target
 from ..tracker import device, pairs
 from ..tracker.common import constant, has_stats
-from ..views import Matrix, block_of
+from ..views import SCALING, Matrix, block_of
 from .after import After, AfterOnDevice
 from .steering import (
     InitialNorms,
@@ -63,7 +63,7 @@ class NormScale(options.Shared):
     rank: int | str = 1
     every: int = 1
     raise_small: bool = False
-    names: ClassVar[tuple[str, ...]] = ("norm", "mode", "target", "rank", "every", "raise_small", *options.SHARED)
+    names: ClassVar[tuple[str, ...]] = (*SCALING, *options.SHARED)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -53,7 +53,7 @@ from ..tracker.common import (
     wait_of,
 )
 from ..updates import is_on_device, rate_of
-from ..views import could_be_controlled
+from ..views import could_be_controlled, scaling
 from .steering import factor_to, norm_to_keep
 
 OPERATOR, INITIAL = PREFIX + "operator", PREFIX + "initial_operator"
@@ -91,7 +91,7 @@ class Kernel:
     @property
     def period(self) -> int:
         """Of so many steps the rule acts in the first."""
-        return int(self.group.get("every", 1))
+        return int(scaling(self.group, "every", 1))
 
     @property
     def wait(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from specopt import kernels
 from specopt.kernels import Triplets, accumulation_dtype, start_block
 
-from ..views import Matrix
+from ..views import Matrix, scaling
 
 COLD_STEPS = 20
 """A residual is no proof in a flat spectrum: from scaled orthogonal init one pair leaves residual 0.05 with sigma 11 %
@@ -208,7 +208,7 @@ class HostCopy:
     def of(cls, tensor: Tensor) -> HostCopy:
         if tensor.device.type != "cuda":
             return cls(tensor.to("cpu", copy=True))
-        value = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        value = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         value.copy_(tensor, non_blocking=True)
         event = torch.Event(tensor.device)
         event.record(torch.cuda.current_stream(tensor.device))
@@ -296,6 +296,6 @@ def all_idle(wanted: Tensor) -> bool:
 def rounding_seeds(matrices: Sequence[Matrix]) -> list[float]:
     """Of stochastic rounding in this step: another number for every matrix and step, 0 where it is off."""
     count = len(matrices)
-    steps = [m.state.get(STEP, 0) * m.group.get("every", 1) - m.state.get(WAIT, 0) for m in matrices]
+    steps = [m.state.get(STEP, 0) * scaling(m.group, "every", 1) - m.state.get(WAIT, 0) for m in matrices]
     seeds = [1.0 + b + count * step for b, step in enumerate(steps)]
     return [s if m.group.get("stochastic_rounding") else 0.0 for s, m in zip(seeds, matrices, strict=True)]

@@ -21,7 +21,7 @@ from specopt import kernels
 from specopt.kernels import Penalty, tables
 
 from ..sharding.cut import is_distributed
-from ..views import Matrix
+from ..views import Matrix, scaling
 from .common import (
     BLOCK,
     COLD_MAX,
@@ -76,7 +76,7 @@ class Engine:
     @classmethod
     def of(cls, matrices: Sequence[Matrix], ours: bool, workspace: dict[Any, Any]) -> Engine:
         first = matrices[0].param
-        batch = first.device, first.dtype, is_distributed(first), matrices[0].group.get("every", 1)
+        batch = first.device, first.dtype, is_distributed(first), scaling(matrices[0].group, "every", 1)
         key = ("engine", ours, *batch)
         engine: Engine | None = workspace.get(key)
         identity = [_identity(matrix) for matrix in matrices]

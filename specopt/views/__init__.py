@@ -1,6 +1,7 @@
 """Matrix views: how a parameter is read as matrices, and which bare tensors are read as one at all."""
 
 from .matrix import (
+    SCALING,
     Matrix,
     block_of,
     check_readable,
@@ -9,11 +10,13 @@ from .matrix import (
     matrices_of,
     matrix_view,
     refresh_copies,
+    scaling,
     with_options,
     written_back,
 )
 
 __all__ = [
+    "SCALING",
     "Matrix",
     "block_of",
     "check_readable",
@@ -22,6 +25,7 @@ __all__ = [
     "matrices_of",
     "matrix_view",
     "refresh_copies",
+    "scaling",
     "with_options",
     "written_back",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from specopt.kernels import MAX_COLUMNS
 
@@ -20,9 +21,19 @@ from .parts import parse, piece, piece_shape, pieces
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+SCALING = ("norm", "mode", "target", "rank", "every", "raise_small")
+"""What a group has of Norm Scaling."""
+
+
+def scaling(group: Mapping[str, Any], name: str, default: Any) -> Any:
+    """An option of Norm Scaling's where the group is under it; the base may have one of the same name, as GaLore has
+    ``rank``."""
+    return group[name] if all(option in group for option in SCALING) else default
+
+
 def block_of(group: Mapping[str, Any]) -> int:
     """The group's ``block``; four columns for each triplet where a rule corrects more than one, if that is more."""
-    rank = group.get("rank", 1)
+    rank = scaling(group, "rank", 1)
     return int(group["block"] if rank in (1, "full") else min(max(group["block"], 4 * rank), MAX_COLUMNS))
 
 
@@ -40,7 +51,10 @@ def is_controlled(param: Tensor, group: Mapping[str, Any]) -> bool:
 
 
 def could_be_controlled(param: Tensor) -> bool:
-    """Whether it is a dense real tensor with two dimensions or more, and not empty."""
+    """Whether it is a dense real tensor with two dimensions or more, and not empty; no frozen one that holds other
+    tensors in the place of its numbers, as a quantized weight does. (DTensors do so too, and can be read.)"""
+    if is_traceable_wrapper_subclass(param) and not (param.requires_grad or is_distributed(param)):
+        return False
     return param.ndim >= 2 and param.dtype in DTYPES and param.layout == torch.strided and param.numel() > 0
 
 

@@ -127,6 +127,17 @@ def test_without_torchrun_one_process_trains(
     assert head == ["step", "loss", "held-out loss", "largest sigma", "cap", "ms a step"]
     assert [line[0] for line in lines] == ["4", "8"]
     assert float(lines[1][1]) < float(lines[0][1]) and float(lines[1][3]) < 1.2
+    mine = tmp_path / "made" / "here" / "photos.part"
+    mine.mkdir()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--steps", "12"])
+    gpt_ranks.main()
+    assert mine.exists() and "Goes on from step 8" in capfd.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--lr", "0.5"])
+    with pytest.raises(SystemExit) as stopped:
+        gpt_ranks.main()
+    told = capfd.readouterr().err
+    assert stopped.value.code == 2 and told.startswith("train_distributed.py: error: ") and len(told.splitlines()) == 1
+    assert "lr" in told
 
 
 @pytest.mark.parametrize(
@@ -138,6 +149,9 @@ def test_without_torchrun_one_process_trains(
         ("--width 70", "1", "--width must be a multiple of 4, got 70"),
         ("--steps 0", "1", "--steps must be 1 or more, got 0"),
         ("--cap nan", "1", "--cap must be positive and finite, got nan"),
+        ("--seed 8589934592", "1", "--seed must be from 0 to 2**33 - 1, got 8589934592"),
+        ("--timeout 1e300", "1", "--timeout must be from 1 to 1e6 seconds, got 1e+300"),
+        ("--timeout 1e-9", "1", "--timeout must be from 1 to 1e6 seconds, got 1e-09"),
         ("--context 100000", "1", "context must be at most"),
         ("--out file/below", "1", "--out file/below: cannot write"),
     ],

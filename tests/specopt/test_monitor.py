@@ -625,3 +625,20 @@ def test_a_number_that_was_cut_off_is_no_number(tmp_path: Path, cut: int) -> Non
 def test_columns_of_the_file_name_every_quantity_once() -> None:
     assert len(set(COLUMNS)) == len(COLUMNS) == len(QUANTITIES) + 3
     assert set(snapshot.STORED) | {"target", "frobenius", "stable_rank"} == set(QUANTITIES)
+
+
+def test_what_a_device_sends_lands_on_the_host_whatever_the_default_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a tensor of the CPU can be pinned."""
+    asked: list[Any] = []
+
+    def empty(*_: Any, **options: Any) -> Tensor:
+        asked.append(options)
+        raise NotImplementedError
+
+    class OnDevice:
+        shape, dtype, device = (2,), torch.float32, torch.device("cuda")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(NotImplementedError):
+        HostCopy.of(OnDevice())  # type: ignore[arg-type]
+    assert asked == [{"dtype": torch.float32, "device": "cpu", "pin_memory": True}]

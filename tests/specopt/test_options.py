@@ -314,3 +314,47 @@ def test_options_that_a_wrapped_optimizer_may_have_itself_are_its_own(recwarn: p
     both = specopt.Compose(rule, specopt.NormScale())
     specopt.wrap(torch.optim.SGD([{"params": weight(), "rank": 8, "snr_lambda": 1.0}]), both)
     assert not idle(recwarn)
+
+
+def test_options_that_a_base_has_under_the_same_name_change_nothing_of_a_rule() -> None:
+    """``rank`` is no width of the block, and ``mode`` needs no ``norm``."""
+    rule = specopt.SpectralDecay(0.1)
+    shapes = []
+    for more in ({}, {"rank": 128}, {"rank": None}, {"mode": "max", "every": 3}):
+        optimizer = specopt.wrap(torch.optim.RMSprop([{"params": [nn.Parameter(torch.randn(90, 80))], **more}]), rule)
+        for _ in range(2):
+            param = optimizer.param_groups[0]["params"][0]
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        state = optimizer.state[param]
+        shapes.append({key: tuple(value.shape) for key, value in state.items() if isinstance(value, torch.Tensor)})
+    assert all(found == shapes[0] for found in shapes)
+
+
+def test_a_group_of_operators_may_have_a_mode_that_its_rule_does_not_know() -> None:
+    model, images = nn.Sequential(nn.Conv2d(2, 3, 3)), torch.randn(1, 2, 8, 8)
+    groups = specopt.param_groups(model, conv="operator", inputs=images, mode="cap", every=3)
+    with pytest.warns(UserWarning, match="every, mode in a group"):
+        optimizer = specopt.SNRSGD(groups, lr=0.0, snr_lambda=1.0)
+    seen = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(images).sum().backward()
+        optimizer.step()
+        seen.append(optimizer.state[model[0].weight]["spectral_step"])
+    assert seen == [1, 2, 3]
+
+
+@pytest.mark.parametrize("key", ["snr_lambda", "target"])
+def test_a_schedule_of_numpys_numbers_makes_a_state_that_loads_as_weights_only(key: str) -> None:
+    params = weight()
+    optimizer: Any = specopt.SNRSGD(params) if key == "snr_lambda" else specopt.NormScaleAdamW(params, mode="cap")
+    values: list[Any] = [np.float64(0.5), np.float32(0.25)]
+    for value in values + ([[np.float64(0.5)]] if key == "target" else []):
+        optimizer.param_groups[0][key] = value
+        params[0].grad = torch.ones_like(params[0])
+        optimizer.step()
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        assert torch.load(file, weights_only=True)["param_groups"][0][key] == value

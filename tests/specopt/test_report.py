@@ -57,6 +57,50 @@ def test_report_of_a_penalty_has_no_target_and_says_what_is_not_finite() -> None
     assert third.sigma == 0 and math.isnan(third.stable_rank) and third.finite
 
 
+class Quantized(torch.Tensor):
+    """int8 and a scale that say that they are float32: what torchao makes of a frozen weight. It has no ``mm``."""
+
+    q: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def __new__(cls, q: Tensor, scale: Tensor) -> Quantized:
+        return torch.Tensor._make_wrapper_subclass(cls, q.shape, dtype=torch.float32)  # type: ignore[attr-defined, no-any-return]
+
+    def __init__(self, q: Tensor, scale: Tensor) -> None:
+        self.q, self.scale = q, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["q", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> Quantized:
+        return Quantized(inner["q"], inner["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            return Quantized(args[0].q, args[0].scale)
+        if func in (torch.ops.aten.addmm.default, torch.ops.aten.t.default):
+            return func(*(x.q * x.scale if isinstance(x, Quantized) else x for x in args))
+        raise NotImplementedError(str(func))
+
+
+def test_a_frozen_quantized_weight_is_left_out_of_reports_and_the_rest_is_controlled() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    quantized = Quantized(torch.ones(5, 6, dtype=torch.int8), torch.tensor(0.1))
+    model[0].weight = nn.Parameter(quantized, requires_grad=False)
+    optimizer = specopt.NormScaleAdamW(model, target=1.5)
+    monitor = specopt.SpectralMonitor(optimizer, every=1, weights=True)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(3, 6)).sum().backward()
+        optimizer.step()
+    assert [row.name for row in specopt.spectral_report(optimizer)] == ["1.weight"]
+    assert float(exact(model[1].weight)[1][0]) == pytest.approx(1.5, rel=1e-3)
+    assert len(monitor.history) == 2
+
+
 def test_report_of_nothing_is_empty_and_says_so() -> None:
     report = specopt.spectral_report(specopt.SNRSGD([nn.Parameter(torch.zeros(3))]))
     assert report == [] and report.to_dict() == {}
