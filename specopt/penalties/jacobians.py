@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,9 +37,11 @@ def frob_reg(output: Output, inputs: Tensor, *, chunk: int | None = None, max_by
     backward pass wants them all: ``C`` times the sum of all activations between inputs and logits, and about as much
     again in the backward pass. Of LeNet-5 (20 and 50 channels) on 28 x 28 images that is 30 times C·B·n when the
     penalty is computed, and 47 times at the peak of the backward pass. Before anything is allocated for it, the shapes
-    in the graph give the bytes needed, ``2·C·Σ activations`` (63 times), and more than ``max_bytes`` is a ValueError.
-    They are an estimate: measured peaks were 0.75 (LeNet-5) and 1.35 (batch norm after every convolution) of it, beside
-    gradients as large as the weights.
+    in the graph give the bytes needed, ``2·C·Σ activations`` (63 times) and the rows that the Jacobian is multiplied
+    by, and more than ``max_bytes`` is a ValueError. They are an estimate: measured peaks were 0.75 (LeNet-5) and 1.35
+    (batch norm after every convolution) of it, beside gradients as large as the weights and the logits. Of a node that
+    computes several steps inside, only what flows into it is seen: the peak was 3.7 to 6.4 times the estimate with
+    torch's fused nn.LSTM on a CPU, and a torch.autograd.Function may keep what it likes.
 
     ``chunk`` classes at a time need ``chunk/C`` of this, in the backward pass too: each chunk is computed again there
     (torch.utils.checkpoint), for one more backward pass through the model.
@@ -57,11 +60,7 @@ def frob_reg(output: Output, inputs: Tensor, *, chunk: int | None = None, max_by
             than the budget, with one that does not.
     """
 
-    def rows(classes: Tensor, logits: Tensor) -> Tensor:
-        identity = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
-        return identity[classes, None].expand(-1, len(logits), -1)
-
-    return _squared_norm(output, inputs, rows, chunk, max_bytes)
+    return _squared_norm(output, inputs, UNITS, chunk, max_bytes)
 
 
 def jac_reg(output: Output, inputs: Tensor, *, chunk: int | None = None, max_bytes: int = BUDGET) -> Tensor:
@@ -71,45 +70,64 @@ def jac_reg(output: Output, inputs: Tensor, *, chunk: int | None = None, max_byt
     a function of the weights as ``J_g`` is.
 
     Source: Varga, Csiszárik and Zombori, "Gradient Regularization Improves Accuracy of Discriminative Models" (arXiv
-    1712.09936), JacReg. Other forms, memory, arguments and errors are as for :func:`frob_reg`.
+    1712.09936), JacReg. Other forms, memory, arguments and errors are as for :func:`frob_reg`; the rows of the
+    softmax take ``2·C·B·C`` numbers more.
     """
-
-    def rows(classes: Tensor, logits: Tensor) -> Tensor:
-        p = logits.softmax(dim=1)
-        identity = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
-        return p.t()[classes, :, None] * (identity[classes, None] - p)
-
-    return _squared_norm(output, inputs, rows, chunk, max_bytes)
+    return _squared_norm(output, inputs, OF_SOFTMAX, chunk, max_bytes)
 
 
-def _squared_norm(
-    output: Output, inputs: Tensor, rows: Callable[[Tensor, Tensor], Tensor], chunk: int | None, max_bytes: int
-) -> Tensor:
-    """``1/B Σ_i Σ_c ‖r_ciᵀ J_g(x_i)‖²``, with rows r (classes, B, C) for some classes at a time."""
+@dataclass(frozen=True)
+class Rows:
+    """What the logits' Jacobian is multiplied by, for some classes at a time."""
+
+    make: Callable[[Tensor, Tensor], Tensor]
+    """Of class indices (K,) and logits (B, C): cotangents (K, B, C)."""
+    numbers: Callable[[int, int], int]
+    """Of B and C: those that are made for one class beside what flows into the graph, the most at once."""
+
+
+def _units(classes: Tensor, logits: Tensor) -> Tensor:
+    """``e_c``, alike for all samples."""
+    zeros = logits.new_zeros(len(classes), logits.shape[1])
+    return zeros.scatter_(1, classes[:, None], 1)[:, None].expand(-1, len(logits), -1)
+
+
+def _of_softmax(classes: Tensor, logits: Tensor) -> Tensor:
+    """``p_c (e_c − p)``."""
+    p = logits.softmax(dim=1)
+    units = logits.new_zeros(len(classes), logits.shape[1]).scatter_(1, classes[:, None], 1)
+    return p.t()[classes, :, None] * (units[:, None] - p)
+
+
+UNITS = Rows(_units, lambda samples, classes: classes)
+OF_SOFTMAX = Rows(_of_softmax, lambda samples, classes: (2 * samples + 1) * classes)
+
+
+def _squared_norm(output: Output, inputs: Tensor, rows: Rows, chunk: int | None, max_bytes: int) -> Tensor:
+    """``1/B Σ_i Σ_c ‖r_ciᵀ J_g(x_i)‖²``, with rows r for some classes at a time."""
     if chunk is not None:
         check_count("chunk", chunk)
     check_count("max_bytes", max_bytes)
     graph = graph_of(output, inputs)
     total = graph.logits.shape[1]
     at_once = min(chunk or total, total)
-    check_budget(graph, at_once, max_bytes)
+    check_budget(at_once, class_bytes(graph, rows), max_bytes)
 
     def part(classes: Tensor) -> Tensor:
         with without_autocast(graph.logits.device):
-            return graph.mean_square(graph.derivatives(rows(classes, graph.logits)))
+            return graph.mean_square(graph.derivatives(rows.make(classes, graph.logits)))
 
     classes = torch.arange(total, device=graph.logits.device)
     if at_once == total:
         return part(classes)
-    chunks = torch.split(classes, at_once)
+    chunks = (classes[start : start + at_once] for start in range(0, total, at_once))
     parts = [checkpoint(part, some, use_reentrant=False, preserve_rng_state=False) for some in chunks]
     return torch.stack(parts).sum()
 
 
-def check_budget(graph: Graph, classes: int, max_bytes: int) -> None:
+def check_budget(classes: int, each: int, max_bytes: int) -> None:
     """Raises:
-    ValueError: the gradients of so many classes need more bytes than the budget."""
-    each = class_bytes(graph)
+    ValueError: so many classes, of so many bytes each, need more than the budget."""
     if classes * each <= max_bytes:
         return
     fitting = max_bytes // each
@@ -117,9 +135,9 @@ def check_budget(graph: Graph, classes: int, max_bytes: int) -> None:
     raise ValueError(f"{classes} classes at once need {classes * each} bytes, max_bytes allows {max_bytes}: {advice}")
 
 
-def class_bytes(graph: Graph) -> int:
-    """Of the gradients of one class: those that flow into the nodes of the graph, kept for the backward pass, and as
-    many in the backward pass itself."""
+def class_bytes(graph: Graph, rows: Rows) -> int:
+    """Of one class: the gradients that flow into the nodes of the graph, kept for the backward pass, as many in the
+    backward pass itself, and the numbers of its row."""
     flowing = (metadata for node in nodes_of(graph) for metadata in node._input_metadata)
     once: int = sum(math.prod(gradient.shape) * gradient.dtype.itemsize for gradient in flowing)
-    return 2 * once
+    return 2 * once + rows.numbers(*graph.logits.shape) * graph.logits.dtype.itemsize

@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from specopt.penalties import frob_reg, jac_reg
 from specopt.penalties.graph import graph_of
-from specopt.penalties.jacobians import class_bytes
+from specopt.penalties.jacobians import OF_SOFTMAX, UNITS, class_bytes
 from tests.specopt.penalties.cases import assert_same, images, labels, lenet
 
-EXACT = [frob_reg, jac_reg]
+ROWS = {frob_reg: UNITS, jac_reg: OF_SOFTMAX}
+EXACT = list(ROWS)
 
 
 class Memory(TorchDispatchMode):
@@ -101,16 +102,58 @@ def test_the_stated_bytes_are_those_of_the_peak_up_to_a_factor_of_three_halves(
     penalty: Callable[..., Tensor], chunk: int | None, norm: bool
 ) -> None:
     net, x = lenet(size=20, classes=20, norm=norm), images(8, 1, 20, 20, dtype=torch.float32)
-    stated = (chunk or 20) * class_bytes(graph_of(net, x))
+    stated = (chunk or 20) * class_bytes(graph_of(net, x), ROWS[penalty])
     _, peak = peaks(penalty, net, x, chunk=chunk)
     assert 2 / 3 < peak / stated < 3 / 2
+
+
+def of_no_class(net: nn.Module, logits: Tensor) -> int:
+    """Bytes that are beside those of the classes: a few times the weights' gradients, and the logits'."""
+    return 4 * sum(tensor.numel() * tensor.itemsize for tensor in (logits, *net.parameters()))
+
+
+@pytest.mark.parametrize("penalty", EXACT)
+@pytest.mark.parametrize("chunk", [None, 50])
+@pytest.mark.parametrize(("samples", "features", "classes"), [(32, 16, 500), (2, 4, 1000)])
+def test_the_stated_bytes_hold_where_the_logits_are_most_of_the_graph(
+    penalty: Callable[..., Tensor], chunk: int | None, samples: int, features: int, classes: int
+) -> None:
+    net, x = nn.Linear(features, classes), images(samples, features, dtype=torch.float32)
+    graph = graph_of(net, x)
+    stated = (chunk or classes) * class_bytes(graph, ROWS[penalty])
+    _, peak = peaks(penalty, net, x, chunk=chunk)
+    assert peak < 1.2 * stated + of_no_class(net, graph.logits)
+
+
+class EnoughSeen(Exception):
+    pass
+
+
+@pytest.mark.parametrize("penalty", EXACT)
+@pytest.mark.parametrize("classes", [3000, 200_000])
+def test_a_class_at_a_time_takes_the_stated_bytes_however_many_there_are(
+    penalty: Callable[..., Tensor], classes: int
+) -> None:
+    net, x = nn.Linear(4, classes), images(2, 4, dtype=torch.float32).requires_grad_()
+    logits = net(x)
+    stated, seen = class_bytes(graph_of(logits, x), ROWS[penalty]), []
+
+    def stop_at_the_third(gradient: Tensor) -> None:
+        seen.append(gradient.shape)
+        if len(seen) == 3:
+            raise EnoughSeen
+
+    logits.register_hook(stop_at_the_third)
+    with pytest.raises(EnoughSeen), Memory() as memory:
+        penalty(logits, x, chunk=1)
+    assert memory.peak < 1.5 * stated + of_no_class(net, logits)
 
 
 @pytest.mark.parametrize("chunk", [None, 5])
 def test_where_vmap_fails_a_pass_for_each_class_stays_within_the_stated_bytes(chunk: int | None) -> None:
     net, x = lenet(size=20, classes=20, norm=True), images(8, 1, 20, 20, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        stated = (chunk or 20) * class_bytes(graph_of(net, x))
+        stated = (chunk or 20) * class_bytes(graph_of(net, x), UNITS)
         _, peak = peaks(frob_reg, net, x, chunk=chunk)
     assert 1 / 2 < peak / stated < 1
 
@@ -121,7 +164,7 @@ def test_what_exceeds_the_budget_is_refused_with_a_chunk_that_fits_before_memory
 ) -> None:
     net, x = lenet(), images(4, 1, 12, 12, dtype=torch.float32).requires_grad_()
     logits = net(x)
-    each = class_bytes(graph_of(logits, x))
+    each = class_bytes(graph_of(logits, x), ROWS[penalty])
     with Memory() as memory, pytest.raises(ValueError) as refused:
         penalty(logits, x, max_bytes=4 * each + 1)
     assert memory.peak == 0
