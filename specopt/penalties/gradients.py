@@ -30,10 +30,18 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """``−log softmax(logits_i)[targets_i]`` of each sample: (B,), for logits (B, C) and class indices (B,). No index is
     ignored: of -100, which torch ignores by default, there is as little a class as of any other out of range.
 
+    Where the target is the likelier half, it is ``−log(1 − q)`` with q the sum of the other probabilities, so that loss
+    and gradient keep their digits however near to 1 the prediction is: torch's ``1 − p`` has none in float32 once the
+    target's logit is 17 above the others.
+
     Raises:
         IndexError: an index out of range, on a CPU. The kernels of CUDA and XPU stop at their own check of it.
     """
-    return F.cross_entropy(logits, targets, reduction="none", ignore_index=NO_INDEX)
+    log_p = logits.log_softmax(dim=1)
+    losses = F.nll_loss(log_p, targets, reduction="none", ignore_index=NO_INDEX)
+    others = log_p.exp().scatter(1, targets[:, None], 0).sum(dim=1)
+    near = others < 0.5
+    return torch.where(near, -(-torch.where(near, others, 0)).log1p(), losses)
 
 
 def double_backprop(output: Output, inputs: Tensor, targets: Tensor, *, loss: Loss = cross_entropy) -> Tensor:

@@ -64,6 +64,17 @@ def test_step_is_a_constant_and_zero_for_epsilon_zero() -> None:
     assert not step.requires_grad and step.count_nonzero() == 0
 
 
+@pytest.mark.parametrize("gap", [10, 17, 20])
+def test_step_of_an_almost_certain_prediction_has_the_direction_of_that_in_float64(gap: float) -> None:
+    linear, x, targets = nn.Linear(6, 4), images(3, 6, dtype=torch.float32), labels(3, 1)
+    linear.bias.data[0] += gap
+    seen: list[Tensor] = []
+    linear.register_forward_pre_hook(lambda _, taken: seen.append(taken[0]))
+    adversarial(linear, x, targets, epsilon=1.0)
+    expected = moved(copy.deepcopy(linear).double(), x.double(), targets, 1.0)
+    torch.testing.assert_close(seen[1].double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("make", [smooth_net, lambda: lenet(size=12).double()])
 def test_adversarial_is_the_mean_loss_at_inputs_moved_by_a_constant_step(make: object) -> None:
     assert callable(make)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -11,7 +12,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from specopt.penalties import confidence_penalty, cross_entropy, double_backprop, frob_reg, jac_reg, spect_reg
-from tests.specopt.penalties.cases import CLASSES, assert_same, frobenius, images, jacobians, labels, lenet, smooth_net
+from tests.specopt.penalties.cases import (
+    CLASSES,
+    assert_same,
+    frobenius,
+    gradients,
+    images,
+    jacobians,
+    labels,
+    lenet,
+    smooth_net,
+)
 
 NETS = {
     "smooth": (smooth_net, (4, 1, 4, 4), CLASSES),
@@ -114,6 +125,49 @@ def test_norms_of_a_linear_model_are_their_closed_forms() -> None:
     assert_same(frob_reg(linear, x), linear.weight.square().sum(), linear)
     assert_same(spect_reg(linear, x, z=z), (z @ linear.weight).square().sum(), linear)
     assert_same(jac_reg(linear, x), (of_softmax @ linear.weight).square().sum((1, 2)).mean(), linear)
+
+
+def almost_certain(gap: float) -> tuple[nn.Linear, Tensor, Tensor]:
+    """A network whose class 0 is that far above the others, in float32, inputs, and targets of class 0."""
+    linear = nn.Linear(6, 4)
+    with torch.no_grad():
+        linear.bias.copy_(torch.tensor([gap, 0.0, 0.5, -0.3]))
+    return linear, images(8, 6, dtype=torch.float32), torch.zeros(8, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("gap", [5, 10, 17, 30])
+@pytest.mark.parametrize("name", ["jac_reg", "double_backprop"])
+def test_penalties_of_an_almost_certain_prediction_keep_their_digits_in_float32(name: str, gap: float) -> None:
+    """Whose 1 − p, from a gap of 17 on, is less than the rounding of p."""
+    linear, x, targets = almost_certain(gap)
+    penalty = jac_reg if name == "jac_reg" else lambda net, x: double_backprop(net, x, targets)
+    precise = copy.deepcopy(linear).double()
+    value, exact = penalty(linear, x), penalty(precise, x.double())
+    assert value.item() == pytest.approx(exact.item(), rel=1e-5, abs=0)
+    found, expected = gradients(value, linear)[0].double(), gradients(exact, precise)[0]
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("gap", [5, 10, 17, 30])
+def test_cross_entropy_of_an_almost_certain_prediction_keeps_its_digits_in_float32(gap: float) -> None:
+    linear, x, targets = almost_certain(gap)
+    logits = linear(x).detach()
+    odds = logits[:, 1:].double().logsumexp(1) - logits[:, 0]
+    torch.testing.assert_close(cross_entropy(logits, targets).double(), F.softplus(odds), rtol=1e-5, atol=0)
+
+
+def test_cross_entropy_and_its_derivatives_are_torchs_for_logits_of_any_size() -> None:
+    scales = torch.logspace(-2, 3, 500, dtype=torch.float64)[:, None]
+    logits = torch.cat([images(500, 5) * scales, torch.tensor([[0, -torch.inf, 1, 1, 1], [2, *4 * [-torch.inf]]])])
+    logits, targets = logits.requires_grad_(), torch.cat([labels(500, 5), torch.tensor([1, 0])])
+    found = []
+    for loss in (cross_entropy(logits, targets), F.cross_entropy(logits, targets, reduction="none")):
+        (first,) = torch.autograd.grad(loss.sum(), logits, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), logits)
+        found.append((loss, first, second))
+    torch.testing.assert_close(*found)
+    for wrong in (torch.nan, torch.inf):
+        assert cross_entropy(torch.tensor([[wrong, 0.0]]), torch.tensor([0])).isnan()
 
 
 def test_another_loss_is_that_of_each_sample() -> None:
