@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,6 +35,20 @@ def check_differentiable(inputs: Any, output: object) -> None:
         )
 
 
+def check_kept(inputs: Any) -> None:
+    """That a model can keep its inputs for a backward pass: a tensor, or those in a dict, a list or a tuple.
+
+    Raises:
+        ValueError: from inference mode, with gradients on.
+    """
+    if isinstance(inputs, Tensor):
+        if inputs.is_inference() and torch.is_grad_enabled():
+            raise ValueError("inputs must not come from torch.inference_mode(): clone them outside of it")
+    elif isinstance(inputs, Mapping | list | tuple):
+        for value in inputs.values() if isinstance(inputs, Mapping) else inputs:
+            check_kept(value)
+
+
 def check_logits(logits: Any, inputs: Any) -> None:
     """Of inputs that are no tensor, such as a dict of them, the samples are not counted.
 
@@ -56,7 +71,7 @@ def check_targets(targets: Any, inputs: Tensor, *, classes: bool) -> None:
 
     Raises:
         TypeError: no tensor, or not int64.
-        ValueError: a wrong shape.
+        ValueError: a wrong shape, or from inference mode.
     """
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets must be a tensor, got {kind(targets)}")
@@ -66,6 +81,8 @@ def check_targets(targets: Any, inputs: Tensor, *, classes: bool) -> None:
         raise TypeError(f"targets must be class indices of torch.int64, or loss= be given, got {targets.dtype}")
     if classes and targets.dim() != 1:
         raise ValueError(f"targets must be (B,) class indices, or loss= be given, got {tuple(targets.shape)}")
+    if targets.is_inference():
+        raise ValueError("targets must not come from torch.inference_mode(): clone them outside of it")
 
 
 def check_classes(targets: Tensor, logits: Tensor) -> None:

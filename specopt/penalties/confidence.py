@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .checking import check_number
+from .checking import check_kept, check_number
 from .graph import logits_of, without_autocast
 
 
@@ -40,11 +40,13 @@ def confidence_penalty(
 
     Raises:
         TypeError, ValueError: no logits (B, C), by name; another reduction; eps that is not a finite number of at
-            least 0.
+            least 0; inputs from inference mode for a model, with gradients on.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
     check_number("eps", eps)
+    if not isinstance(output, Tensor):
+        check_kept(inputs)
     logits = logits_of(output, inputs)
     with without_autocast(logits.device):
         log_p = logits.log_softmax(dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,29 @@ def test_inputs_from_inference_mode_are_refused(name: str) -> None:
         x = X.clone()
     with pytest.raises(ValueError, match=r"inputs must not come from torch\.inference_mode\(\): clone them outside"):
         BY_INPUTS[name](not_called, x)
+
+
+@pytest.mark.parametrize("hold", [lambda x: x, lambda x: {"x": x}, lambda x: [X, (x, 1)]])
+def test_inputs_from_inference_mode_are_refused_by_the_confidence_penalty_too_unless_it_is_a_number(
+    hold: Callable[[Tensor], Any],
+) -> None:
+    with torch.inference_mode():
+        x = X.clone()
+    with pytest.raises(ValueError, match=r"inputs must not come from torch\.inference_mode\(\): clone them outside"):
+        confidence_penalty(not_called, hold(x))
+    with torch.no_grad():
+        assert not confidence_penalty(lambda _: net()(x), hold(x)).requires_grad
+
+
+@pytest.mark.parametrize("penalty", [double_backprop, functools.partial(adversarial, epsilon=1.0)])
+def test_targets_from_inference_mode_are_refused_before_the_model_runs(penalty: Callable[..., Tensor]) -> None:
+    with torch.inference_mode():
+        targets, soft = TARGETS.clone(), torch.ones(4, 3)
+    message = r"targets must not come from torch\.inference_mode\(\): clone them outside of it"
+    with pytest.raises(ValueError, match=message):
+        penalty(not_called, X, targets)
+    with pytest.raises(ValueError, match=message):
+        penalty(not_called, X, soft, loss=lambda logits, wanted: (logits * wanted).sum(1))
 
 
 # --- inputs and logits ----------------------------------------------------------------------------------------------
