@@ -14,7 +14,7 @@ def check_differentiable(inputs: Any, output: object) -> None:
     """That a gradient by the inputs can be taken; where the output is logits, they have to require it already.
 
     Raises:
-        RuntimeError: gradients are off.
+        RuntimeError: gradients are off, or torch.func's.
         TypeError: inputs that are no tensor of floating point numbers.
         ValueError: inputs without a sample, from inference mode, or without the gradient that was to be required.
     """
@@ -22,6 +22,11 @@ def check_differentiable(inputs: Any, output: object) -> None:
         raise RuntimeError("penalties differentiate, and cannot be called under torch.inference_mode()")
     if not torch.is_grad_enabled():
         raise RuntimeError("penalties differentiate, and cannot be called under torch.no_grad()")
+    if in_transform():
+        raise RuntimeError(
+            "penalties differentiate by torch.autograd, and cannot be called inside torch.func.grad, vmap or another "
+            "transform of torch.func: compute the logits there, and the penalty outside"
+        )
     if not is_floating(inputs):
         raise TypeError(f"inputs must be a tensor of floating point numbers, got {kind(inputs)}")
     if inputs.dim() == 0 or len(inputs) == 0:
@@ -145,6 +150,15 @@ def check_number(name: str, value: Any, most: float = math.inf) -> None:
     if not number or not 0 <= value <= most or not math.isfinite(value):
         expected = "of at least 0" if most == math.inf else f"from 0 to {most:g}"
         raise ValueError(f"{name} must be a finite number {expected}, got {value!r}")
+
+
+def in_transform() -> bool:
+    """Whether the caller is inside a transform of torch.func, where no tensor can come to require grad."""
+    try:
+        torch.empty(0, device="cpu").requires_grad_()
+    except RuntimeError:
+        return True
+    return False
 
 
 def is_floating(value: Any) -> bool:

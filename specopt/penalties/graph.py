@@ -83,7 +83,7 @@ def graph_of(output: Output, inputs: Tensor) -> Graph:
     """Runs ``output`` on a copy of the inputs where it is a callable.
 
     Raises:
-        RuntimeError: gradients are off.
+        RuntimeError: gradients are off, or torch.func's.
         TypeError: inputs or logits that are no tensors of floating point numbers.
         ValueError: inputs without a sample or from inference mode; logits that are not (B, C) or have no gradient.
     """

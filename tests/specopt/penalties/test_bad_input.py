@@ -94,6 +94,30 @@ def test_targets_from_inference_mode_are_refused_before_the_model_runs(penalty: 
         penalty(not_called, X, soft, loss=lambda logits, wanted: (logits * wanted).sum(1))
 
 
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], Any]] = {
+    "grad": lambda value: torch.func.grad(value)(torch.ones(3, 6)),
+    "vmap": lambda value: torch.func.vmap(value)(torch.ones(2, 3, 6)),
+    "jvp": lambda value: torch.func.jvp(value, (torch.ones(3, 6),), (torch.ones(3, 6),)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", BY_INPUTS)
+def test_a_call_inside_a_transform_of_torch_func_is_refused(name: str, transform: str) -> None:
+    x = X.clone().requires_grad_()
+    outputs: list[Callable[[Tensor], Any]] = [lambda weight: not_called]
+    if name in FROM_LOGITS:
+        outputs.append(lambda weight: x @ weight.t())
+    for output in outputs:
+        with pytest.raises(RuntimeError, match=r"cannot be called inside torch\.func\.grad, vmap or another"):
+            TRANSFORMS[transform](lambda weight, output=output: BY_INPUTS[name](output(weight), x))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_the_confidence_penalty_may_be_called_inside_a_transform_of_torch_func(transform: str) -> None:
+    TRANSFORMS[transform](lambda weight: confidence_penalty(X @ weight.t()))
+
+
 # --- inputs and logits ----------------------------------------------------------------------------------------------
 
 
