@@ -16,6 +16,7 @@ from .graph import logits_of, without_autocast
 def confidence_penalty(
     output: Tensor | Callable[[Any], Tensor],
     inputs: Any = None,
+    targets: Tensor | None = None,
     *,
     reduction: Literal["mean", "sum"] = "mean",
     eps: float = 0.0,
@@ -35,6 +36,7 @@ def confidence_penalty(
     Args:
         output: logits (B, C), or the model.
         inputs: what the model is called with; not needed beside logits.
+        targets: not looked at; there so that all penalties are called alike.
         reduction: ``"mean"`` or ``"sum"`` over the batch.
         eps: added to p in the logarithm.
 

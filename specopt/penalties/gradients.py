@@ -81,6 +81,7 @@ def double_backprop(output: Output, inputs: Tensor, targets: Tensor, *, loss: Lo
 def spect_reg(
     output: Output,
     inputs: Tensor,
+    targets: Tensor | None = None,
     *,
     per_sample: bool = False,
     normalized: bool = False,
@@ -114,6 +115,7 @@ def spect_reg(
     Args:
         output: logits (B, C), or the model.
         inputs: (B, ...).
+        targets: not looked at; there so that all penalties are called alike.
         per_sample: draw a z for each sample.
         normalized: divide each z by its length, whatever its scale. One of zeros, which has none, is refused on a CPU;
             on a device, where that would be a wait, it makes the penalty NaN.

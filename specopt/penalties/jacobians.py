@@ -17,7 +17,14 @@ BUDGET = 2**31
 """Bytes that the gradients of all classes may take, unless told otherwise."""
 
 
-def frob_reg(output: Output, inputs: Tensor, *, chunk: int | None = None, max_bytes: int = BUDGET) -> Tensor:
+def frob_reg(
+    output: Output,
+    inputs: Tensor,
+    targets: Tensor | None = None,
+    *,
+    chunk: int | None = None,
+    max_bytes: int = BUDGET,
+) -> Tensor:
     """``1/B Σ_i ‖J_g(x_i)‖_F²``, exact, with ``J_g(x_i)`` (C, ...) the Jacobian of sample i's logits.
 
     Source: Varga, Csiszárik and Zombori, "Gradient Regularization Improves Accuracy of Discriminative Models" (arXiv
@@ -52,6 +59,7 @@ def frob_reg(output: Output, inputs: Tensor, *, chunk: int | None = None, max_by
     Args:
         output: logits (B, C), or the model.
         inputs: (B, ...).
+        targets: not looked at; there so that all penalties are called alike.
         chunk: classes at once; None for all.
         max_bytes: the budget.
 
@@ -63,7 +71,14 @@ def frob_reg(output: Output, inputs: Tensor, *, chunk: int | None = None, max_by
     return _squared_norm(output, inputs, UNITS, chunk, max_bytes)
 
 
-def jac_reg(output: Output, inputs: Tensor, *, chunk: int | None = None, max_bytes: int = BUDGET) -> Tensor:
+def jac_reg(
+    output: Output,
+    inputs: Tensor,
+    targets: Tensor | None = None,
+    *,
+    chunk: int | None = None,
+    max_bytes: int = BUDGET,
+) -> Tensor:
     """``1/B Σ_i ‖J_f(x_i)‖_F²``, exact, with ``J_f(x_i)`` (C, ...) the Jacobian of sample i's softmax probabilities.
 
     ``J_f = (diag(p) − p pᵀ) J_g``: row c is the logits' Jacobian under the cotangent ``p_c (e_c − p)``, with p as much

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -252,6 +253,20 @@ def test_logits_and_model_give_the_same(penalty: object) -> None:
     torch.manual_seed(5)
     assert_same(of_model, penalty(net(inputs), inputs), net)
     assert not x.requires_grad and x.grad is None
+
+
+@pytest.mark.parametrize("penalty", [frob_reg, jac_reg, spect_reg, confidence_penalty])
+@pytest.mark.parametrize("given", ["model", "logits"])
+def test_targets_are_taken_and_not_looked_at_where_none_are_needed(penalty: Callable[..., Tensor], given: str) -> None:
+    net, x = smooth_net(), images(4, 1, 4, 4).requires_grad_()
+    output = net if given == "model" else net(x)
+    options = {"generator": torch.Generator().manual_seed(0)} if penalty is spect_reg else {}
+    values = []
+    for targets in ((), (labels(4),), (labels(4) - 100,), (None,)):
+        for generator in options.values():
+            generator.manual_seed(0)
+        values.append(penalty(output, x, *targets, **options))
+    assert len({value.item() for value in values}) == 1
 
 
 def test_logits_and_model_give_the_same_double_backprop() -> None:
