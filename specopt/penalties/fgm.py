@@ -64,9 +64,10 @@ def adversarial(
     the model takes them, after any normalization.
 
     The model runs twice, on the inputs and on the moved ones. Both see the same dropout masks: the random state of the
-    CPU and of the inputs' device is put back before the second forward, and is afterwards as one forward leaves it.
-    Batch norm in training mode normalizes each batch by itself and updates its running statistics twice, as two calls
-    written by hand would: first from the inputs, then from the moved ones.
+    CPU and of the inputs' device is put back before the second forward, and is afterwards as one forward leaves it
+    (that of other devices is not: a replica of nn.DataParallel on one of these draws another mask). Batch norm in
+    training mode normalizes each batch by itself and updates its running statistics twice, as two calls written by hand
+    would: first from the inputs, then from the moved ones.
 
     Args:
         model: a callable that computes logits (B, C).

@@ -60,6 +60,13 @@ def test_a_penalty_makes_one_forward_which_updates_running_statistics_once(name:
 
 
 @pytest.mark.parametrize("name", PENALTIES)
+def test_a_model_that_is_checkpointed_updates_running_statistics_again_with_every_recomputation(name: str) -> None:
+    net, x = lenet(norm=True).double(), images(4, 1, 12, 12)
+    PENALTIES[name](lambda x: checkpoint(net, x, use_reentrant=False), x).backward()
+    assert net[3].num_batches_tracked > 1
+
+
+@pytest.mark.parametrize("name", PENALTIES)
 def test_dropout_has_one_mask_in_the_output_and_in_its_gradient(name: str) -> None:
     net = lenet(dropout=0.5).double()
     x = images(4, 1, 12, 12).requires_grad_()
