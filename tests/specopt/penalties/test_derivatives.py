@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
-from specopt.penalties import confidence_penalty, double_backprop, frob_reg, jac_reg, spect_reg
+from specopt.penalties import adversarial, confidence_penalty, double_backprop, fgm, frob_reg, jac_reg, spect_reg
 from tests.specopt.penalties.cases import CLASSES, images, labels, smooth_net
 
 SAMPLES = 2
@@ -45,3 +45,27 @@ def test_first_and_second_derivatives_by_inputs_and_weights_equal_finite_differe
     copies = [weight.detach().clone().requires_grad_() for weight in weights]
     assert gradcheck(penalty, (x, *copies))
     assert gradgradcheck(penalty, (x, *copies))
+
+
+@pytest.mark.parametrize(("alpha", "fixed"), [(None, True), (0.5, True), (1.0, False)])
+def test_derivatives_of_adversarial_by_weights_equal_finite_differences_at_a_fixed_step(
+    alpha: float | None, fixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step is a constant of the weights; finite differences would move it. With alpha = 1 it does not count."""
+    net = smooth_net()
+    names, weights = zip(*net.named_parameters(), strict=True)
+    x = images(SAMPLES, 1, 4, 4)
+    if fixed:
+        step = images(SAMPLES, 1, 4, 4, seed=5)
+        monkeypatch.setattr(fgm, "fgm_step", lambda gradient, epsilon: epsilon * step)
+
+    def penalty(*values: Tensor) -> Tensor:
+        def model(x: Tensor) -> Tensor:
+            found: Tensor = functional_call(net, dict(zip(names, values, strict=True)), (x,))
+            return found
+
+        return adversarial(model, x, labels(SAMPLES), epsilon=0.5, alpha=alpha)
+
+    copies = [weight.detach().clone().requires_grad_() for weight in weights]
+    assert gradcheck(penalty, copies)
+    assert gradgradcheck(penalty, copies)
