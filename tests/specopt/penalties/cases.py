@@ -1,4 +1,6 @@
-"""Small networks, and the penalties from Jacobians that are written out sample by sample."""
+"""Small networks, and the penalties from Jacobians that are written out sample by sample.
+
+All is drawn on the CPU, so that it is the same everywhere, and then lies on a CUDA device where there is one."""
 
 from __future__ import annotations
 
@@ -7,14 +9,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from tests.specopt.helpers import DEVICE
+
 CLASSES = 3
 
 
 def smooth_net(classes: int = CLASSES) -> nn.Sequential:
     """For (B, 1, 4, 4), in float64, with derivatives of all orders."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, classes))
-    return net.double()
+    with torch.device("cpu"):
+        net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, classes))
+    return net.to(DEVICE).double()
 
 
 def lenet(
@@ -23,28 +28,36 @@ def lenet(
     """Two convolutions with max-pool and ReLU and a hidden dense layer, for (B, channels, size, size)."""
     torch.manual_seed(0)
     side = ((size - 2) // 2 - 2) // 2
-    return nn.Sequential(
-        nn.Conv2d(channels, 4, 3),
-        nn.MaxPool2d(2),
-        nn.ReLU(),
-        nn.BatchNorm2d(4) if norm else nn.Identity(),
-        nn.Conv2d(4, 6, 3),
-        nn.MaxPool2d(2),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(6 * side * side, 16),
-        nn.ReLU(),
-        nn.Dropout(dropout),
-        nn.Linear(16, classes),
-    )
+    with torch.device("cpu"):
+        net = nn.Sequential(
+            nn.Conv2d(channels, 4, 3),
+            nn.MaxPool2d(2),
+            nn.ReLU(),
+            nn.BatchNorm2d(4) if norm else nn.Identity(),
+            nn.Conv2d(4, 6, 3),
+            nn.MaxPool2d(2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(6 * side * side, 16),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(16, classes),
+        )
+    return net.to(DEVICE)
 
 
 def images(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(DEVICE, dtype)
 
 
 def labels(samples: int, classes: int = CLASSES) -> Tensor:
-    return torch.arange(samples) % classes
+    return torch.arange(samples, device=DEVICE) % classes
+
+
+def random_state() -> Tensor:
+    """Of the generator that draws on the device."""
+    return torch.cuda.get_rng_state() if DEVICE.type == "cuda" else torch.get_rng_state()
 
 
 def jacobians(function: Callable[[Tensor], Tensor], inputs: Tensor) -> list[Tensor]:

@@ -1,4 +1,7 @@
-"""What the penalties refuse, by name, and before the model runs wherever that can be known."""
+"""What the penalties refuse, by name, and before the model runs wherever that can be known.
+
+On the CPU: what is refused is the same elsewhere, except that the values of targets and projections are looked at here
+alone, and that a class out of range stops a CUDA device for good."""
 
 from __future__ import annotations
 

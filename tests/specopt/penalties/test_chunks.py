@@ -1,4 +1,6 @@
-"""Some classes at a time: the same numbers in less memory, and a budget that speaks before memory is taken."""
+"""Some classes at a time: the same numbers in less memory, and a budget that speaks before memory is taken.
+
+Numbers are compared on a CUDA device where there is one. Bytes are counted on the CPU, whose kernels' they are."""
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ class Memory(TorchDispatchMode):
 def peaks(penalty: Callable[..., Tensor], net: nn.Module, x: Tensor, **options: Any) -> tuple[int, int]:
     """Bytes above those of the forward's graph: what the penalty holds when it is computed, and the most at once until
     its backward pass is through."""
-    inputs = x.clone().requires_grad_()
+    net, inputs = net.cpu(), x.cpu().clone().requires_grad_()
     net.zero_grad()
     with Memory() as memory:
         logits = net(inputs)
@@ -88,7 +90,7 @@ def test_chunks_go_through_one_backward_pass_with_a_loss_of_the_same_logits(pena
 
 @pytest.mark.parametrize("penalty", EXACT)
 def test_chunks_bound_the_memory_that_is_held_and_that_of_the_backward_pass(penalty: Callable[..., Tensor]) -> None:
-    net, x = lenet(size=20, classes=20), images(8, 1, 20, 20, dtype=torch.float32)
+    net, x = lenet(size=20, classes=20).cpu(), images(8, 1, 20, 20, dtype=torch.float32).cpu()
     all_held, all_peak = peaks(penalty, net, x)
     held, peak = peaks(penalty, net, x, chunk=2)
     assert held < 0.01 * all_held
@@ -101,7 +103,7 @@ def test_chunks_bound_the_memory_that_is_held_and_that_of_the_backward_pass(pena
 def test_the_stated_bytes_are_those_of_the_peak_up_to_a_factor_of_three_halves(
     penalty: Callable[..., Tensor], chunk: int | None, norm: bool
 ) -> None:
-    net, x = lenet(size=20, classes=20, norm=norm), images(8, 1, 20, 20, dtype=torch.float32)
+    net, x = lenet(size=20, classes=20, norm=norm).cpu(), images(8, 1, 20, 20, dtype=torch.float32).cpu()
     stated = (chunk or 20) * class_bytes(graph_of(net, x), ROWS[penalty])
     _, peak = peaks(penalty, net, x, chunk=chunk)
     assert 2 / 3 < peak / stated < 3 / 2
@@ -118,7 +120,7 @@ def of_no_class(net: nn.Module, logits: Tensor) -> int:
 def test_the_stated_bytes_hold_where_the_logits_are_most_of_the_graph(
     penalty: Callable[..., Tensor], chunk: int | None, samples: int, features: int, classes: int
 ) -> None:
-    net, x = nn.Linear(features, classes), images(samples, features, dtype=torch.float32)
+    net, x = nn.Linear(features, classes), images(samples, features, dtype=torch.float32).cpu()
     graph = graph_of(net, x)
     stated = (chunk or classes) * class_bytes(graph, ROWS[penalty])
     _, peak = peaks(penalty, net, x, chunk=chunk)
@@ -134,7 +136,7 @@ class EnoughSeen(Exception):
 def test_a_class_at_a_time_takes_the_stated_bytes_however_many_there_are(
     penalty: Callable[..., Tensor], classes: int
 ) -> None:
-    net, x = nn.Linear(4, classes), images(2, 4, dtype=torch.float32).requires_grad_()
+    net, x = nn.Linear(4, classes), images(2, 4, dtype=torch.float32).cpu().requires_grad_()
     logits = net(x)
     stated, seen = class_bytes(graph_of(logits, x), ROWS[penalty]), []
 
@@ -151,7 +153,7 @@ def test_a_class_at_a_time_takes_the_stated_bytes_however_many_there_are(
 
 @pytest.mark.parametrize("chunk", [None, 5])
 def test_where_vmap_fails_a_pass_for_each_class_stays_within_the_stated_bytes(chunk: int | None) -> None:
-    net, x = lenet(size=20, classes=20, norm=True), images(8, 1, 20, 20, dtype=torch.float32)
+    net, x = lenet(size=20, classes=20, norm=True).cpu(), images(8, 1, 20, 20, dtype=torch.float32).cpu()
     with torch.autocast("cpu", torch.bfloat16):
         stated = (chunk or 20) * class_bytes(graph_of(net, x), UNITS)
         _, peak = peaks(frob_reg, net, x, chunk=chunk)
@@ -162,7 +164,7 @@ def test_where_vmap_fails_a_pass_for_each_class_stays_within_the_stated_bytes(ch
 def test_what_exceeds_the_budget_is_refused_with_a_chunk_that_fits_before_memory_is_taken(
     penalty: Callable[..., Tensor],
 ) -> None:
-    net, x = lenet(), images(4, 1, 12, 12, dtype=torch.float32).requires_grad_()
+    net, x = lenet().cpu(), images(4, 1, 12, 12, dtype=torch.float32).cpu().requires_grad_()
     logits = net(x)
     each = class_bytes(graph_of(logits, x), ROWS[penalty])
     with Memory() as memory, pytest.raises(ValueError) as refused:

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specopt.penalties import adversarial, fgm_step
-from tests.specopt.penalties.cases import assert_same, images, labels, lenet, smooth_net
+from tests.specopt.penalties.cases import assert_same, images, labels, lenet, random_state, smooth_net
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 
 def moved(net: nn.Module, x: Tensor, targets: Tensor, epsilon: float) -> Tensor:
@@ -118,11 +120,11 @@ def test_both_forwards_see_one_dropout_mask_and_leave_the_random_state_as_one_do
     dropout.register_forward_hook(lambda _, taken, given: masks.append((given[0] == 0) & (taken[0][0] != 0)))
     torch.manual_seed(5)
     adversarial(net, x, targets, epsilon=1e-9, alpha=alpha)
-    after = torch.get_rng_state()
+    after = random_state()
     assert len(masks) == 2 and masks[0].any() and torch.equal(*masks)
     torch.manual_seed(5)
     net(x)
-    assert torch.equal(after, torch.get_rng_state())
+    assert torch.equal(after, random_state())
 
 
 @pytest.mark.parametrize("alpha", [None, 0.5])

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from specopt.penalties import adversarial, confidence_penalty, double_backprop, frob_reg, jac_reg, spect_reg
-from tests.specopt.penalties.cases import assert_same, images, labels, lenet, smooth_net
+from tests.specopt.helpers import DEVICE
+from tests.specopt.penalties.cases import assert_same, images, labels, lenet, random_state, smooth_net
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 Z = images(10, seed=2)
 TARGETS = labels(4, 10)
@@ -72,11 +75,11 @@ def test_dropout_has_one_mask_in_the_output_and_in_its_gradient(name: str) -> No
     x = images(4, 1, 12, 12).requires_grad_()
     torch.manual_seed(3)
     found = PENALTIES[name](net, x)
-    after = torch.get_rng_state()
+    after = random_state()
     torch.manual_seed(3)
     logits = net(x)
     assert_same(found, by_sums(name, logits, x), net)
-    assert torch.equal(after, torch.get_rng_state())
+    assert torch.equal(after, random_state())
 
 
 @pytest.mark.parametrize("name", PENALTIES)
@@ -115,7 +118,7 @@ def test_under_autocast_the_forward_alone_is_in_bfloat16(name: str, given: str) 
     exact = EVERY[name](net, x)
     seen = []
     net[-1].register_forward_hook(lambda _, __, logits: seen.append(logits.dtype))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         found = EVERY[name](net if given == "model" else net(x), x)
         found.backward()
     assert set(seen) == {torch.bfloat16}

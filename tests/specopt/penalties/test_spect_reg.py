@@ -9,13 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from specopt.penalties import frob_reg, spect_reg
-from tests.specopt.penalties.cases import images, lenet, smooth_net
+from tests.specopt.helpers import DEVICE
+from tests.specopt.penalties.cases import images, lenet, random_state, smooth_net
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 CLASSES, SAMPLES = 5, 3
 
 
 def generator(seed: int) -> torch.Generator:
+    """On the CPU, wherever the network is."""
     return torch.Generator().manual_seed(seed)
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    """What a generator of the seed draws, on the device."""
+    return torch.randn(shape, generator=generator(seed), dtype=torch.float64, device="cpu").to(DEVICE)
 
 
 @pytest.fixture
@@ -75,12 +84,12 @@ def test_the_standard_deviation_of_a_term_is_that_of_the_docstring() -> None:
 
 
 def test_by_default_one_gaussian_is_drawn_for_the_batch(net: nn.Sequential, x: Tensor) -> None:
-    z = torch.randn(CLASSES, generator=generator(7), dtype=torch.float64)
+    z = drawn(CLASSES, seed=7)
     torch.testing.assert_close(spect_reg(net, x, generator=generator(7)), spect_reg(net, x, z=z))
 
 
 def test_per_sample_draws_one_for_each_and_projections_as_many_as_they_say(net: nn.Sequential, x: Tensor) -> None:
-    z = torch.randn(2, SAMPLES, CLASSES, generator=generator(7), dtype=torch.float64)
+    z = drawn(2, SAMPLES, CLASSES, seed=7)
     found = spect_reg(net, x, generator=generator(7), per_sample=True, projections=2)
     torch.testing.assert_close(found, spect_reg(net, x, z=z))
 
@@ -107,12 +116,22 @@ def test_without_a_generator_torchs_own_draws_and_a_generator_leaves_that_alone(
     torch.manual_seed(2)
     torch.testing.assert_close(spect_reg(net, x), first)
     assert spect_reg(net, x) != first
-    state = torch.get_rng_state()
+    state = random_state()
     spect_reg(net, x, generator=generator(0))
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(random_state(), state)
 
 
 def test_given_projections_are_constants(net: nn.Sequential, x: Tensor) -> None:
     z = images(CLASSES, seed=2).requires_grad_()
     spect_reg(net, x, z=z).backward()
     assert z.grad is None
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="on a CPU it is refused")
+def test_on_a_device_a_normalized_projection_of_zeros_makes_the_penalty_nan(net: nn.Sequential, x: Tensor) -> None:
+    assert spect_reg(net, x, z=torch.zeros(CLASSES), normalized=True).isnan()
+
+
+def test_a_generator_of_the_device_draws_there(net: nn.Sequential, x: Tensor) -> None:
+    first, second = (spect_reg(net, x, generator=torch.Generator(DEVICE).manual_seed(3)) for _ in range(2))
+    torch.testing.assert_close(first, second)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from specopt.penalties import adversarial, confidence_penalty, double_backprop, frob_reg, jac_reg, spect_reg
 from tests.specopt.penalties.cases import images, labels, lenet
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 Penalty = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 PENALTIES: dict[str, tuple[Penalty, Penalty, float]] = {

@@ -25,6 +25,8 @@ from tests.specopt.penalties.cases import (
     smooth_net,
 )
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 NETS = {
     "smooth": (smooth_net, (4, 1, 4, 4), CLASSES),
     "lenet": (lambda: lenet().double(), (4, 1, 12, 12), 10),
@@ -46,14 +48,14 @@ NETS = {
 
 
 class Sequences(nn.Module):
-    """Logits of the mean over positions; attention by the kernel that has second derivatives."""
+    """Logits of the mean over positions; attention and recurrence by the kernels that have second derivatives."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
         self.body, self.head = body.double(), nn.Linear(6, 4).double()
 
     def forward(self, x: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
             found = self.body(x)
         states: Tensor = found[0] if isinstance(found, tuple) else found
         logits: Tensor = self.head(states.mean(1))

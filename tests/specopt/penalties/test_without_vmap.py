@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from specopt.penalties import frob_reg, jac_reg, spect_reg
+from tests.specopt.helpers import DEVICE
 from tests.specopt.penalties.cases import assert_same, gradients, images, smooth_net
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 EXACT = [frob_reg, jac_reg]
 CLASSES = 5
@@ -31,11 +34,12 @@ BODIES: dict[str, Callable[[], list[nn.Module]]] = {
 def normed(name: str, *, training: bool) -> nn.Sequential:
     """For (B, 1, 4, 4), with weights and running statistics that are not those of a new network."""
     torch.manual_seed(0)
-    net = nn.Sequential(*BODIES[name](), nn.Tanh(), nn.Linear(16, CLASSES))
+    with torch.device("cpu"):
+        net = nn.Sequential(*BODIES[name](), nn.Tanh(), nn.Linear(16, CLASSES))
     for tensor in (*net[:-1].parameters(), *net.buffers()):
         if tensor.is_floating_point():
             tensor.data.mul_(0.5 + torch.rand_like(tensor))
-    return net.train(training)
+    return net.to(DEVICE).train(training)
 
 
 def relative_error(found: list[Tensor], exact: list[Tensor]) -> float:
@@ -48,7 +52,7 @@ def assert_near(penalty: Callable[[nn.Module, Tensor], Tensor], net: nn.Module, 
     """Value and gradients under autocast of the dtype, to eight of its roundings, to those in float32."""
     x = images(6, 1, 4, 4, dtype=torch.float32)
     exact = penalty(net, x)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(DEVICE.type, dtype):
         found = penalty(net, x)
     allowed = 8 * torch.finfo(dtype).eps
     assert found.dtype == torch.float32
