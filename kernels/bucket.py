@@ -61,6 +61,7 @@ class Bucket:
         self.KX = tables.padded(max(exact)) if exact else 0
         width = max(self.KP, self.KX)
         self.scalars = self._zeros(len(tracked), r.SCALARS.value)
+        self.scalars[:, r.FACTOR.value] = 1.0  # what a step that skips leaves: no change
         self.sigmas = self._zeros(len(tracked), width)
         self.squares = self._zeros(len(tracked), algebra.SLOTS.value, width, width)
         self.tickets = torch.zeros(len(tracked), dtype=torch.int32, device=self.device)

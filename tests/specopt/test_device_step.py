@@ -13,6 +13,7 @@ from torch import Tensor
 import specopt
 from specopt import updates
 from specopt.kernels import tables
+from specopt.session import Gate
 from specopt.tracker.common import BLOCK, COLD_STEPS, PREFIX, RIGHT, STATS, STEP, Stat
 from tests.specopt.helpers import DEVICE, exact, gap_of, with_spectrum
 
@@ -237,6 +238,32 @@ def test_where_a_scaler_found_an_infinity_nothing_moves(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
     assert len(blocks) == 2 and all(torch.equal(a, b) for a, b in zip(blocks, after, strict=True))
     assert all(torch.equal(a, optimizer.state[p][STATS]) for a, p in zip(stats, params, strict=False))
+
+
+@pytest.fixture
+def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the device knows whether a step is to be skipped, wherever its flag lies."""
+    monkeypatch.setattr(Gate, "is_undecided", property(lambda gate: gate.found_inf is not None))
+    monkeypatch.setattr(Gate, "is_shut", property(lambda gate: False))
+
+
+def scaled_step(optimizer: Any, found_inf: float) -> None:
+    """As a gradient scaler makes it with ``fused=True``."""
+    optimizer.found_inf = torch.full((), found_inf, device=DEVICE)
+    optimizer.grad_scale = torch.ones((), device=DEVICE)
+    optimizer.step()
+
+
+@pytest.mark.usefixtures("undecided")
+def test_a_first_step_that_is_skipped_gives_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    weight = torch.nn.init.orthogonal_(torch.empty(72, 72)).to(DEVICE).requires_grad_()
+    optimizer = specopt.NormScaleAdamW([weight], lr=1e-3, block=8, max_passes=1, fused=True)
+    before = weight.detach().clone()
+    set_gradients([weight], 1)
+    scaled_step(optimizer, found_inf=1.0)
+    scaled_step(optimizer, found_inf=1.0)
+    assert torch.equal(before, weight)
+    assert not [warning for warning in recwarn if "the first step moves" in str(warning.message)]
 
 
 @pytest.mark.parametrize("kind", ["snr", "set"])
