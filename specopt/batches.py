@@ -41,6 +41,8 @@ class Batch:
     """Their base update is made by our passes, not by torch."""
     base: OnDeviceBase | None = None
     """That update, where a pass on the device makes it."""
+    is_fused: bool = False
+    """A device's launches over all of them (:mod:`specopt.tracker.device`) control them."""
     is_sharded: bool = False
     """They are cut up over ranks, and need what :mod:`specopt.sharding` sums over these."""
     copied: list[Matrix] = field(default_factory=list)
@@ -84,7 +86,7 @@ def batches_of(optimizer: SpectralOptimizer) -> list[Batch]:
         kind += (is_sharded, is_distributed(matrix.param), optimizer.rule.sort(matrix), period, wait)
         if isinstance(matrix, ShardedMatrix):  # ranks that share one weight go the same rounds, whatever else they have
             kind += (matrix.cut.sharers,)
-        new = Batch([], ours, is_sharded=is_sharded, period=period, wait=wait)
+        new = Batch([], ours, is_fused=fused, is_sharded=is_sharded, period=period, wait=wait)
         batch = batches.setdefault((matrix.param.device, ours, *kind), new)
         batch.matrices.append(matrix)
         if matrix.copy is not None:

@@ -18,6 +18,7 @@ from specopt.kernels import Update, base_updates_
 
 from .base_step import gradients, out_of_sight, own_entries, penalized
 from .batches import Batch, batches_of, has_state, signature_of
+from .capture import check_capture, is_captured
 from .checkpoint import guarded
 from .groups import resolve
 from .options import plain
@@ -146,6 +147,8 @@ class SpectralOptimizer(Mixin):
     def _controlled_step(self, gate: Gate) -> None:
         same = gate.workspace.get("signature") == signature_of(self)[0]
         found: list[Batch] = gate.workspace["batches"] if same else batches_of(self)
+        if is_captured(self):
+            check_capture(self, found, kernels_of(self))
         settled = same or all(has_state(self, matrix) for batch in found for matrix in batch.matrices)
         batches = [batch.resting() if batch.wait else batch for batch in found]
         seeds = [rounding_seeds(batch.matrices) for batch in batches]

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from specopt.kernels import tables
-
+from ..capture import is_captured
 from ..control import SpectralOptimizer
 from ..telling import outside
 from ..tracker.common import STEP, wait_of
@@ -138,7 +137,7 @@ class SpectralMonitor:
 
     def _after_step(self, optimizer: Any) -> None:
         self.step += 1
-        if not isinstance(optimizer, SpectralOptimizer) or _is_captured(optimizer):
+        if not isinstance(optimizer, SpectralOptimizer) or is_captured(optimizer):
             return
         if self.step % self.every == 0 or not self._has_seen:
             self.observe()
@@ -195,11 +194,6 @@ def _steps_made(optimizer: Any) -> int:
                 if isinstance(count, int | float | Tensor):
                     made.append(int(count))
     return max(made)
-
-
-def _is_captured(optimizer: Any) -> bool:
-    devices = {group["params"][0].device for group in optimizer.param_groups if group["params"]}
-    return any(tables.capturing(device) for device in devices)
 
 
 def _check_kind(optimizer: Optimizer) -> SpectralOptimizer:

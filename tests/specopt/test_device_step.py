@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -391,6 +392,53 @@ def test_a_step_counted_on_the_host_cannot_be_captured(capturing: list[bool]) ->
     capturing[0] = True
     with pytest.raises(RuntimeError, match=r"an option has changed.*capturable=True"):
         optimizer.step()
+
+
+def packed(weight: Tensor) -> Any:
+    group = {"params": [weight], "view": "rows:2"}
+    return specopt.SNRSGD([group], lr=0.1, block=8)
+
+
+def as_operator() -> Any:
+    model = torch.nn.Conv2d(3, 4, 3).to(DEVICE)
+    groups = specopt.param_groups(model, conv="operator", inputs=torch.zeros(1, 3, 8, 8, device=DEVICE))
+    return specopt.SNRSGD(groups, lr=0.1)
+
+
+NOT_CAPTURED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "frobenius": (lambda w: specopt.NormScaleAdamW([w], norm="frobenius", block=8), "lists of matrices"),
+    "rank": (lambda w: specopt.NormScaleAdamW([w], mode="cap", rank=2, block=8), "lists of matrices"),
+    "float64": (lambda w: specopt.SNRSGD([w.detach().double().requires_grad_()], block=8), "lists of matrices"),
+    "composed": (
+        lambda w: specopt.wrap(
+            torch.optim.SGD([w], lr=0.1), specopt.Compose(specopt.SpectralPenalty(), specopt.NormScale(mode="cap"))
+        ),
+        "lists of matrices",
+    ),
+    "every": (lambda w: specopt.wrap(torch.optim.SGD([w], lr=0.1), specopt.NormScale(every=2)), "every=2"),
+    "packed": (packed, "several matrices"),
+    "operator": (lambda w: as_operator(), "conv='operator'"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_CAPTURED)
+def test_a_step_that_goes_by_the_host_cannot_be_captured(
+    kind: str, capturing: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_one, reason = NOT_CAPTURED[kind]
+    optimizer = make_one(torch.randn(40, 30).to(DEVICE).requires_grad_())
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    set_gradients(params, 1)
+    with monkeypatch.context() as patch:
+        patch.setenv("SPECOPT_BACKEND", "reference")
+        optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    weights = [param.detach().clone() for param in params]
+    capturing[0] = True
+    with pytest.raises(RuntimeError, match=f"cannot be captured in a graph: .*{reason}.*spectral=False"):
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state_dict()["state"], before, rtol=0, atol=0, equal_nan=True)
+    assert all(torch.equal(weight, param) for weight, param in zip(weights, params, strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a graph on a GPU")
