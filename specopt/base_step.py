@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.optim import SGD, Optimizer
 
 from specopt import kernels
 from specopt.kernels import Penalty
@@ -80,3 +81,22 @@ def penalized(matrices: Sequence[Matrix], penalty: Penalty, gate: Gate) -> dict[
     for matrix, view in zip(matrices, views, strict=True):
         matrix.store(view, copies[matrix.param])
     return copies
+
+
+@contextmanager
+def clean_buffers(optimizer: Optimizer, gate: Gate) -> Iterator[None]:
+    """Zeros for the momentum buffers that are made in a step that the device skips. Of torch's fused SGD they hold what
+    was in memory, and it goes by them in the next step. (With ``dampening`` that one is damped then, as a first step
+    that is not skipped is none.)"""
+    new = [
+        param
+        for group in optimizer.param_groups
+        if gate.is_undecided and isinstance(optimizer, SGD) and group["momentum"] != 0
+        for param in group["params"]
+        if param.grad is not None and optimizer.state.get(param, {}).get("momentum_buffer") is None
+    ]
+    yield
+    for param in new:
+        buffer = optimizer.state[param].get("momentum_buffer")
+        if buffer is not None:
+            buffer.masked_fill_(cast(Tensor, gate.found_inf).to(buffer.device).reshape(()) != 0, 0.0)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from specopt.kernels import Update, base_updates_
 
-from .base_step import gradients, out_of_sight, own_entries, penalized
+from .base_step import clean_buffers, gradients, out_of_sight, own_entries, penalized
 from .batches import Batch, batches_of, has_state, signature_of
 from .capture import check_capture, is_captured
 from .checkpoint import guarded
@@ -217,6 +217,7 @@ class SpectralOptimizer(Mixin):
                     stack.enter_context(gradients({matrix.param: None for matrix in batch.matrices}))
             stack.enter_context(gradients(convolutions.gradients))
             seen = [matrix.param for batch in batches if not batch.ours for matrix in batch.matrices]
+            stack.enter_context(clean_buffers(self, gate))
             self._blind_step([*seen, *(kernel.param for kernel in convolutions.everyone)])
 
     def _finish(

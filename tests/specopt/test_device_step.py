@@ -267,6 +267,40 @@ def test_a_first_step_that_is_skipped_gives_no_warning(recwarn: pytest.WarningsR
     assert not [warning for warning in recwarn if "the first step moves" in str(warning.message)]
 
 
+FIRST_SGD: dict[str, Callable[[list[Tensor]], Any]] = {
+    "snr": lambda params: specopt.SNRSGD(params, lr=0.1, momentum=0.9, block=8, max_passes=1, fused=True),
+    "dampening": lambda params: specopt.SNRSGD(
+        params, lr=0.1, momentum=0.9, dampening=0.5, block=8, max_passes=1, fused=True
+    ),
+    "wrapped": lambda params: specopt.wrap(
+        torch.optim.SGD(params, lr=0.1, momentum=0.9, fused=True), specopt.NormScale(mode="cap", block=8, max_passes=1)
+    ),
+}
+
+
+@pytest.mark.usefixtures("undecided")
+@pytest.mark.parametrize("kind", FIRST_SGD)
+def test_a_first_step_that_is_skipped_leaves_no_garbage_in_momentum_buffers(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "empty_like", lambda like, **kwargs: torch.full_like(like, torch.nan, **kwargs))
+    found = []
+    for flags in ([0.0], [1.0], [1.0, 0.0]):
+        params = [torch.nn.init.orthogonal_(torch.empty(9, 6)).to(DEVICE).requires_grad_()]
+        params.append(torch.ones(5, device=DEVICE, requires_grad=True))
+        optimizer = FIRST_SGD[kind](params)
+        for flag in flags:
+            set_gradients(params, 1)
+            scaled_step(optimizer, flag)
+        assert all(param.isfinite().all() for param in params)
+        found.append([optimizer.state[param]["momentum_buffer"].clone() for param in params])
+    first, skipped, second = found
+    damped = 0.5 if kind == "dampening" else 1.0
+    assert not any(buffer.any() for buffer in skipped)
+    assert torch.equal(second[1], damped * first[1])
+    assert torch.equal(first[1], params[1].grad)
+
+
 @pytest.mark.parametrize("kind", ["snr", "set"])
 def test_gradients_still_scaled_give_the_step_of_plain_ones(kind: str) -> None:
     results = []
