@@ -13,6 +13,7 @@ from torch.optim import SGD, Optimizer
 from specopt import kernels
 from specopt.kernels import Penalty
 
+from . import updates
 from .session import Gate
 from .sharding.cut import is_distributed, placed_like
 from .tracker.common import PREFIX
@@ -100,3 +101,29 @@ def clean_buffers(optimizer: Optimizer, gate: Gate) -> Iterator[None]:
         buffer = optimizer.state[param].get("momentum_buffer")
         if buffer is not None:
             buffer.masked_fill_(cast(Tensor, gate.found_inf).to(buffer.device).reshape(()) != 0, 0.0)
+
+
+@contextmanager
+def rates_left_on_device(optimizer: Optimizer) -> Iterator[None]:
+    """Torch's SGD by its fused kernel in groups whose learning rate is a tensor on the device, where neither that nor
+    another is asked for: the others read the rate back, which stalls the host and cannot be captured in a graph."""
+    chosen = [group for group in optimizer.param_groups if isinstance(optimizer, SGD) and _can_fuse(optimizer, group)]
+    for group in chosen:
+        group["fused"] = True
+    try:
+        yield
+    finally:
+        for group in chosen:
+            group["fused"] = None
+
+
+def _can_fuse(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    rate, params = group["lr"], [param for param in group["params"] if param.grad is not None]
+    if group["fused"] is not None or group["foreach"] is not None or group["differentiable"]:
+        return False
+    if not updates.is_on_device(rate) or rate.dtype != torch.float32 or isinstance(group["weight_decay"], Tensor):
+        return False
+    if any(p.device != rate.device or not p.is_floating_point() or p.grad.layout != torch.strided for p in params):
+        return False
+    made = {optimizer.state.get(param, {}).get("momentum_buffer") is not None for param in params}
+    return len(made) == 1 and not any(is_distributed(param) for param in params)  # it takes all buffers or none

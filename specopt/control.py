@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from specopt.kernels import Update, base_updates_
 
-from .base_step import clean_buffers, gradients, out_of_sight, own_entries, penalized
+from .base_step import clean_buffers, gradients, out_of_sight, own_entries, penalized, rates_left_on_device
 from .batches import Batch, batches_of, has_state, signature_of
 from .capture import check_capture, is_captured
 from .checkpoint import guarded
@@ -251,7 +251,8 @@ class SpectralOptimizer(Mixin):
     def _blind_step(self, params: Iterable[Tensor]) -> None:
         """The base's step of what has a gradient, with the entries of ours out of its sight in the states of
         ``params``, and in all states where the base is one that we do not know."""
-        with out_of_sight(self.state, params if self.base_is_known else list(self.state)):
+        seen = params if self.base_is_known else list(self.state)
+        with out_of_sight(self.state, seen), rates_left_on_device(self) if self.base_is_known else nullcontext():
             self._base_step()
 
     def _base_step(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -299,6 +300,56 @@ def test_a_first_step_that_is_skipped_leaves_no_garbage_in_momentum_buffers(
     assert not any(buffer.any() for buffer in skipped)
     assert torch.equal(second[1], damped * first[1])
     assert torch.equal(first[1], params[1].grad)
+
+
+TORCH_SGD = sys.modules["torch.optim.sgd"]
+
+
+def tensor_rate(params: list[Tensor], lr: float | Tensor, **more: Any) -> Any:
+    return specopt.SNRSGD(params, lr=lr, momentum=0.9, weight_decay=0.1, block=8, max_passes=1, **more)
+
+
+def wrapped_rate(params: list[Tensor], lr: float | Tensor, **more: Any) -> Any:
+    base = torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True, **more)
+    return specopt.wrap(base, specopt.NormScale(mode="cap", block=8, max_passes=1))
+
+
+@pytest.mark.parametrize("make_one", [tensor_rate, wrapped_rate])
+def test_a_learning_rate_on_the_device_is_not_read_back(
+    make_one: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(updates, "is_on_device", lambda value: isinstance(value, Tensor))
+    weight, results = torch.nn.init.orthogonal_(torch.empty(9, 6)), []
+    for lr in (0.1, torch.tensor(0.1, device=DEVICE)):
+        params = [weight.clone().to(DEVICE).requires_grad_()]
+        params.append(torch.ones(5, device=DEVICE, requires_grad=True))
+        optimizer = make_one(params, lr)
+        for step in range(3):
+            set_gradients(params, step)
+            with monkeypatch.context() as patch:
+                if isinstance(lr, Tensor):
+                    for name in ("_single_tensor_sgd", "_multi_tensor_sgd"):
+                        patch.setattr(TORCH_SGD, name, reads_back)
+                optimizer.step()
+        assert optimizer.param_groups[0]["fused"] is None and optimizer.param_groups[0]["foreach"] is None
+        results.append([t for param in params for t in (param.detach(), optimizer.state[param]["momentum_buffer"])])
+    for plain, on_device in zip(*results, strict=True):
+        assert torch.allclose(plain, on_device, rtol=1e-6, atol=1e-7)
+
+
+def reads_back(*_: Any, **__: Any) -> None:
+    raise AssertionError("torch's SGD reads a learning rate in a tensor back")
+
+
+@pytest.mark.parametrize("asked", [{"foreach": False}, {"fused": False}])
+def test_a_base_step_that_was_asked_for_is_made(asked: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(updates, "is_on_device", lambda value: isinstance(value, Tensor))
+    params = [torch.ones(5, device=DEVICE, requires_grad=True)]
+    optimizer = tensor_rate(params, torch.tensor(0.1, device=DEVICE), **asked)
+    set_gradients(params, 1)
+    monkeypatch.setattr(TORCH_SGD, "_fused_sgd", reads_back)
+    optimizer.step()
+    assert all(optimizer.param_groups[0][name] is value for name, value in asked.items())
 
 
 @pytest.mark.parametrize("kind", ["snr", "set"])
