@@ -6,7 +6,7 @@ device (:func:`backend_for`).
 
 from .backend import Backend, accumulation_dtype, allocate, backend_for, has_triton, on_host
 from .blocks import column_dots, copy_blocks, first_column_residuals, grams, mixes
-from .newton_schulz import cap_
+from .newton_schulz import cap_, full_precision
 from .passes import Penalty, Update, base_updates_, corrections_
 from .products import MAX_COLUMNS, skinny_products
 from .small import MAX_EIGEN, eigenvectors, orthonormalizers, rotations
@@ -45,6 +45,7 @@ __all__ = [
     "eigenvectors",
     "first_column_residuals",
     "frobenius_norms",
+    "full_precision",
     "grams",
     "has_triton",
     "identity",

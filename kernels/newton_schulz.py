@@ -241,19 +241,19 @@ def _stacks(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Float32 products in float32, though the user may allow TF32 or bfloat16 inside others."""
-    backends: list[tuple[Any, str, Any]] = []
-    for backend in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)):
-        if hasattr(backend, "fp32_precision"):
-            backends.append((backend, "fp32_precision", "ieee"))
-        elif hasattr(backend, "allow_tf32"):
-            backends.append((backend, "allow_tf32", False))
-    before = [getattr(backend, name) for backend, name, _ in backends]
+    changed: list[tuple[Any, str, Any]] = []
     try:
-        for backend, name, value in backends:
-            setattr(backend, name, value)
+        for backend in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)):
+            for name, full in (("fp32_precision", ("ieee", "none")), ("allow_tf32", (False,))):
+                value = getattr(backend, name, None)
+                if value is not None:
+                    if value not in full:  # to write is dearer than to read, by far
+                        setattr(backend, name, full[0])
+                        changed.append((backend, name, value))
+                    break
         yield
     finally:
-        for (backend, name, _), value in zip(backends, before, strict=True):
+        for backend, name, value in changed:
             setattr(backend, name, value)
 
 

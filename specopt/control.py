@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from specopt.kernels import Update, base_updates_
+from specopt.kernels import Update, base_updates_, full_precision
 
 from .base_step import clean_buffers, gradients, out_of_sight, own_entries, penalized, rates_left_on_device
 from .batches import Batch, batches_of, has_state, signature_of
@@ -154,17 +154,18 @@ class SpectralOptimizer(Mixin):
         seeds = [rounding_seeds(batch.matrices) for batch in batches]
         # our passes skip on the device; what torch makes has to be undone there
         kept = [Kept(batch.matrices) for batch in batches if gate.is_undecided and not batch.base]
-        sessions = self._sessions(batches, replace(gate, settled=same))
+        with full_precision():
+            sessions = self._sessions(batches, replace(gate, settled=same))
         sharded = [session for session in sessions if isinstance(session, ShardedSession)]
         convolutions = OperatorSession(kernels_of(self), self.rule.names, gate)
         is_sharded = bool(sharded) or convolutions.is_sharded
         watched, on_shards = Unfinished.of(gate.workspace).watched, always if is_sharded else never
-        with watched(on_shards):
+        with full_precision(), watched(on_shards):
             rounds = exchange.run([*(session.before() for session in sharded), convolutions.before()]).rounds
         is_begun = rounds > 0 or any(batch.ours for batch in batches)
         with watched(written_to(self) if is_sharded and not is_begun else on_shards):
             self._update_weights(batches, sessions, seeds, convolutions, gate)
-        with watched(on_shards):
+        with full_precision(), watched(on_shards):
             self._finish(batches, sessions, convolutions, gate)
             for state in kept:
                 state.put_back(cast(Tensor, gate.found_inf).reshape(()) != 0)
@@ -204,17 +205,18 @@ class SpectralOptimizer(Mixin):
     ) -> None:
         """The base update of all parameters, with the penalties' gradients in it."""
         with ExitStack() as stack:
-            for batch, session, chances in zip(batches, sessions, seeds, strict=True):
-                if batch.base:
-                    cast(OnDevice, session).update()
-                elif batch.ours:
-                    pairs = zip(batch.matrices, chances, strict=True)
-                    updated = [self._update(matrix)._replace(seed=seed) for matrix, seed in pairs]
-                    base_updates_(updated, session.penalty, gate.host_scale)
-                elif session.penalty is not None:
-                    stack.enter_context(gradients(penalized(batch.matrices, session.penalty, gate)))
-                if batch.ours:
-                    stack.enter_context(gradients({matrix.param: None for matrix in batch.matrices}))
+            with full_precision():
+                for batch, session, chances in zip(batches, sessions, seeds, strict=True):
+                    if batch.base:
+                        cast(OnDevice, session).update()
+                    elif batch.ours:
+                        pairs = zip(batch.matrices, chances, strict=True)
+                        updated = [self._update(matrix)._replace(seed=seed) for matrix, seed in pairs]
+                        base_updates_(updated, session.penalty, gate.host_scale)
+                    elif session.penalty is not None:
+                        stack.enter_context(gradients(penalized(batch.matrices, session.penalty, gate)))
+                    if batch.ours:
+                        stack.enter_context(gradients({matrix.param: None for matrix in batch.matrices}))
             stack.enter_context(gradients(convolutions.gradients))
             seen = [matrix.param for batch in batches if not batch.ours for matrix in batch.matrices]
             stack.enter_context(clean_buffers(self, gate))
@@ -242,7 +244,7 @@ class SpectralOptimizer(Mixin):
     def _take_up(self) -> None:
         """What the last step has left to be summed over ranks: the state is complete then. See
         :meth:`specopt.sharding.unfinished.Unfinished.take_up`."""
-        with torch.no_grad(), self._without_autocast():
+        with torch.no_grad(), self._without_autocast(), full_precision():
             Unfinished.of(self.__dict__.get("_workspace", {})).take_up()
 
     def _update(self, matrix: Matrix) -> Update:

@@ -44,7 +44,7 @@ def spectral_report(optimizer: Optimizer, top: int = 8) -> SpectralReport:
         raise TypeError(f"spectral_report takes an optimizer of specopt, got {type(optimizer).__name__}")
     if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= LARGEST:
         raise ValueError(f"top must be a whole number from 1 to {LARGEST}, got {top!r}")
-    with optimizer._without_autocast():
+    with optimizer._without_autocast(), kernels.full_precision():
         return _report(optimizer, top)
 
 

@@ -209,3 +209,39 @@ def test_half_precision_weights_learn_with_norms_at_their_targets(kind: str, dty
     own = [v for s in optimizer.state.values() for k, v in s.items() if k.startswith(PREFIX) and torch.is_tensor(v)]
     assert own and all(value.dtype == torch.float32 for value in own)
     assert all(leaf.isfinite().all() for leaf in leaves([list(model.parameters())]))
+
+
+# --- TF32 ------------------------------------------------------------------------------------------------------------
+def products_in() -> Any:
+    """What torch makes float32 products in."""
+    matmul = torch.backends.cuda.matmul
+    return getattr(matmul, "fp32_precision", None) or ("tf32" if matmul.allow_tf32 else "ieee")
+
+
+def test_tf32_is_for_the_base_optimizer_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, bases = [], []
+
+    def noted(function: Callable[..., Any], notes: list[Any]) -> Callable[..., Any]:
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            notes.append(products_in())
+            return function(*args, **kwargs)
+
+        return noting
+
+    params = small(torch.float32)
+    optimizer = OURS[kind](params)
+    cls = specopt.control.SpectralOptimizer
+    monkeypatch.setattr(cls, "_sessions", noted(cls._sessions, ours))
+    monkeypatch.setattr(cls, "_finish", noted(cls._finish, ours))
+    monkeypatch.setattr(specopt.control, "base_updates_", noted(specopt.control.base_updates_, ours))
+    monkeypatch.setattr(specopt.control, "penalized", noted(specopt.control.penalized, ours))
+    monkeypatch.setattr(cls, "_base_step", noted(cls._base_step, bases))
+    torch.set_float32_matmul_precision("high")
+    try:
+        give_gradients(params, 0)
+        optimizer.step()
+        after = products_in()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(ours) >= 3 and set(ours) == {"ieee"}
+    assert bases == ["tf32"] and after == "tf32"
