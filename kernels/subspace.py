@@ -74,8 +74,11 @@ def noise_buffer(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         # numpy's stream is the same bits on every machine; torch's depends on the vector width of the CPU
         generator = np.random.Generator(np.random.PCG64(0x5EED))
         values = torch.from_numpy(generator.standard_normal((1 << (needed - 1).bit_length(), MAX_COLUMNS)))
-        noise = _noise[dtype, device] = upload(values, dtype, device)
-        if device.type != "cpu" and not capturing(device):  # once, as other streams would not wait for the copy
+        noise = upload(values, dtype, device)
+        if capturing(device):  # filled by the graph alone, when it is replayed
+            return noise
+        _noise[dtype, device] = noise
+        if device.type != "cpu":  # once, as other streams would not wait for the copy
             torch.get_device_module(device).current_stream(device).synchronize()
     return noise
 

@@ -146,4 +146,7 @@ def flags(active: Tensor | None) -> Tensor | None:
 
 def capturing(device: torch.device) -> bool:
     """Whether a graph is being captured on the device's current stream."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with on(device):
+        return torch.cuda.is_current_stream_capturing()

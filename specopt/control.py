@@ -351,7 +351,9 @@ class SpectralOptimizer(Mixin):
             self._take_up()
         with guarded(self):
             self._base.load_state_dict(state_dict)
-        self.__dict__.get("_workspace", {}).pop("unfinished", None)
+        workspace = self.__dict__.get("_workspace", {})
+        for key in [key for key in workspace if key == "unfinished" or key[0] == "engine"]:
+            del workspace[key]  # engines know tensors by their addresses, which new ones may have
 
     def names(self) -> Mapping[Tensor, str]:
         """A name for every parameter: its own where the optimizer was built from named ones, else its place."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .capture import is_captured
 from .options import OF_RULES
 from .rules.operator import geometries_in
 from .tracker.common import HostCopy
@@ -79,6 +80,8 @@ def tell_of_first_steps(optimizer: Ruled, ratios: Iterable[tuple[Sequence[Contro
     the host and are far from 1."""
     waiting = optimizer.__dict__.setdefault("_waiting", [])
     waiting.extend(ratios)
+    if waiting and is_captured(optimizer):  # to ask whether a copy has arrived would end the capture
+        return
     arrived: list[tuple[Controlled, float]] = []
     still = []
     for matrices, copy in waiting:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import specopt
 from specopt import updates
-from specopt.kernels import tables
+from specopt.kernels import subspace, tables
 from specopt.session import Gate
-from specopt.tracker.common import BLOCK, COLD_STEPS, PREFIX, RIGHT, STATS, STEP, Stat
+from specopt.tracker.common import BLOCK, COLD_STEPS, PREFIX, RIGHT, STATS, STEP, HostCopy, Stat
 from tests.specopt.helpers import DEVICE, exact, gap_of, with_spectrum
 
 pytestmark = [
@@ -399,6 +399,59 @@ def test_a_warm_step_of_the_same_tensors_can_be_captured(capturing: list[bool]) 
     before = [param.detach().clone() for param in params]
     optimizer.step()
     assert not any(torch.equal(a, b) for a, b in zip(before, params, strict=True))
+
+
+def test_a_captured_step_asks_for_no_first_ratio(capturing: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, params = make("snr")
+    warm(optimizer, params)
+    copied = HostCopy(torch.tensor([0.1]))
+    optimizer._waiting.append((list(optimizer.matrices())[:1], copied))
+    with monkeypatch.context() as patch:
+        patch.setattr(HostCopy, "peek", lambda copy: pytest.fail("an event was asked for in a capture"))
+        capturing[0] = True
+        optimizer.step()
+        capturing[0] = False
+    with pytest.warns(UserWarning, match="the first step moves"):
+        optimizer.step()
+
+
+def test_a_loaded_state_drops_what_goes_by_addresses() -> None:
+    optimizer, params = make("snr")
+    warm(optimizer, params)
+    assert engines(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not engines(optimizer)
+
+
+def test_noise_made_in_a_capture_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = [True]
+    monkeypatch.setattr(subspace, "capturing", lambda device: answer[0])
+    monkeypatch.setattr(subspace, "_noise", {})
+    made = subspace.noise_buffer(10, torch.float32, DEVICE)
+    assert not subspace._noise
+    answer[0] = False
+    assert torch.equal(subspace.noise_buffer(10, torch.float32, DEVICE), made)
+    assert subspace._noise
+
+
+def test_a_capture_is_asked_for_on_the_devices_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [0]
+
+    class Current:
+        def __init__(self, device: torch.device) -> None:
+            self.index = device.index
+
+        def __enter__(self) -> None:
+            self.before, current[0] = current[0], self.index
+
+        def __exit__(self, *_: object) -> None:
+            current[0] = self.before
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
+    assert tables.capturing(torch.device("cuda", 1))
+    assert not tables.capturing(torch.device("cuda", 0))
+    assert not tables.capturing(torch.device("cpu"))
 
 
 def test_what_a_captured_step_reads_outlives_later_steps_with_other_gradients(capturing: list[bool]) -> None:
