@@ -60,7 +60,7 @@ class NormScaleAdamW(SpectralOptimizer, AdamW):
         stochastic_rounding: round bfloat16 and float16 weights up or down by chance, so that updates and corrections
             smaller than their last place count on average. The chance is seeded by the step: the same in every run.
             (torch itself makes, and rounds, the update of what is not controlled, and of a parameter that holds several
-            matrices.)
+            matrices.) On a GPU with ``rank=1`` and a spectral norm alone; what else is in half precision is refused.
 
     Raises:
         ValueError: an option that makes no sense, naming it, its value and what it may be.

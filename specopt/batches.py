@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,8 @@ def batches_of(optimizer: SpectralOptimizer) -> list[Batch]:
     """Those of the controlled weights that have a gradient.
 
     Raises:
-        ValueError: options that have changed to what a weight that is cut up over ranks cannot have.
+        ValueError: options that have changed to what a weight that is cut up over ranks cannot have, or rounding by
+            chance where a device has none.
         RuntimeError: a sparse gradient.
     """
     batches: dict[Any, Batch] = {}
@@ -78,6 +80,8 @@ def batches_of(optimizer: SpectralOptimizer) -> list[Batch]:
         if is_sharded:
             check_sharded(matrix.param, matrix.group, names)
         ours, fused = _is_ours(optimizer, matrix), optimizer.rule.is_fused(matrix) and not is_sharded
+        if not fused and not kernels.on_host(matrix.param):
+            _check_rounding(matrix, names)
         kind: tuple[Any, ...] = (kernels.accumulation_dtype(matrix.param.dtype), matrix.complete)
         if fused:
             kind = (matrix.param.dtype,)
@@ -94,6 +98,16 @@ def batches_of(optimizer: SpectralOptimizer) -> list[Batch]:
         if fused and ours:
             batch.base = OnDeviceBase(batch.matrices)
     return list(batches.values())
+
+
+def _check_rounding(matrix: Matrix, names: Callable[[], Mapping[Tensor, str]]) -> None:
+    """Of what a device controls by operations on lists of matrices, which round to nearest, as torch's update does."""
+    if matrix.group["stochastic_rounding"] and matrix.param.dtype.itemsize == 2:
+        raise ValueError(
+            f"stochastic_rounding must be False for {names()[matrix.param]} of {matrix.param.dtype} on "
+            f"{matrix.param.device}, got True: with a rank above 1, norm='frobenius' or composed rules a device rounds "
+            "to nearest; keep float32 weights, or one rule with rank=1 and norm='spectral'"
+        )
 
 
 def _is_ours(optimizer: SpectralOptimizer, matrix: Matrix) -> bool:

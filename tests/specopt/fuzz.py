@@ -64,6 +64,8 @@ class Case:
         )
         case.options = case._penalty(pick) if case.penalty else case._norm_scale(pick)
         case.options |= case._shared(pick)
+        if (interpreted or DEVICE.type != "cpu") and case.options.get("norm") == "frobenius":
+            case.options["stochastic_rounding"] = False  # refused in half precision
         if interpreted:
             case.options["max_passes"] = 4
         return case

@@ -192,6 +192,8 @@ def assert_norms(kind: str, params: list[Tensor], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("chance", [False, True], ids=["", "stochastic"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_learn_with_norms_at_their_targets(kind: str, dtype: torch.dtype, chance: bool) -> None:
+    if kind == "frobenius" and chance and DEVICE.type != "cpu":
+        pytest.skip("refused on a device")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 10)).to(DEVICE, dtype)
     images, labels = torch.randn(64, 20, device=DEVICE, dtype=dtype), torch.randint(10, (64,), device=DEVICE)

@@ -101,6 +101,28 @@ def test_a_group_beside_one_that_is_rounded_by_chance_is_rounded_to_nearest() ->
     assert not torch.equal(alone[1], beside[1])
 
 
+ROUNDED_TO_NEAREST: dict[str, Any] = {
+    "rank": lambda params: specopt.NormScaleAdamW(params, mode="cap", rank=2, stochastic_rounding=True),
+    "full": lambda params: specopt.NormScaleAdamW(params, mode="cap", rank="full", stochastic_rounding=True),
+    "frobenius": lambda params: specopt.NormScaleAdamW(params, norm="frobenius", stochastic_rounding=True),
+    "composed": lambda params: specopt.wrap(
+        torch.optim.SGD(params, lr=0.1),
+        specopt.Compose(specopt.SpectralPenalty(stochastic_rounding=True), specopt.NormScale(mode="cap")),
+    ),
+}
+
+
+@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.parametrize("kind", ROUNDED_TO_NEAREST)
+def test_what_a_device_rounds_to_nearest_is_refused_by_chance(kind: str) -> None:
+    weight = torch.ones(40, 30, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    optimizer = ROUNDED_TO_NEAREST[kind]([weight])
+    with pytest.raises(ValueError, match=r"stochastic_rounding must be False for 0\.0 .*rank=1"):
+        optimizer.step()
+    assert bool((weight == 1).all()) and not optimizer.state[weight]
+
+
 @pytest.mark.usefixtures("triton_backend")
 def test_corrections_behind_a_wrapped_update_are_rounded_otherwise_in_every_step() -> None:
     start = torch.eye(64, device=DEVICE)
