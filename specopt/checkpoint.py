@@ -19,6 +19,7 @@ from .settling import settle
 from .sharding.cut import is_distributed
 from .tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, WAIT, Stat
 from .views import Matrix, is_controlled, matrices_of
+from .views.parts import readings
 
 if TYPE_CHECKING:
     from .control import SpectralOptimizer
@@ -102,8 +103,7 @@ def _check_saved(optimizer: SpectralOptimizer, saved: dict[str, Any], options: S
                 shape = block_shape(param, operators[id(param)])
                 _check(param, state, OPERATOR, (shape[0], ANY), names()[param])
             elif is_controlled(param, group):
-                for matrix in matrices_of(param, group, state, optimizer.rule.columns(group)):
-                    _check_matrix(matrix, names()[param] + matrix.suffix)
+                _check_matrices(matrices_of(param, group, state, optimizer.rule.columns(group)), state, names()[param])
 
 
 def _check_options(defaults: Mapping[str, Any], group: Mapping[str, Any], optimizer: str) -> None:
@@ -123,27 +123,38 @@ def _check_options(defaults: Mapping[str, Any], group: Mapping[str, Any], optimi
         )
 
 
-def _check_matrix(matrix: Matrix, name: str) -> None:
-    """Whether the tracker's state is that of a matrix with as many rows and columns.
+def _check_matrices(matrices: Sequence[Matrix], state: Mapping[str, Any], name: str) -> None:
+    """Whether the tracker's state could be that of the weight of these matrices, under its view or another.
 
-    How many columns a block has is not looked at: where the options ask for others, as after a change of ``block``, the
-    tracker restarts in the next step.
+    How many columns a block has is not looked at: where the options ask for others, or for another reading, as after a
+    change of ``block`` or ``view``, the tracker restarts in the next step that looks at the weight.
 
     Raises:
-        ValueError: it is not, naming the parameter, its shape and what was found.
+        ValueError: it could not, naming the parameter, its shape and what was found.
     """
-    rows, columns = matrix.sizes[::-1] if matrix.flipped else matrix.sizes
+    first = matrices[0]
+    rows, columns = first.sizes[::-1] if first.flipped else first.sizes
     shapes = {STATS: (len(Stat),), LEFT: (rows, ANY), **dict.fromkeys((BLOCK, PROBE, RIGHT), (columns, ANY))}
+    parts = () if first.part is None else (len(matrices),)
     for key, shape in shapes.items():
-        if key in (LEFT, RIGHT) and matrix.flipped and _has_shape(matrix.state.get(key), (ANY, 1)):
-            shape = (rows + columns - shape[0], 1)  # a first triplet goes by the matrix as it is read
-        if key in (BLOCK, PROBE) and _has_shape(matrix.state.get(key), (rows, ANY)):
-            shape = (rows, ANY)  # of a weight that is, or was, cut up by columns: read otherwise it starts cold
-        _check(matrix.param, matrix.state, key, shape, name)
+        if not _is_of_some_view(state.get(key), key, first.param):
+            _check(first.param, state, key, (*parts, *shape), name + first.suffix)
     for key in (STEP, WAIT):
-        count = matrix.state.get(key, 0)
+        count = state.get(key, 0)
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ValueError(f"{key} of parameter {name} must be a count of steps, got {count!r}; nothing was loaded")
+            raise ValueError(
+                f"{key} of parameter {name + first.suffix} must be a count of steps, got {count!r}; nothing was loaded"
+            )
+
+
+def _is_of_some_view(value: Any, key: str, param: Tensor) -> bool:
+    """Whether a tracker of the weight, read in one way or another, could have left this. A matrix with few rows is read
+    transposed, and one that is cut up by columns followed on its other side: so a block may have either length."""
+    for count, *lengths in readings(tuple(param.shape)):
+        shapes = [(len(Stat),)] if key == STATS else [(length, ANY) for length in lengths]
+        if any(_has_shape(value, shape if count == 1 else (count, *shape)) for shape in shapes):
+            return True
+    return False
 
 
 def _check(param: Tensor, state: Mapping[str, Any], key: str, shape: tuple[int, ...], name: str) -> None:

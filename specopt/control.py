@@ -342,7 +342,7 @@ class SpectralOptimizer(Mixin):
         state that cannot be meant is refused before any of it is taken up.
 
         A state without control (a plain base's) starts it cold, with the options that the groups have now; one whose
-        blocks have another width than the group's ``block`` asks for starts cold as well.
+        blocks have another width than the group's ``block`` asks for, or are of another ``view``, starts cold as well.
 
         Raises:
             ValueError: state of a weight of another shape, or an option that makes no sense.

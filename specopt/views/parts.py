@@ -20,6 +20,7 @@ A view is a string, so that groups stay what ``state_dict`` and ``torch.load(wei
 from __future__ import annotations
 
 from functools import cache
+from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -103,6 +104,24 @@ def piece_shape(shape: tuple[int, ...], view: View) -> tuple[int, tuple[int, ...
     """
     found = pieces(torch.empty(shape, device="meta"), view)
     return len(found), tuple(found[0].shape)
+
+
+@cache
+def readings(shape: tuple[int, ...]) -> frozenset[tuple[int, int, int]]:
+    """Under all views that fit a parameter of this shape: how many matrices it is, and their rows and columns."""
+    whole = torch.empty(shape, device="meta")
+    # of one group they are "flatten" and "transposed", and "bilinear" has the shape of "flatten"
+    found = [(view.groups, piece(whole, view, 0)) for kind in COUNTED for view in _counted(kind, shape)]
+    if len(shape) > 2:
+        found += [(shape[0], piece(whole, View(kind), 0)) for kind in ("stack", "stack-transposed")]
+    return frozenset((count, part.shape[0], part[0].numel()) for count, part in found)
+
+
+def _counted(kind: str, shape: tuple[int, ...]) -> list[View]:
+    """The views of a kind whose groups divide the dimension that they cut."""
+    length = shape[_cut(View(kind))]
+    lower = [count for count in range(1, isqrt(length) + 1) if length % count == 0]
+    return [View(kind, count) for count in {*lower, *(length // count for count in lower)}]
 
 
 def _cut(view: View) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import specopt
 from specopt.tracker.common import BLOCK, LEFT, PREFIX, PROBE, RIGHT, STATS, STEP, Stat
+from specopt.views.parts import parse, pieces, readings
 from tests.specopt.helpers import DEVICE, OURS, PLAIN, clones, exact, parameters, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
@@ -325,6 +327,110 @@ def test_a_checkpoint_with_blocks_of_another_width_than_its_option_starts_them_c
         assert second.state[params[0]][RIGHT].shape == (70, block)
 
 
+# --- read otherwise --------------------------------------------------------------------------------------------------
+CHANGES = list(itertools.permutations(("flatten", "rows:2", "columns:2", "transposed"), 2))
+
+
+def penalized_and_capped(params: Any, **options: Any) -> Any:
+    rule = specopt.Compose(specopt.SpectralPenalty(0.01, **options), specopt.NormScale(mode="cap"))
+    return specopt.wrap(torch.optim.SGD(params, lr=0.1), rule)
+
+
+TRACKED = {"snr": OURS["snr"], "set": OURS["set"], "both": penalized_and_capped}
+
+
+def assert_follows(optimizer: Any, param: Tensor) -> None:
+    """Sigma of every matrix is that of the weight as it is read now."""
+    found = [row.sigma for row in specopt.spectral_report(optimizer)]
+    stats = optimizer.state[param][STATS]
+    assert stats[..., Stat.TOP].flatten().tolist() == pytest.approx(found, rel=0.02)
+
+
+@pytest.mark.parametrize(("old", "new"), CHANGES)
+@pytest.mark.parametrize("which", TRACKED)
+def test_a_checkpoint_whose_view_was_changed_loads_and_is_followed_anew(which: str, old: str, new: str) -> None:
+    param = torch.randn(24, 36, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+    optimizer = TRACKED[which]([{"params": [param], "view": old}], block=4)
+    train(optimizer, [param], range(2))
+    saved = through_a_file(optimizer.state_dict())
+    saved["param_groups"][0]["view"] = new
+    resumed = TRACKED[which]([param], block=4)
+    resumed.load_state_dict(saved)
+    train(resumed, [param], range(2, 3))
+    assert resumed.state[param][STEP] == 1  # cold
+    resumed.param_groups[0]["lr"] = 0.0
+    train(resumed, [param], range(3, 5))
+    assert_follows(resumed, param)
+
+
+@pytest.mark.parametrize("new", ["columns:2", "transposed"])
+@pytest.mark.parametrize("which", TRACKED)
+def test_a_weight_without_gradient_since_its_view_was_changed_can_be_saved_and_loaded(which: str, new: str) -> None:
+    params = [torch.randn(24, 36, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(2)]
+    optimizer = TRACKED[which]([{"params": params, "view": "rows:2"}], block=8)
+    train(optimizer, params, range(2))
+    optimizer.param_groups[0]["view"] = new
+    params[1].grad = None
+    train(optimizer, params[:1], range(2, 4))
+    resumed = TRACKED[which](clones(params))
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert same(optimizer.state_dict(), resumed.state_dict())
+    train(resumed, resumed.param_groups[0]["params"], range(4, 5))
+
+
+@pytest.mark.parametrize(("old", "new"), [(32, 8), (8, 32)])
+def test_rules_together_load_after_a_change_of_block_that_turns_the_matrix(old: int, new: int) -> None:
+    param = torch.randn(20, 90, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+    optimizer = penalized_and_capped([param], block=old)
+    train(optimizer, [param], range(2))
+    saved = through_a_file(optimizer.state_dict())
+    saved["param_groups"][0]["block"] = new
+    resumed = penalized_and_capped([param])
+    resumed.load_state_dict(saved)
+    train(resumed, [param], range(2, 3))
+    resumed.param_groups[0]["lr"] = 0.0
+    train(resumed, [param], range(3, 5))
+    assert_follows(resumed, param)
+
+
+@pytest.mark.parametrize("view", ["flatten", "rows:2"])
+@pytest.mark.parametrize(("key", "shape"), [(STATS, (5, 7)), (RIGHT, (2, 18, 8)), (LEFT, (24,)), (RIGHT, (36, 8))])
+def test_a_state_that_no_view_of_the_weight_leaves_is_refused(key: str, shape: tuple[int, ...], view: str) -> None:
+    param = torch.randn(24, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    optimizer = specopt.SNRSGD([param], lr=0.1, view=view, block=8)
+    train(optimizer, [param], range(2))
+    before = copy.deepcopy(optimizer.state_dict())
+    saved = copy.deepcopy(before)
+    saved["state"][0][key] = torch.zeros(shape)
+    with pytest.raises(ValueError, match=rf"{key} of parameter 0\.0.*\(24, 32\).*another parameter"):
+        optimizer.load_state_dict(saved)
+    assert same(before, optimizer.state_dict())
+
+
+def test_a_state_without_momentum_of_another_parameter_is_refused() -> None:
+    param, other = torch.ones(24, 36, requires_grad=True), torch.ones(36, 60, requires_grad=True)
+    theirs, ours = (specopt.SNRSGD([weight], lr=0.1, block=8) for weight in (other, param))
+    train(theirs, [other], range(1))
+    with pytest.raises(ValueError, match=r"spectral_.* of parameter 0\.0.*another parameter"):
+        ours.load_state_dict(theirs.state_dict())
+    assert not ours.state
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (12, 6, 3, 3), (4, 6, 5)])
+def test_readings_are_those_of_all_views_that_fit(shape: tuple[int, ...]) -> None:
+    names = ["flatten", "transposed", "stack", "stack-transposed", "bilinear"]
+    names += [f"{kind}:{count}" for kind in ("rows", "columns", "transposed") for count in range(1, 13)]
+    found = set()
+    for name in names:
+        try:
+            parts = pieces(torch.zeros(shape), parse(name))
+        except ValueError:
+            continue
+        found.add((len(parts), *parts[0].flatten(1).shape))
+    assert readings(shape) == found
+
+
+# --- with numbers that are none --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("key", [BLOCK, PROBE, LEFT, RIGHT])
 def test_a_tracker_that_is_loaded_with_a_nan_starts_anew(kind: str, key: str) -> None:
     first, params = trained(kind)
