@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import chain
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch.optim import Optimizer
 from specopt.kernels import accumulation_dtype
 
 from .base_step import own_entries
-from .rules.operator import OPERATOR, block_shape, check_kernels, geometries_in
+from .operators import Geometry
+from .rules.operator import INITIAL, OPERATOR, block_shape, check_kernels, geometries_in
 from .settling import settle
 from .sharding.cut import is_distributed
 from .tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, WAIT, Stat
@@ -66,7 +68,7 @@ def guarded(optimizer: SpectralOptimizer) -> Iterator[None]:
 def _restore(optimizer: SpectralOptimizer, loaded: dict[str, Any], options: Sequence[dict[str, Any]]) -> None:
     """Options that were not saved, as they were; and the dtype of what the base has cast to the parameter's."""
     for group, mine, saved in zip(optimizer.param_groups, options, loaded["param_groups"], strict=True):
-        group.update({name: value for name, value in mine.items() if name not in saved})
+        group.update({name: value for name, value in mine.items() if name not in saved}, **_of_the_model(mine))
     keys = chain.from_iterable(group["params"] for group in loaded["param_groups"])
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     for key, param in zip(keys, params, strict=True):
@@ -76,6 +78,25 @@ def _restore(optimizer: SpectralOptimizer, loaded: dict[str, Any], options: Sequ
             elif isinstance(value, Tensor):
                 dtype = accumulation_dtype(param.dtype)
                 optimizer.state[param][name] = value.to(param.device, dtype, copy=True)
+    for group in optimizer.param_groups:
+        _drop_other_sizes(optimizer, group)
+
+
+def _of_the_model(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a group that has it does not take from a checkpoint: geometries describe the model that is to be trained."""
+    return {"geometry": options["geometry"]} if options.get("geometry") is not None else {}
+
+
+def _drop_other_sizes(optimizer: SpectralOptimizer, group: Mapping[str, Any]) -> None:
+    """What was followed and noted of the maps that a group's kernels make of inputs of another size."""
+    operators = geometries_in(group)
+    for param in group["params"]:
+        state = optimizer.state.get(param, {})
+        if id(param) in operators and OPERATOR in state:
+            rows, _ = block_shape(param, operators[id(param)])
+            if not _has_shape(state[OPERATOR], (rows, ANY)):
+                del state[OPERATOR]
+                state.pop(INITIAL, None)
 
 
 def _is_finite(value: Tensor) -> bool:
@@ -88,7 +109,7 @@ def _check_saved(optimizer: SpectralOptimizer, saved: dict[str, Any], options: S
         return  # the base has an error for that
     names = cache(optimizer.names)
     for mine, now, saved_group in zip(optimizer.param_groups, options, groups, strict=True):
-        group = {**now, **saved_group}
+        group = {**now, **saved_group, **_of_the_model(now)}
         _check_options(getattr(optimizer, "defaults", {}), group, type(optimizer).__name__)
         optimizer.rule.check(group)
         if "target" in optimizer.rule.names:
@@ -100,8 +121,7 @@ def _check_saved(optimizer: SpectralOptimizer, saved: dict[str, Any], options: S
             for kept in optimizer.like_weight:
                 _check(param, state, kept, tuple(param.shape), names()[param])
             if id(param) in operators:
-                shape = block_shape(param, operators[id(param)])
-                _check(param, state, OPERATOR, (shape[0], ANY), names()[param])
+                _check_operator(param, state, operators[id(param)], names()[param])
             elif is_controlled(param, group):
                 _check_matrices(matrices_of(param, group, state, optimizer.rule.columns(group)), state, names()[param])
 
@@ -145,6 +165,18 @@ def _check_matrices(matrices: Sequence[Matrix], state: Mapping[str, Any], name: 
             raise ValueError(
                 f"{key} of parameter {name + first.suffix} must be a count of steps, got {count!r}; nothing was loaded"
             )
+
+
+def _check_operator(param: Tensor, state: Mapping[str, Any], geometry: Geometry, name: str) -> None:
+    """Whether a block could be that of the kernel, on inputs of any size.
+
+    Raises:
+        ValueError: it could not, naming the parameter, its shape and what was found.
+    """
+    rows, _ = block_shape(param, geometry)
+    block, channels = state.get(OPERATOR), rows // prod(geometry.size)
+    if not isinstance(block, Tensor) or block.ndim != 2 or block.shape[0] % channels:
+        _check(param, state, OPERATOR, (rows, ANY), name)
 
 
 def _is_of_some_view(value: Any, key: str, param: Tensor) -> bool:

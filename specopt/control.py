@@ -343,6 +343,7 @@ class SpectralOptimizer(Mixin):
 
         A state without control (a plain base's) starts it cold, with the options that the groups have now; one whose
         blocks have another width than the group's ``block`` asks for, or are of another ``view``, starts cold as well.
+        Options come from the state, but for a ``geometry`` that a group has already.
 
         Raises:
             ValueError: state of a weight of another shape, or an option that makes no sense.
