@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import records as r
 from .. import tables
-from ..solves.device import settle, solve
+from ..solves.device import all_arrived, settle, solve
 from ..solves.kinds import BASIS, RITZ
 from ..tiles import DTYPES, rounded
 from .arithmetic import adamw_corrections, is_finite, lerp, nearest, pointer_to, random_bits, sgd_direction, stochastic
@@ -276,6 +276,7 @@ def pass_kernel(
     INNER: tl.constexpr,
     LOOSE: tl.constexpr,
     STAGES: tl.constexpr,
+    HIP: tl.constexpr,
 ):
     """One program of one matrix; the last one of a matrix to arrive goes on with its solve, where ``THEN`` names one.
     Those of a matrix that is not ``WANTED`` in a conditional pass take a stage of the solve before.
@@ -297,7 +298,7 @@ def pass_kernel(
             SETTLED: tl.constexpr = RITZ if THEN == BASIS else THEN
             if THEN != 0 and THEN != RITZ:
                 sharing = programs_of(entry, SIDE, STRIP)
-                settle(b, table, scalars, squares, noise, tickets, round, index, sharing, SETTLED, KP, KX)
+                settle(b, table, scalars, squares, noise, tickets, round, index, sharing, SETTLED, KP, KX, HIP)
             return
     if UPDATE == SGD or UPDATE == ADAMW:  # noqa: SIM102, SIM109 -- only there; Triton knows no `in` of constexprs
         if tl.load(entry + r.GRAD) == 0:
@@ -348,14 +349,11 @@ def pass_kernel(
                     entry, options, scalar, noise, grad_scale, strip, chunk, side,
                     DTYPE, UPDATE, PENALIZED, PRODUCT, False, False, AMSGRAD, STOCHASTIC, KP, STRIP, LOOSE, 1,
                 )  # fmt: skip
-    if THEN != 0:
-        tl.debug_barrier()
-        arrived = tl.atomic_add(tickets + b, 1, sem="acq_rel")
-        if arrived == programs_of(entry, SIDE, STRIP) - 1:
-            tl.store(tickets + b, 0)
+    if THEN != 0:  # noqa: SIM102 -- compiled only where there is a solve
+        if all_arrived(tickets, b, programs_of(entry, SIDE, STRIP), HIP):
             solve(
                 b, table, numbers, scalars, sigmas, squares, noise, tickets, round, last, 0, 1,
-                THEN, KP, KX, DTYPE, True,
+                THEN, KP, KX, DTYPE, True, HIP,
             )  # fmt: skip
 
 
@@ -413,6 +411,7 @@ def launch(
             INNER=tile.inner,
             LOOSE=tile.loose,
             STAGES=tile.stages,
+            HIP=torch.version.hip is not None,
             num_warps=tile.warps,
             enable_fp_fusion=True,
             **({"maxnreg": limit} if limit and nvidia else {}),

@@ -49,10 +49,14 @@ spill; where it takes more of itself it does better untold: BASIS of KP 32 spill
 
 
 @triton.jit
-def all_arrived(tickets, b, count):
+def all_arrived(tickets, b, count, HIP: tl.constexpr):
     """Whether the other programs of matrix b were here before, and what they have stored can be read."""
+    if HIP:  # a barrier of AMD's waits for no stores, and the release is of the one wave that takes the ticket
+        wait: tl.constexpr = "s_waitcnt vmcnt(0)\n v_mov_b32 $0, $1"
+        tl.inline_asm_elementwise(wait, "=v,v,~{memory}", [count], tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
     last = tl.atomic_add(tickets + b, 1, sem="acq_rel") == count - 1
+    tl.debug_barrier()
     if last:
         tl.store(tickets + b, 0)
     return last
@@ -124,6 +128,7 @@ def after_first_stage(
 def solve(
     b, table, numbers, scalars, sigmas, squares, noise, tickets, round, last, index, count,
     KIND: tl.constexpr, KP: tl.constexpr, KX: tl.constexpr, DTYPE: tl.constexpr, ALONE: tl.constexpr,
+    HIP: tl.constexpr,
 ):  # fmt: skip
     """What follows a product of matrix b, by all threads of a program.
 
@@ -140,6 +145,7 @@ def solve(
         KP, KX: columns of a block, padded, and of an exact matrix (0: there is none).
         DTYPE: of the weights, read where they are exact.
         ALONE: one program makes all stages.
+        HIP: for AMD.
     """
     WIDTH: tl.constexpr = KP if KP > KX else KX
     entry = table + b.to(tl.int64) * r.FIELDS
@@ -159,7 +165,7 @@ def solve(
             tl.debug_barrier()
             arrived = True
         else:
-            arrived = all_arrived(tickets, b, count)
+            arrived = all_arrived(tickets, b, count, HIP)
         if arrived:
             whole = ALONE | (round != 0)
             after_first_stage(entry, options, stats, mine, sigmas, squares, noise, round, last, due, whole, KIND, KP)
@@ -168,7 +174,7 @@ def solve(
 @triton.jit
 def settle(
     b, table, scalars, squares, noise, tickets, stage, index, count,
-    KIND: tl.constexpr, KP: tl.constexpr, KX: tl.constexpr,
+    KIND: tl.constexpr, KP: tl.constexpr, KX: tl.constexpr, HIP: tl.constexpr,
 ):  # fmt: skip
     """The stage 1 or 2 of a solve of round 0 that called for no other pair, by ``count`` programs."""
     WIDTH: tl.constexpr = KP if KP > KX else KX
@@ -187,13 +193,13 @@ def settle(
             k = tl.load(entry + r.K).to(tl.int32)
             if stage == 1:
                 turn_blocks(entry, squares, side, True, index, count, KP)
-                if all_arrived(tickets, b, count):
+                if all_arrived(tickets, b, count, HIP):
                     first_factor(entry, length, k, squares, KP)
             elif sound_basis(squares, KP):
                 candidates = scratch_at(entry, tl.where(side == 0, r.LEFT_SPARE, r.RIGHT_SPARE))
                 variant = 2 * COLD_MAX * done
                 first_round(entry, candidates, length, k, noise, variant, squares, index, count, KP)
-                if all_arrived(tickets, b, count):
+                if all_arrived(tickets, b, count, HIP):
                     out, step = basis_on(entry, side)
                     second_round(entry, candidates, length, k, out, step, squares, KP)
 
@@ -216,6 +222,7 @@ def solve_kernel(
     KP: tl.constexpr,
     KX: tl.constexpr,
     DTYPE: tl.constexpr,
+    HIP: tl.constexpr,
 ):
     """One stage of :func:`solve`; nothing where a gradient scaler has found an infinity."""
     if found_inf is not None:  # noqa: SIM102 -- without the flag the load must not be compiled
@@ -226,11 +233,11 @@ def solve_kernel(
     if STAGE == 0:
         solve(
             b, table, numbers, scalars, sigmas, squares, noise, tickets, round, last, index, count,
-            KIND, KP, KX, DTYPE, False,
+            KIND, KP, KX, DTYPE, False, HIP,
         )  # fmt: skip
     else:
         if tl.load(scalars + b * r.SCALARS + r.WANTED) == 0:
-            settle(b, table, scalars, squares, noise, tickets, STAGE, index, count, KIND, KP, KX)
+            settle(b, table, scalars, squares, noise, tickets, STAGE, index, count, KIND, KP, KX, HIP)
 
 
 def programs(rows: int, columns: int, alone: bool, kp: int, kind: int, stage: int) -> int:
@@ -305,5 +312,6 @@ def launch(records: Any, kind: int, round: int, last: bool, found_inf: Tensor | 
             KP=records.KP,
             KX=records.KX,
             DTYPE=DTYPES[records.dtype],
+            HIP=torch.version.hip is not None,
             **options(device, kind, records.KP, records.KX, stage),
         )

@@ -52,6 +52,22 @@ class Variant(NamedTuple):
     """``maxnreg``, on NVIDIA."""
 
 
+def tickets_in(text: str) -> dict[str, int]:
+    """Of AMD's assembly: atomic additions, and those whose barriers stand right behind a wait for all stores."""
+    order = re.findall(r"(global_atomic_add) |(s_barrier)|(s_waitcnt vmcnt\(0\))|(?:global|buffer|flat)_(store)", text)
+    kinds = ["".join(found) for found in order]
+    tickets = drained = 0
+    for i, kind in enumerate(kinds):
+        if kind == "global_atomic_add":
+            before = kinds[:i]
+            while before[-1] != "s_barrier":
+                before.pop()
+            while before[-1] == "s_barrier":
+                before.pop()
+            tickets, drained = tickets + 1, drained + (before[-1] == "s_waitcnt vmcnt(0)")
+    return {"tickets": tickets, "drained": drained}
+
+
 Usage = dict[tuple[str, str], dict[str, Any]]
 """Of a target and a name: what :func:`measure` tells, or the error."""
 
@@ -106,8 +122,11 @@ def _layouts() -> Iterator[tuple[str, dict[str, object]]]:
 
 
 def measure(variant: Variant, target: GPUTarget) -> dict[str, int]:
-    """Registers, bytes spilled to memory, and on NVIDIA accesses of 16 bytes."""
+    """Registers, bytes spilled to memory, on NVIDIA accesses of 16 bytes, and on AMD tickets and how many of them are
+    taken behind a barrier to which every wave comes with its stores made."""
     names = variant.kernel.arg_names
+    if "HIP" in names:
+        variant.constants["HIP"] = target.backend == "hip"
     signature = {n: "constexpr" if n in variant.constants else SCALARS.get(n, POINTERS.get(n, "*fp32")) for n in names}
     if "WIDE1" in variant.constants:  # a term that is absent is passed as None
         absent = [f"small{t}" for t in range(3) if variant.constants[f"WIDE{t}"] == 0]
@@ -124,7 +143,7 @@ def measure(variant: Variant, target: GPUTarget) -> dict[str, int]:
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         registers, spilled = (int(re.search(rf"\.{w}:\s+(\d+)", text)[1]) for w in ("vgpr_count", "vgpr_spill_count"))
-        return {"registers": registers, "spilled": spilled}
+        return {"registers": registers, "spilled": spilled, **tickets_in(text)}
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

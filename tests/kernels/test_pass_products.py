@@ -96,7 +96,7 @@ def test_products_only_where_a_pair_is_wanted():
 @triton.jit
 def _note_solve(
     b, table, numbers, scalars, sigmas, squares, noise, tickets, round, last, index, count,
-    KIND, KP, KX, DTYPE, ALONE,
+    KIND, KP, KX, DTYPE, ALONE, HIP,
 ):  # fmt: skip
     """In place of the solve: counts how often it runs, and moves the step count on as the real one does."""
     entry = table + b * r.FIELDS
