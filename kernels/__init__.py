@@ -4,9 +4,9 @@ Nothing here knows of optimizers; everything is importable without Triton. Which
 device (:func:`backend_for`).
 """
 
-from .backend import Backend, accumulation_dtype, allocate, backend_for, has_triton, on_host
+from .backend import Backend, accumulation_dtype, allocate, backend_for, full_precision, has_triton, on_host
 from .blocks import column_dots, copy_blocks, first_column_residuals, grams, mixes
-from .newton_schulz import cap_, full_precision
+from .newton_schulz import cap_
 from .passes import Penalty, Update, base_updates_, corrections_
 from .products import MAX_COLUMNS, skinny_products
 from .small import MAX_EIGEN, eigenvectors, orthonormalizers, rotations

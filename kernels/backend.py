@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -54,6 +55,25 @@ def on_host(like: Tensor) -> bool:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, else float32: what sums are kept in and what blocks are stored in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Float32 products in float32, though the user may allow TF32 or bfloat16 inside others."""
+    changed: list[tuple[Any, str, Any]] = []
+    try:
+        for backend in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)):
+            for name, full in (("fp32_precision", ("ieee", "none")), ("allow_tf32", (False,))):
+                value = getattr(backend, name, None)
+                if value is not None:
+                    if value not in full:  # to write is dearer than to read, by far
+                        setattr(backend, name, full[0])
+                        changed.append((backend, name, value))
+                    break
+        yield
+    finally:
+        for backend, name, value in changed:
+            setattr(backend, name, value)
 
 
 def allocate(shapes: Sequence[tuple[int, int]], like: Tensor, *, zero: bool = False) -> list[Tensor]:

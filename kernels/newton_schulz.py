@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backend import accumulation_dtype
+from .backend import accumulation_dtype, full_precision
 from .passes.rounding import rounded_like
 from .tables import constant
 from .updates import frobenius_norms
@@ -238,23 +237,4 @@ def _stacks(matrices: Sequence[Tensor]) -> Iterator[list[int]]:
         yield from (members[at : at + size] for at in range(0, len(members), size))
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Float32 products in float32, though the user may allow TF32 or bfloat16 inside others."""
-    changed: list[tuple[Any, str, Any]] = []
-    try:
-        for backend in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)):
-            for name, full in (("fp32_precision", ("ieee", "none")), ("allow_tf32", (False,))):
-                value = getattr(backend, name, None)
-                if value is not None:
-                    if value not in full:  # to write is dearer than to read, by far
-                        setattr(backend, name, full[0])
-                        changed.append((backend, name, value))
-                    break
-        yield
-    finally:
-        for backend, name, value in changed:
-            setattr(backend, name, value)
-
-
-__all__ = ["cap_", "full_precision", "inverse_root", "polar", "quintics"]
+__all__ = ["cap_", "inverse_root", "polar", "quintics"]

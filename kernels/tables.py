@@ -139,6 +139,11 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return cast(AbstractContextManager[object], torch.get_device_module(device).device(device))
 
 
+def is_amd(device: torch.device) -> bool:
+    """Whether kernels on this device run on an AMD GPU: torch calls it "cuda" too."""
+    return device.type == "cuda" and torch.version.hip is not None
+
+
 def flags(active: Tensor | None) -> Tensor | None:
     """The mask as bytes, which a kernel reads."""
     return None if active is None else active.contiguous().view(torch.uint8)

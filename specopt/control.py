@@ -32,7 +32,7 @@ from .sharding.sessions import ShardedSession
 from .sharding.sessions import begin as sharded_session
 from .sharding.unfinished import Unfinished, always, never, written_to
 from .sharding.views import ShardedMatrix
-from .telling import names_in, tell_of_first_steps, warn_of_idle_options, warn_of_unclear
+from .telling import names_in, tell_of_first_steps, warn_of_groups
 from .tracker.common import BLOCK, LEFT, PROBE, RIGHT, STATS, STEP, WAIT, Kept, rounding_seeds
 from .views import Matrix, check_readable, is_controlled, matrices_of, refresh_copies, written_back
 
@@ -75,8 +75,7 @@ class SpectralOptimizer(Mixin):
         base_init()
         self.defaults.update(options)
         del self._options
-        warn_of_unclear(self.param_groups, self.names())
-        warn_of_idle_options(self.param_groups, self)
+        warn_of_groups(self.param_groups, self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the base's. A Module as ``params`` adds its groups: see :func:`specopt.param_groups`."""
@@ -88,8 +87,7 @@ class SpectralOptimizer(Mixin):
             del self.param_groups[before:]
             raise
         if "_options" not in self.__dict__:
-            warn_of_unclear(self.param_groups[before:], self.names())
-            warn_of_idle_options(self.param_groups[before:], self)
+            warn_of_groups(self.param_groups[before:], self)
 
     def _add_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):

@@ -46,9 +46,9 @@ def settle(group: dict[str, Any], names: Names) -> None:
 def adopt(group: dict[str, Any], names: Names) -> None:
     """:func:`settle` for a group that is new: its list of numbers is then its own, also where another optimizer, or
     whoever gave it, has the same one."""
-    settle(group, names)
     if isinstance(group["target"], list | tuple):
         group["target"] = _plain(group["target"])
+    settle(group, names)
 
 
 def is_settled(target: Any) -> bool:

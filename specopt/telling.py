@@ -44,7 +44,14 @@ def listing(names: Sequence[str], between: str = ", ") -> str:
     return between.join([*names[:LISTED], *(["..."] if len(names) > LISTED else [])])
 
 
-def warn_of_unclear(groups: Iterable[Mapping[str, Any]], names: Mapping[Tensor, str]) -> None:
+def warn_of_groups(groups: Sequence[Mapping[str, Any]], optimizer: Ruled) -> None:
+    """What of groups that are new stays without effect."""
+    _warn_of_unclear(groups, optimizer.names())
+    if optimizer.base_is_known:  # the options of another may have such names too, as GaLore's ``rank``
+        _warn_of_idle_options(groups, optimizer)
+
+
+def _warn_of_unclear(groups: Iterable[Mapping[str, Any]], names: Mapping[Tensor, str]) -> None:
     """One warning of bare tensors that are not controlled because their shape does not tell how to read them."""
     unclear = [
         f"{names[param]} {tuple(param.shape)}"
@@ -62,11 +69,8 @@ def warn_of_unclear(groups: Iterable[Mapping[str, Any]], names: Mapping[Tensor, 
         )
 
 
-def warn_of_idle_options(groups: Iterable[Mapping[str, Any]], optimizer: Ruled) -> None:
-    """One warning of options that groups have of another rule. Only where the base is torch's own: the options of
-    another may have such names too (GaLore's ``rank``)."""
-    if not optimizer.base_is_known:
-        return
+def _warn_of_idle_options(groups: Iterable[Mapping[str, Any]], optimizer: Ruled) -> None:
+    """One warning of options that groups have of another rule."""
     idle = {name for group in groups for name in OF_RULES if name in group} - set(optimizer.rule.names)
     if idle:
         warnings.warn(

@@ -26,7 +26,7 @@ from .session import Rule
 from .settling import adopt, refuse_target_of_off
 from .sgd import SNRSGD
 from .sharding.checking import check_sharded
-from .telling import names_in, warn_of_idle_options, warn_of_unclear
+from .telling import names_in, warn_of_groups
 from .views import Matrix, check_readable
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
@@ -84,9 +84,7 @@ def wrap(optimizer: AnyOptimizer, rule: AnyRule) -> AnyOptimizer:
     for group, full in zip(optimizer.param_groups, merged, strict=True):
         group.update({name: plain(full[name]) for name in options})
     _take_step(optimizer, counted)
-    ours = cast(SpectralOptimizer, optimizer)
-    warn_of_unclear(ours.param_groups, ours.names())
-    warn_of_idle_options(ours.param_groups, ours)
+    warn_of_groups(optimizer.param_groups, cast(SpectralOptimizer, optimizer))
     return optimizer
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -382,7 +381,7 @@ def launch(
         return
     tile = tile_of(records.KP, records.dtype.itemsize, update, side, stochastic)
     limit = most_registers(records.KP, update, side, stochastic, then)
-    nvidia = work.device.type == "cuda" and torch.version.hip is None
+    nvidia = work.device.type == "cuda" and not tables.is_amd(work.device)
     with tables.on(work.device):
         pass_kernel[(len(work),)](
             records.table,
@@ -411,7 +410,7 @@ def launch(
             INNER=tile.inner,
             LOOSE=tile.loose,
             STAGES=tile.stages,
-            HIP=torch.version.hip is not None,
+            HIP=tables.is_amd(work.device),
             num_warps=tile.warps,
             enable_fp_fusion=True,
             **({"maxnreg": limit} if limit and nvidia else {}),

@@ -279,7 +279,7 @@ def warps(hip: bool = torch.version.hip is not None) -> int:
 
 def options(device: torch.device, kind: int, kp: int, kx: int, stage: int) -> dict[str, object]:
     """What :func:`solve_kernel` is launched with."""
-    hip = torch.version.hip is not None
+    hip = tables.is_amd(device)
     limit = most_registers(kind, kp, kx, stage) if device.type == "cuda" and not hip else None
     return {"num_warps": warps(hip), "enable_fp_fusion": True, **({"maxnreg": limit} if limit else {})}
 
@@ -313,6 +313,6 @@ def launch(records: Any, kind: int, round: int, last: bool, found_inf: Tensor | 
             KP=records.KP,
             KX=records.KX,
             DTYPE=DTYPES[records.dtype],
-            HIP=torch.version.hip is not None,
+            HIP=tables.is_amd(device),
             **options(device, kind, records.KP, records.KX, stage),
         )

@@ -42,10 +42,10 @@ def frob_reg(
 
     **Memory.** The Jacobian is C·B·n numbers, but a gradient for each class passes through every layer, and the
     backward pass wants them all: ``C`` times the sum of all activations between inputs and logits, and about as much
-    again in the backward pass. Of LeNet-5 (20 and 50 channels) on 28 x 28 images that is 30 times C·B·n when the
+    again in the backward pass. Of a LeNet (20 and 50 channels) on 28 x 28 images that is 30 times C·B·n when the
     penalty is computed, and 47 times at the peak of the backward pass. Before anything is allocated for it, the shapes
     in the graph give the bytes needed, ``2·C·Σ activations`` (63 times) and the rows that the Jacobian is multiplied
-    by, and more than ``max_bytes`` is a ValueError. They are an estimate: measured peaks were 0.75 (LeNet-5) and 1.35
+    by, and more than ``max_bytes`` is a ValueError. They are an estimate: measured peaks were 0.75 (LeNet) and 1.35
     (batch norm after every convolution) of it, beside gradients as large as the weights and the logits. Of a node that
     computes several steps inside, only what flows into it is seen: the peak was 3.7 to 6.4 times the estimate with
     torch's fused nn.LSTM on a CPU, and a torch.autograd.Function may keep what it likes.
@@ -67,7 +67,6 @@ def frob_reg(
         TypeError, ValueError, RuntimeError: what no such gradient can be taken of, by name; a chunk that needs more
             than the budget, with one that does not.
     """
-
     return _squared_norm(output, inputs, UNITS, chunk, max_bytes)
 
 

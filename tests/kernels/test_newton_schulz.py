@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from specopt import kernels
-from specopt.kernels import newton_schulz
-from specopt.kernels.newton_schulz import best_quintic, full_precision, polar, quintics
+from specopt.kernels import full_precision, newton_schulz
+from specopt.kernels.newton_schulz import best_quintic, polar, quintics
 from tests.kernels.samples import generator
 from tests.specopt.helpers import DEVICE
 
