@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
@@ -48,6 +49,15 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 def seeded() -> None:
     """A test that draws without a seed of its own draws the same alone and after others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_group_left() -> Iterator[None]:
+    """A process group that a test leaves behind would fail a later one that makes its own."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        pytest.fail("the test has left its process group")
 
 
 @pytest.fixture(scope="session")

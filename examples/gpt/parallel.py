@@ -89,8 +89,12 @@ def process_group(device: torch.device, timeout: float) -> Iterator[None]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     fresh = meet(store, rank, world, patience)
     dist.init_process_group(backend, store=fresh, rank=rank, world_size=world, timeout=patience)
-    yield
-    dist.destroy_process_group()  # not where a step has failed: it would wait for ranks that are no more
+    try:
+        yield
+    except SystemExit:  # which all ranks come to; after any other exception it would wait for ranks that are no more
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def spread_out(model: GPT, way: str, device: torch.device) -> nn.Module:
