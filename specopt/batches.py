@@ -136,9 +136,8 @@ def signature_of(optimizer: SpectralOptimizer) -> tuple[list[Any], list[Any]]:
         held.append(group)
         signature.append(id(group))
         signature += [group[name] == 0 for name in SWITCHES if name in optimizer.rule.names]
-        read = [name for name in optimizer.rule.names if name not in UNSIGNED]
-        read += [name for name in known if name in group]
-        signature += [id(group[name]) if isinstance(group[name], Tensor) else group[name] for name in read]
+        signature += [_of_option(group[name]) for name in optimizer.rule.names if name not in UNSIGNED]
+        signature += [_of_base_option(group[name]) for name in known if name in group]
         rate = group.get("lr")
         signature += [id(rate) if isinstance(rate, Tensor) else None, group.get("maximize")]
         for param in group["params"]:
@@ -156,3 +155,15 @@ def signature_of(optimizer: SpectralOptimizer) -> tuple[list[Any], list[Any]]:
                 (id(param), local_of(param).data_ptr(), layouts, id(optimizer.state.get(param)), *map(id, kept))
             )
     return signature, held
+
+
+def _of_option(value: Any) -> Any:
+    return id(value) if isinstance(value, Tensor) else value
+
+
+def _of_base_option(value: Any) -> Any:
+    """Of a number whether it is 0: ``momentum`` and ``betas``, which OneCycleLR cycles, and ``weight_decay`` are read
+    anew in each step."""
+    if isinstance(value, tuple):
+        return tuple(map(_of_base_option, value))
+    return value == 0 if isinstance(value, (int, float)) else _of_option(value)

@@ -114,6 +114,30 @@ def test_schedules_leave_the_batches_of_a_step_as_they_are_until_control_is_swit
         assert optimizer.__dict__["_workspace"]["batches"] == []
 
 
+@SHORT_ON_THE_REFERENCE
+@pytest.mark.parametrize("kind", [specopt.SNRSGD, specopt.NormScaleAdamW])
+def test_the_bases_numbers_too_leave_the_batches_as_they_are_and_count_at_once(kind: type, backend: str) -> None:
+    """OneCycleLR cycles SGD's momentum and AdamW's first beta; weight decay may have a schedule as well."""
+    ends = []
+    for anew in (False, True):
+        options: dict[str, Any] = {"momentum": 0.9} if kind is specopt.SNRSGD else {}
+        optimizer: Any = kind(weights(), lr=1e-2, weight_decay=0.1, max_passes=1, **options, **FEW)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=8)
+        made, cycled = [], set()
+        for done in range(6):
+            (group,) = optimizer.param_groups
+            group["weight_decay"] = 0.1 + done
+            cycled.add(group.get("momentum", group.get("betas")))
+            if anew:
+                optimizer.__dict__.get("_workspace", {}).pop("signature", None)
+            step(optimizer, done)
+            scheduler.step()
+            made.append(id(optimizer.__dict__["_workspace"]["batches"]))
+        ends.append([param.detach().clone() for param in group["params"]])
+        assert len(cycled) >= 5 and (len(set(made[2:])) == 1) is not anew
+    assert all(map(torch.equal, *ends))
+
+
 def test_lambda_of_0_is_off_and_back_on_finds_its_way_again() -> None:
     params = weights()
     optimizer = specopt.SNRSGD(params, lr=1.0, **FEW)
