@@ -32,11 +32,14 @@ def outside() -> int:
 
 
 def names_in(groups: Iterable[Mapping[str, Any]]) -> Mapping[Tensor, str]:
-    """A name for every parameter: its own where the groups have names, else its place."""
+    """A name for every parameter: its own where the groups have names, else its place. That too where somebody has put
+    parameters into a group, or taken some out, and left its names as they were."""
     names: dict[Tensor, str] = {}
     for i, group in enumerate(groups):
-        known: Iterable[str] = group.get("param_names") or (f"{i}.{j}" for j in range(len(group["params"])))
-        names.update(zip(group["params"], known, strict=True))
+        params, known = group["params"], group.get("param_names") or ()
+        if len(known) != len(params):
+            known = [f"{i}.{j}" for j in range(len(params))]
+        names.update(zip(params, known, strict=True))
     return names
 
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 import specopt
 from specopt.session import Gate
 from specopt.tracker.common import STATS, STEP
-from tests.specopt.helpers import OURS, PLAIN, clones, equal, parameters, set_gradients, step_at_scale, train
+from tests.specopt.helpers import DEVICE, OURS, PLAIN, clones, equal, parameters, set_gradients, step_at_scale, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
 
@@ -148,6 +148,14 @@ def test_named_parameters_give_their_names_to_the_report(kind: str) -> None:
     model = nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 3))
     rows = specopt.spectral_report(OURS[kind](model.named_parameters()))
     assert [row.name for row in rows] == ["0.weight", "1.weight"]
+
+
+def test_a_parameter_put_into_a_named_group_by_hand_is_controlled_and_its_group_told_by_place(kind: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 9, bias=False), nn.Linear(9, 3, bias=False)).to(DEVICE)
+    optimizer = OURS[kind](list(model.named_parameters())[:1])
+    optimizer.param_groups[0]["params"].append(model[1].weight)
+    train(optimizer, list(model.parameters()), range(2))
+    assert [row.name for row in specopt.spectral_report(optimizer)] == ["0.0", "0.1"]
 
 
 def test_schedulers_and_repr(kind: str) -> None:
