@@ -14,9 +14,9 @@ if not torch.cuda.is_available():
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.interpreter import patch_once_a_launch
+from tests.interpreter import make_quick
 
-patch_once_a_launch()
+make_quick()
 
 for name, examples in (("default", 25), ("full", 200)):
     settings.register_profile(
