@@ -68,12 +68,12 @@ def compared(recipe: Recipe, patterns: list[str]) -> list[Recipe]:
     """The recipe, and those of its candidates whose method's name matches.
 
     Raises:
-        ValueError: a pattern that nothing matches, or a recipe that is a candidate itself.
+        ValueError: a pattern that nothing matches, or a recipe with a rule or a loss of its own.
     """
     plain, *others = candidates(recipe)
     names = [one.method.name for one in others]
-    if plain.method.name in names:
-        raise ValueError(f"--recipe must be other than the candidates it is compared with, got {recipe.name!r}")
+    if plain.method.rules or plain.method.penalty or plain.method.adversarial:
+        raise ValueError(f"--recipe must be the row's method without control or penalty, got {recipe.name!r}")
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in names):
             raise ValueError(f"--only must match one of {', '.join(names)}, got {pattern!r}")

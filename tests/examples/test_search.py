@@ -80,10 +80,10 @@ def test_search_writes_the_best_and_the_best_within_the_time(
     ("options", "told"),
     [
         (("--only", "snr-*", "cup-*"), "--only must match one of snr-0.01, .*, got 'cup-*'"),
-        (
-            ("--recipe", "digits/mlp/set-gain-1"),
-            "--recipe must be other than the candidates .* 'digits/mlp/set-gain-1'",
-        ),
+        *[
+            (("--recipe", name), f"--recipe must be the row's method without control or penalty, got '{name}'")
+            for name in ("digits/mlp/set-gain-1", "normscale/mlp-5x2000/spectral", "gradreg/c6/spect-reg")
+        ],
         (("--most-time", "0"), "--most-time must be a positive finite number, got 0.0"),
         (("--most-time", "nan"), "--most-time must be a positive finite number, got nan"),
         (("--record", "{folder}/file/search.json"), "cannot write 1 MiB there"),
