@@ -131,13 +131,14 @@ def signature_of(optimizer: SpectralOptimizer) -> tuple[list[Any], list[Any]]:
     so that nothing else can take its place."""
     signature: list[Any] = [os.environ.get("SPECOPT_BACKEND")]
     held: list[Any] = []
-    known = [name for name in optimizer.defaults if name not in UNSIGNED] if optimizer.base_is_known else []
+    names = [name for name in optimizer.rule.names if name not in UNSIGNED]
+    of_base = [name for name in optimizer.defaults if name not in (*UNSIGNED, *names)] if optimizer.base_is_known else []
     for group in optimizer.param_groups:
         held.append(group)
         signature.append(id(group))
         signature += [group[name] == 0 for name in SWITCHES if name in optimizer.rule.names]
-        signature += [_of_option(group[name]) for name in optimizer.rule.names if name not in UNSIGNED]
-        signature += [_of_base_option(group[name]) for name in known if name in group]
+        signature += [_of_option(group[name]) for name in names]
+        signature += [_of_base_option(group[name]) for name in of_base if name in group]
         rate = group.get("lr")
         signature += [id(rate) if isinstance(rate, Tensor) else None, group.get("maximize")]
         for param in group["params"]:
