@@ -1,4 +1,4 @@
-"""Triton's interpreter in half the time, with the same results: most of what a test of small matrices takes goes into
+"""Triton's interpreter in less time, with the same results: most of what a test of small matrices takes goes into
 bookkeeping.
 
 - The interpreter exchanges the functions of ``triton.language`` for its own when a kernel is launched, and does the
