@@ -12,8 +12,8 @@ from torch import Tensor
 import specopt
 from specopt import updates
 from specopt.tracker.common import STATS, Stat
+from tests.specopt.device_steps import make, past_the_cold_phase, set_gradients
 from tests.specopt.helpers import DEVICE, exact
-from tests.specopt.test_device_step import make, past_the_cold_phase, set_gradients
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the first step moves"),
