@@ -13,30 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 import specopt
-from specopt import kernels
 from specopt.seeing import SpectralHistory, snapshot
-from specopt.seeing.history import COLUMNS, EVERYTHING, QUANTITIES, Record
-from specopt.tracker.common import STATS, HostCopy, Stat
-from tests.specopt.helpers import DEVICE, OURS, clones, equal, exact, parameters, set_gradients, train
+from specopt.seeing.history import EVERYTHING, QUANTITIES
+from specopt.tracker.common import STATS
+from tests.specopt.helpers import OURS, clones, equal, exact, parameters, set_gradients, train
+from tests.specopt.monitored import small
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
-
-Noted = list[tuple[int, dict[str, dict[str, float]]]]
-
-
-def small(seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(70, 66), (12, 5), (8, 4, 3, 3), (7,)]
-    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-
-
-def noted() -> tuple[Noted, Callable[[int, dict[str, dict[str, float]]], None]]:
-    rows: Noted = []
-    return rows, lambda step, found: rows.append((step, found))
 
 
 @pytest.mark.parametrize("kind", OURS)
@@ -107,180 +93,6 @@ def test_first_step_and_every_nth_are_noted() -> None:
     assert monitor.history.steps.tolist() == [1, 3, 6, 9, 10]
 
 
-class Writer:
-    """What SummaryWriter is asked for."""
-
-    def __init__(self) -> None:
-        self.scalars: dict[tuple[str, int], float] = {}
-
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
-        self.scalars[tag, step] = value
-
-
-def test_several_sinks_get_the_same_values(tmp_path: Path) -> None:
-    params = small()
-    optimizer = specopt.NormScaleAdamW([(f"layer{i}.weight", p) for i, p in enumerate(params)], lr=1e-3)
-    rows, function = noted()
-    writer, path = Writer(), tmp_path / "new" / "sigma.csv"
-    with specopt.SpectralMonitor(optimizer, 2, [path, writer, function], weights=True, gradients=True) as monitor:
-        train(optimizer, params, range(4))
-        lines = path.read_text().splitlines()  # before it is closed: a run that is killed leaves them
-        assert len(lines) == 1 + 3 * (3 + 1)
-    history = SpectralHistory.from_csv(path)
-    assert history.steps.tolist() == monitor.history.steps.tolist() == [step for step, _ in rows] == [1, 2, 4]
-    assert history.names == monitor.history.names == ("layer0.weight", "layer1.weight", "layer2.weight")
-    for name in QUANTITIES:
-        np.testing.assert_array_equal(history[name], monitor.history[name])
-    np.testing.assert_array_equal(history.gradient_norm, monitor.history.gradient_norm)
-    for i, (step, found) in enumerate(rows):
-        assert found[EVERYTHING] == {"gradient_norm": history.gradient_norm[i]}
-        assert writer.scalars["gradient_norm", step] == history.gradient_norm[i]
-        for j, name in enumerate(history.names):
-            assert found[name]["sigma"] == writer.scalars[f"sigma/{name}", step] == history["sigma"][i, j]
-    assert not any(math.isnan(value) for value in writer.scalars.values())
-
-
-def test_tensorboard_reads_what_a_summary_writer_was_given(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from torch.utils.tensorboard import SummaryWriter
-
-    params = small()
-    optimizer = specopt.NormScaleAdamW(params, lr=1e-3)
-    writer = SummaryWriter(str(tmp_path))  # type: ignore[no-untyped-call]
-    with specopt.SpectralMonitor(optimizer, every=2, to=writer) as monitor:
-        train(optimizer, params, range(4))
-    events = EventAccumulator(str(tmp_path)).Reload()
-    scalars = events.Scalars("sigma/0.1")
-    assert [event.step for event in scalars] == [1, 2, 4]
-    assert [event.value for event in scalars] == pytest.approx(monitor.history["sigma"][:, 1].tolist(), rel=1e-6)
-    writer.add_scalar("still", 1.0, 1)  # type: ignore[no-untyped-call]
-    writer.close()  # type: ignore[no-untyped-call]
-
-
-class Flight:
-    """An event of copies that are under way until they are let arrive, or waited for."""
-
-    def __init__(self) -> None:
-        self.landed = self.waited = False
-
-    def query(self) -> bool:
-        return self.landed
-
-    def synchronize(self) -> None:
-        self.landed = self.waited = True
-
-
-@pytest.fixture
-def flights(monkeypatch: pytest.MonkeyPatch) -> list[Flight]:
-    """Copies of the monitor arrive when they are told to, as from a GPU."""
-    found: list[Flight] = []
-
-    class InFlight(HostCopy):
-        @classmethod
-        def of(cls, tensor: Tensor) -> HostCopy:
-            found.append(Flight())
-            return HostCopy(tensor.clone(), found[-1])  # type: ignore[arg-type]
-
-    monkeypatch.setattr(snapshot, "HostCopy", InFlight)
-    return found
-
-
-def test_nothing_is_waited_for_before_the_end_and_records_keep_their_order(flights: list[Flight]) -> None:
-    params = small()
-    optimizer = specopt.NormScaleAdamW(params, lr=1e-3)
-    rows, function = noted()
-    monitor = specopt.SpectralMonitor(optimizer, every=1, to=function)
-    train(optimizer, params, range(2))
-    sigmas = [float(optimizer.state[params[0]][STATS][Stat.SIGMA])]
-    assert rows == [] and len(flights) == 2
-    flights[1].landed = True
-    train(optimizer, params, range(2, 3))
-    assert rows == []  # the second is there, the first is not
-    flights[0].landed = True
-    train(optimizer, params, range(3, 4))
-    assert [step for step, _ in rows] == [1, 2] and rows[1][1]["0.0"]["sigma"] == sigmas[0]
-    assert not any(flight.waited for flight in flights)
-    monitor.close()
-    assert [step for step, _ in rows] == [1, 2, 3, 4]
-    assert [flight.waited for flight in flights] == [False, False, True, True]
-
-
-class NoSync(TorchDispatchMode):
-    """Refuses what would read a value back from a device."""
-
-    READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique", "allclose")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name.split("::")[1] in self.READS:
-            raise AssertionError(f"the host waits for {func._schema.name}")
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.usefixtures("triton_backend")
-def test_monitor_reads_nothing_back_from_the_device(flights: list[Flight], monkeypatch: pytest.MonkeyPatch) -> None:
-    # an interpreted kernel reads memory itself; that its launch does not wait is tested where the kernels are
-    monkeypatch.setattr(
-        kernels, "frobenius_norms", lambda weights: torch.stack([torch.linalg.matrix_norm(w) for w in weights])
-    )
-    params = [torch.randn(20, 18).requires_grad_(), torch.randn(6, 5).requires_grad_(), torch.ones(3).requires_grad_()]
-    groups = [{"params": params[:1]}, {"params": params[1:], "target": "initial"}]
-    optimizer = specopt.NormScaleAdamW(groups, lr=1e-3, block=4, max_passes=1)
-    monitor = specopt.SpectralMonitor(optimizer, every=1, weights=True, gradients=True)
-    train(optimizer, params, range(1))
-
-    def refuse(*_: object) -> Any:
-        raise AssertionError("the host waits")
-
-    with pytest.MonkeyPatch.context() as patch, NoSync():
-        for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__"):
-            patch.setattr(Tensor, name, refuse)
-        monitor._after_step(optimizer)
-        with pytest.raises(AssertionError, match="the host waits"):
-            bool(params[0].detach().sum() > 0)
-    assert len(flights) == 4 and not any(flight.waited for flight in flights)
-    monitor.close()
-    assert monitor.history.steps.tolist() == [1, 2] and np.isfinite(monitor.history["frobenius"]).all()
-
-
-@pytest.mark.usefixtures("triton_backend")
-def test_whole_step_with_a_monitor_reads_nothing_back(flights: list[Flight], monkeypatch: pytest.MonkeyPatch) -> None:
-    from specopt.kernels.bucket import Bucket
-
-    params = [torch.randn(20, 18).requires_grad_(), torch.randn(6, 5).requires_grad_()]
-    optimizer = specopt.SNRSGD(params, lr=0.01, block=4, max_passes=1, momentum=0.9)
-    monitor = specopt.SpectralMonitor(optimizer, every=1, gradients=True)
-    train(optimizer, params, range(2))
-    for launch in ("launch_pass", "launch_solve"):  # an interpreted kernel reads memory itself
-        monkeypatch.setattr(Bucket, launch, lambda *_, **__: None)
-    with NoSync():
-        optimizer.step()
-    assert len(flights) == 6 and not any(flight.waited for flight in flights)
-    monitor.close()
-    assert monitor.history.steps.tolist() == [1, 2, 3]
-
-
-@pytest.mark.usefixtures("triton_backend")
-@pytest.mark.parametrize("kind", ["snr", "set"])
-def test_record_of_a_step_by_the_kernels_is_that_of_the_reference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    histories = []
-    for backend in ("triton", "reference"):
-        monkeypatch.setenv("SPECOPT_BACKEND", backend)
-        generator = torch.Generator().manual_seed(0)
-        params = [torch.randn(shape, generator=generator).to(DEVICE).requires_grad_() for shape in ((30, 24), (9, 4))]
-        optimizer = OURS[kind](params, block=8, max_passes=2)
-        monitor = specopt.SpectralMonitor(optimizer, every=1, weights=True)
-        for _ in range(2):
-            for param in params:
-                param.grad = torch.randn(param.shape, generator=generator).to(DEVICE)
-            optimizer.step()
-        monitor.close()
-        histories.append(monitor.history)
-    for name in ("sigma", "target", "valid", "frobenius"):
-        np.testing.assert_allclose(histories[0][name], histories[1][name], rtol=1e-2)
-    # the kernels know the first direction alone, and of the others norms of columns, which are lower bounds
-    np.testing.assert_allclose(histories[0]["sigma_after"], histories[1]["sigma_after"], rtol=5e-2)
-
-
 def test_compiled_function_that_steps_is_monitored() -> None:
     params = small()
     optimizer = specopt.SNRSGD(params, lr=0.01)
@@ -291,26 +103,6 @@ def test_compiled_function_that_steps_is_monitored() -> None:
         for _ in range(4):
             step()
     assert monitor.history.steps.tolist() == [1, 2, 4]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("kind", OURS)
-def test_monitored_steps_on_a_gpu_never_synchronize(kind: str) -> None:
-    params = [param.detach().to(DEVICE).requires_grad_() for param in parameters(torch.float32)]
-    optimizer = OURS[kind](params)
-    monitor = specopt.SpectralMonitor(optimizer, every=1, weights=True, gradients=True)
-    for step in range(24):
-        generator = torch.Generator(DEVICE).manual_seed(step)
-        for param in params:
-            param.grad = torch.randn(param.shape, generator=generator, device=DEVICE)
-        torch.cuda.set_sync_debug_mode("error" if step > 2 else "default")
-        try:
-            optimizer.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    monitor.close()
-    assert monitor.history.steps.tolist() == list(range(1, 25))
-    assert monitor.history["frobenius"][-1, 0] == pytest.approx(float(params[0].norm()), rel=1e-5)
 
 
 def test_wrapped_optimizers_are_monitored_until_they_are_unwrapped() -> None:
@@ -444,23 +236,6 @@ def test_closing_lets_go_and_can_be_repeated(tmp_path: Path) -> None:
         monitor.observe()
 
 
-def test_file_that_cannot_be_written_is_refused_before_any_step(tmp_path: Path) -> None:
-    optimizer = specopt.SNRSGD(small())
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(OSError, match="file"):
-        specopt.SpectralMonitor(optimizer, to=tmp_path / "file" / "sigma.csv")
-    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
-        specopt.SpectralMonitor(optimizer, to=str(tmp_path))
-    other = tmp_path / "other.csv"
-    other.write_text("step,loss\n1,2\n")
-    with pytest.raises(
-        ValueError, match=r"to must name a new file, or one that SpectralMonitor wrote, got '.*other.csv'"
-    ):
-        specopt.SpectralMonitor(optimizer, to=[tmp_path / "good.csv", other])
-    assert other.read_text() == "step,loss\n1,2\n"
-    assert not optimizer._optimizer_step_post_hooks
-
-
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
@@ -484,25 +259,6 @@ def test_arguments_that_make_no_sense_are_refused(
 def test_plain_optimizer_is_refused() -> None:
     with pytest.raises(TypeError, match=r"optimizer must be one of specopt, or wrapped by specopt.wrap, got SGD"):
         specopt.SpectralMonitor(torch.optim.SGD(small()))
-
-
-def test_full_disk_ends_a_file_with_a_warning_and_not_the_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    params = small()
-    optimizer = specopt.SNRSGD(params, lr=0.01)
-    rows, function = noted()
-    monitor = specopt.SpectralMonitor(optimizer, 1, [tmp_path / "x.csv", function])
-
-    def full(record: Record) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(monitor._sinks[0], "write", full)
-    with pytest.warns(UserWarning, match=r"the monitor writes no more to .*x.csv: .*No space left"):
-        train(optimizer, params, range(1))
-    train(optimizer, params, range(1, 3))
-    assert [step for step, _ in rows] == [1, 2, 3] == monitor.history.steps.tolist()
-    monitor.close()
 
 
 def test_error_of_a_function_is_raised_by_the_step() -> None:
@@ -569,76 +325,3 @@ def test_weight_that_is_not_finite_is_noted_as_not_valid(tmp_path: Path) -> None
     assert not np.isfinite(monitor.history["frobenius"][0, 0]) and np.isnan(monitor.history["sigma_after"][0, 0])
     with open(path, newline="") as file:
         assert [line["valid"] for line in csv.DictReader(file)] == ["0.0", "1.0", "1.0"]
-
-
-def record(step: int, sigma: dict[str, float]) -> Record:
-    return Record(step, tuple(sigma), {"sigma": np.array(list(sigma.values()))})
-
-
-def test_history_aligns_names_and_keeps_the_last() -> None:
-    records = [record(1, {"a": 1.0}), record(2, {"b": 2.0, "a": 3.0}), record(3, {"b": 4.0})]
-    history = SpectralHistory(records)
-    assert history.names == ("a", "b")
-    np.testing.assert_array_equal(history["sigma"], [[1, np.nan], [3, 2], [np.nan, 4]])
-    assert np.isnan(history["residual"]).all() and history["residual"].shape == (3, 2)
-    assert SpectralHistory(records, keep=2).steps.tolist() == [2, 3]
-    assert len(SpectralHistory()) == 0 and SpectralHistory()["sigma"].shape == (0, 0)
-    with pytest.raises(KeyError, match=r"quantity must be one of sigma, .* got 'norm'"):
-        history["norm"]
-
-
-def test_csv_that_was_cut_off_is_read_and_continued(tmp_path: Path) -> None:
-    params = small()
-    optimizer = specopt.SNRSGD(params, lr=0.01)
-    path = tmp_path / "x.csv"
-    with specopt.SpectralMonitor(optimizer, 1, path):
-        train(optimizer, params, range(2))
-    path.write_text(path.read_text().rstrip("\n").rsplit(",", 6)[0])
-    assert SpectralHistory.from_csv(path).names == ("0.0", "0.1", "0.2")
-    assert np.isnan(SpectralHistory.from_csv(path)["sigma"][1, 2])
-    with specopt.SpectralMonitor(optimizer, 1, path):
-        train(optimizer, params, range(2, 3))
-    read = SpectralHistory.from_csv(path)
-    assert read.steps.tolist() == [1, 2, 3] and np.isfinite(read["sigma"][2]).all()
-    (tmp_path / "other.csv").write_text("a,b\n")
-    with pytest.raises(ValueError, match=r"path must be of a file that SpectralMonitor wrote, got '.*other.csv'"):
-        SpectralHistory.from_csv(tmp_path / "other.csv")
-
-
-@pytest.mark.parametrize("cut", range(1, 12))
-def test_a_number_that_was_cut_off_is_no_number(tmp_path: Path, cut: int) -> None:
-    params = small()
-    optimizer = specopt.SNRSGD(params, lr=0.01)
-    path = tmp_path / "x.csv"
-    with specopt.SpectralMonitor(optimizer, 1, path, gradients=True):
-        train(optimizer, params, range(2))
-    whole = SpectralHistory.from_csv(path)
-    path.write_text(path.read_text()[:-cut])
-    read = SpectralHistory.from_csv(path)
-    assert read.gradient_norm[0] == whole.gradient_norm[0] and np.isnan(read.gradient_norm[1])
-    with specopt.SpectralMonitor(optimizer, 1, path, gradients=True):
-        train(optimizer, params, range(2, 3))
-    read = SpectralHistory.from_csv(path)
-    assert np.isnan(read.gradient_norm[1]) and np.isfinite(read.gradient_norm[2])
-
-
-def test_columns_of_the_file_name_every_quantity_once() -> None:
-    assert len(set(COLUMNS)) == len(COLUMNS) == len(QUANTITIES) + 3
-    assert set(snapshot.STORED) | {"target", "frobenius", "stable_rank"} == set(QUANTITIES)
-
-
-def test_what_a_device_sends_lands_on_the_host_whatever_the_default_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only a tensor of the CPU can be pinned."""
-    asked: list[Any] = []
-
-    def empty(*_: Any, **options: Any) -> Tensor:
-        asked.append(options)
-        raise NotImplementedError
-
-    class OnDevice:
-        shape, dtype, device = (2,), torch.float32, torch.device("cuda")
-
-    monkeypatch.setattr(torch, "empty", empty)
-    with pytest.raises(NotImplementedError):
-        HostCopy.of(OnDevice())  # type: ignore[arg-type]
-    assert asked == [{"dtype": torch.float32, "device": "cpu", "pin_memory": True}]
