@@ -75,3 +75,9 @@ def on_device(device: torch.device) -> Iterator[None]:
 @pytest.fixture
 def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECOPT_BACKEND", "triton")
+
+
+@pytest.fixture(params=["reference", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("SPECOPT_BACKEND", request.param)
+    return str(request.param)

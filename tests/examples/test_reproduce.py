@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,89 +17,20 @@ from papers.recipe import SCALES, Recipe
 from papers.recipes import find
 from papers.runs import checkpoint, running, timing
 from papers.runs.machine import Machine
-from papers.tables import page, records, reproducing
+from papers.tables import records, reproducing
 from papers.tables.kept import Kept
 from papers.tables.planning import planned
 from papers.tables.reproducing import Reproduction, Tools
-from papers.tables.row_figures import draw_row
 
-from tests.examples.results_samples import made_row, result
+from tests.examples.faked import MLP, Fake, reproduced
 
-MLP = "normscale/mlp-5x2000"
 METHODS = ("none", "frobenius", "spectral", "ours")
+
+pytestmark = pytest.mark.usefixtures("without_figures")
 
 
 def quiet(line: str) -> None:
     """In the place of print."""
-
-
-class Fake:
-    """Training that takes no time and writes what a finished run leaves; it stops before the ``limit``-th run."""
-
-    def __init__(
-        self,
-        limit: int | None = None,
-        lost: Sequence[str] = (),
-        full: Sequence[str] = (),
-        broken: Sequence[str] = (),
-    ) -> None:
-        self.limit, self.lost, self.full, self.broken = limit, lost, full, broken
-        self.trained: list[tuple[str, int]] = []
-        self.together: list[list[int]] = []
-        self.timed: list[list[str]] = []
-
-    def train(
-        self, recipe: Recipe, seeds: Sequence[int], folder: Path, machine: Machine, deadline: float | None
-    ) -> list[dict[str, Any]] | None:
-        if self.limit is not None and len(self.trained) >= self.limit:
-            return None
-        if recipe.name in self.broken:
-            raise OSError(28, "No space left on device", str(folder))
-        if recipe.row in self.full or recipe.name in self.full:
-            raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it")
-        self.together.append(list(seeds))
-        return [self.one(recipe, seed, folder, machine) for seed in seeds]
-
-    def one(self, recipe: Recipe, seed: int, folder: Path, machine: Machine) -> dict[str, Any]:
-        self.trained.append((recipe.name, seed))
-        found = result(recipe.name, seed, SCALES["tiny"], test=0.5 + 0.01 * seed)
-        found["recipe"] = recipe.as_dict()
-        found["settings"] = {"device": machine.settings.device, "bf16": machine.bf16}
-        path = folder / recipe.name / f"seed-{seed}" / "result.json"
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(found))
-        return found
-
-    def images(self, recipe: Recipe, machine: Machine) -> None:
-        if recipe.data in self.lost:
-            raise ValueError(f"{recipe.data} is not there")
-
-    def times(self, recipes: Sequence[Recipe], images: object, machine: Machine, deadline: float) -> dict[str, float]:
-        self.timed.append([recipe.name for recipe in recipes])
-        return {recipe.name: 1 + 0.1 * i for i, recipe in enumerate(recipes)}
-
-    @property
-    def tools(self) -> Tools:
-        return Tools(self.train, self.images, self.times)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without figures, which take longer than all the rest; some tests draw them nevertheless."""
-    monkeypatch.setattr(reproduce, "draw_row", lambda row, folder: [])
-
-
-def reproduced(
-    fake: Fake, folder: Path, *words: str | Path, table: str = "normscale", unfinished: str | None = None
-) -> str:
-    """Runs the program, which ends with an error where rows are ``unfinished``; its report."""
-    ends = nullcontext() if unfinished is None else pytest.raises(SystemExit, match=f"not finished.*: {unfinished}$")
-    with ends:
-        reproduce.main([table, "--scale", "tiny", "--out", str(folder), *map(str, words)], fake.tools)
-    return (folder / "tiny" / f"{table}.md").read_text()
-
-
-# --- the plan ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_has_all_rows_and_all_stated_methods() -> None:
@@ -129,9 +57,6 @@ def test_the_papers_threshold_holds_at_full_scale_and_length_alone() -> None:
 
     assert threshold(scale=SCALES["full"]) == threshold(scale=SCALES["full"], epochs=200) == 0.88
     assert threshold(scale=SCALES["full"], epochs=20) is threshold(scale=SCALES["cpu"]) is None
-
-
-# --- runs -------------------------------------------------------------------------------------------------------------
 
 
 def test_runs_go_seed_by_seed_over_all_methods_of_a_row(tmp_path: Path) -> None:
@@ -377,124 +302,6 @@ def test_times_of_another_precision_are_not_taken_for_these(tmp_path: Path) -> N
     again = Fake()
     Reproduction(Kept(tmp_path / "False", Machine()), 1, tools=again.tools, tell=quiet).run(plan)
     assert len(again.timed) == 1 and again.trained == []
-
-
-# --- the report -------------------------------------------------------------------------------------------------------
-
-
-def test_the_report_has_the_tables_claims_and_figures_that_exist(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reproduce, "draw_row", draw_row)
-    text = reproduced(Fake(), tmp_path, "--rows", "mlp-5*", "--seeds", "2")
-    assert "| none | 2 | 0.2512 | 0.505 ± 0.007 |" in text
-    assert text.count("| normscale (") == 5
-    addresses = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
-    assert len(addresses) == 3
-    for address in addresses:
-        assert (tmp_path / "tiny" / address).read_bytes().startswith(b"\x89PNG")
-
-
-def test_recording_and_rendering_give_the_page_the_same_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    docs, recorded = tmp_path / "docs", tmp_path / "recorded"
-    docs.mkdir()
-    (docs / "results.md").write_text(reproduce.PAGE.read_text())
-    monkeypatch.setattr(reproduce, "PAGE", docs / "results.md")
-    text = reproduced(Fake(), tmp_path, "--rows", "mlp-5*", "--seeds", "2", "--record", recorded)
-    assert [path.name for path in recorded.iterdir()] == ["normscale-mlp-5x2000-tiny.json"]
-    reproduce.main(["--render", "--record", str(recorded)])
-    rendered = (docs / "results.md").read_text()
-    table = "\n".join(line for line in text.splitlines() if line.startswith("| none | 2"))
-    assert table and table in rendered
-    for address in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", rendered):
-        assert (docs / address).exists()
-    assert rendered.count("- `snr/") == 16 and "- `normscale/resnet34`" in rendered
-    reproduce.main(["--render", "--record", str(recorded)])
-    assert (docs / "results.md").read_text() == rendered
-
-
-def test_the_page_is_what_the_recorded_results_render_and_its_figures_exist(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    picture = re.compile(r"\n\n!\[[^\]]+\]\(([^)]+)\)")
-    text = reproduce.PAGE.read_text()
-    monkeypatch.setattr(page, "draw_row", lambda row, folder: [])
-    monkeypatch.setattr(page, "draw_grid", lambda grid, rows, folder: [])
-    assert page.rendered(text, reproduce.RECORDED, tmp_path) == picture.sub("", text)
-    assert all((reproduce.PAGE.parent / address).exists() for address in picture.findall(text))
-
-
-def test_rows_of_one_grid_are_reported_recorded_and_rendered_with_its_figure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(page, "draw_row", lambda row, folder: [])
-    words = ("--rows", "c4-500", "c4-2000", "--seeds", "2", "--record", tmp_path / "kept")
-    report = reproduced(Fake(), tmp_path, *words, table="gradreg")
-    blocks = "\n".join(
-        f"<!-- {block} -->\n<!-- end -->" for block in ("table: gradreg", "claims: gradreg", "standing: all")
-    )
-    rendered = page.rendered(blocks, tmp_path / "kept", tmp_path)
-    for text, folder in ((report, tmp_path / "tiny"), (rendered, tmp_path)):
-        (address,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
-        assert address.endswith("gradreg-c4-tiny.png") and (folder / address).exists()
-        assert "### C4: the size of the training set, tiny scale" in text and "- `gradreg/c6`" in text
-        assert "| gradreg (b) | DoubleBack is best at all sizes (C4) | not held | **undecided** (" in text
-        assert "| `gradreg/c4-2000`, tiny scale | cap (ours) |" in text
-
-
-def test_a_block_of_an_unknown_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a table block must be of snr or normscale or gradreg, got 'digits'"):
-        page.rendered("<!-- table: digits -->\n<!-- end -->", tmp_path, tmp_path)
-    with pytest.raises(ValueError, match="a standing block must be of all, got 'snr'"):
-        page.rendered("<!-- standing: snr -->\n<!-- end -->", tmp_path, tmp_path)
-
-
-# --- what is refused before anything is run ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ((), "TABLE must be one of snr, normscale, gradreg, where --render is not given"),
-        (("digits",), "invalid choice: 'digits'"),
-        (("snr", "--rows", "vgg-cifar11*"), "rows must match one of the table's, got 'snr/vgg-cifar11*'; near: snr/"),
-        (("snr", "--methods", "srn"), "methods must match one of the table's, got 'srn'; near: snr"),
-        (("snr", "--seeds", "0"), "--seeds must be 1 or more, got 0"),
-        (("snr", "--budget", "-1"), "--budget must be 0 or more, got -1"),
-        (("snr", "--budget", "nan"), "--budget must be 0 or more, got nan"),
-        (("snr", "--epochs", "0"), "--epochs must be 1 or more, got 0"),
-        (("snr", "--device", "gpu"), "device must be auto or one of cpu"),
-        (("snr", "--out", "/proc/none"), "--out /proc/none: cannot write there"),
-        (("snr", "--record", "/proc/none"), "--record /proc/none: cannot write there"),
-        (("--render", "--record", "/proc/none"), "--record /proc/none: no folder with recorded results to be rendered"),
-        (("--render", "--rows", "mlp-5*"), "--rows and --methods are of a TABLE"),
-        (("--render", "--seeds", "0"), "--seeds must be 1 or more, got 0"),
-    ],
-)
-def test_what_makes_no_sense_is_told_before_anything_is_run(
-    words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    fake = Fake()
-    out = () if "--out" in words else ("--out", str(tmp_path))
-    with pytest.raises(SystemExit) as ended:
-        reproduce.main([*words, *out], fake.tools)
-    assert ended.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
-    assert fake.trained == [] and list(tmp_path.iterdir()) == []
-
-
-def test_a_record_of_another_protocol_is_told_before_anything_is_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    records.record(tmp_path, made_row(MLP, {"none": {}}, scale=replace(SCALES["tiny"], train=512)))
-    fake = Fake()
-    with pytest.raises(SystemExit):
-        reproduced(fake, tmp_path / "out", "--rows", "mlp-5*", "--record", tmp_path)
-    assert "holds runs with" in capsys.readouterr().err and fake.trained == []
-
-
-# --- as it is ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_row_is_trained_timed_and_reported_on_real_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

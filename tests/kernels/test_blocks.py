@@ -13,7 +13,6 @@ from specopt.kernels.blocks import reference
 
 from .samples import assert_as_exact, block, generator, same, seeds, widths
 
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
 heights = st.lists(st.integers(1, 150), min_size=1, max_size=4)
 scales = st.sampled_from([1e-30, 1.0, 1e30])
 
@@ -45,19 +44,15 @@ def test_tall_blocks_are_summed_in_strips_as_exactly(device):
     assert same((gram, peak), triton_side.grams(blocks, 16))
 
 
-@BACKENDS
 @pytest.mark.parametrize("value", [0.0, 1e-41])
-def test_zero_subnormal_and_empty_blocks_have_a_zero_gram_and_scale_one(backend, value, device, monkeypatch):
-    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+def test_zero_subnormal_and_empty_blocks_have_a_zero_gram_and_scale_one(backend, value, device):
     gram, scale = grams([torch.full((n, 3), value, device=device) for n in (10, 1, 0)])
     assert (gram == 0).all() and (scale == 1).all()
 
 
-@BACKENDS
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("rows", [1, 40, 700])
-def test_a_non_finite_entry_shows_in_the_gram_of_its_block_alone(backend, bad, rows, device, monkeypatch):
-    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+def test_a_non_finite_entry_shows_in_the_gram_of_its_block_alone(backend, bad, rows, device):
     blocks = [block(rows, 5, generator(i), device) for i in range(3)]
     blocks[1][rows // 2, 3] = bad
     gram, scale = grams(blocks)
@@ -89,9 +84,7 @@ def test_mixes_are_as_exact_as_torch(heights, width, sources, scale, seed, devic
         assert_as_exact(result, other, sum(products), sum(torch.linalg.vector_norm(p) for p in products))
 
 
-@BACKENDS
-def test_inactive_blocks_are_not_written(backend, device, monkeypatch):
-    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+def test_inactive_blocks_are_not_written(backend, device):
     blocks = [block(n, 4, generator(n), device) for n in (70, 9, 300)]
     out = [torch.full_like(b, torch.nan) for b in blocks]
     active = torch.tensor([False, True, False], device=device)
@@ -135,18 +128,14 @@ def test_column_dots_are_as_exact_as_torch(heights, width, scale, seed, device):
         assert (result[k:] == 0).all()
 
 
-@BACKENDS
-def test_a_non_finite_entry_shows_in_the_dot_of_its_column_alone(backend, device, monkeypatch):
-    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+def test_a_non_finite_entry_shows_in_the_dot_of_its_column_alone(backend, device):
     blocks = [block(300, 3, generator(i), device) for i in range(2)]
     blocks[0][299, 1] = torch.nan
     dots = column_dots(blocks, blocks, torch.ones(2, device=device))
     assert dots.isfinite().tolist() == [[True, False, True], [True, True, True]]
 
 
-@BACKENDS
-def test_a_non_finite_column_has_a_non_finite_residual(backend, device, monkeypatch):
-    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+def test_a_non_finite_column_has_a_non_finite_residual(backend, device):
     blocks = [block(2000, 2, generator(i), device) for i in range(2)]
     blocks[0][1999, 0] = torch.nan
     residuals = first_column_residuals(blocks, [b / 50 for b in blocks], torch.ones(2, device=device))

@@ -9,14 +9,8 @@ from torch import Tensor
 from specopt import kernels
 from specopt.kernels import BasisLayout
 
-BACKENDS = ("reference", "triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture(params=BACKENDS, autouse=True)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("SPECOPT_BACKEND", request.param)
-    return str(request.param)
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -15,17 +15,10 @@ from specopt.tracker.common import STEP
 from tests.specopt.target_net import SHAPES, Net, norms, of_shape, step, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
-BACKENDS = ["reference", "triton"]
 SHORT_ON_THE_REFERENCE = pytest.mark.parametrize(
     "backend", ["reference", pytest.param("triton", marks=pytest.mark.full)], indirect=True
 )
 FEW: dict[str, Any] = {"block": 4}
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("SPECOPT_BACKEND", request.param)
-    return str(request.param)
 
 
 def sigma(optimizer: Any) -> list[float]:

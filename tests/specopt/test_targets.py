@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import math
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -29,12 +18,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import specopt
 from specopt import LayerShapes, MatrixInfo
 from specopt.rules.steering import shape_target
-from specopt.settling import settle
-from specopt.tracker.common import STATS, Stat
-from tests.specopt.target_net import Net, norms, of_shape, step, weights
+from tests.specopt.target_net import Net, norms, of_shape, step
+from tests.specopt.targeted import entries
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
-
 
 IMAGES = torch.randn(2, 3, 16, 20, generator=torch.Generator().manual_seed(0))
 
@@ -51,23 +38,6 @@ SIZES = {
     "lstm.weight_hh_l0": (4, 1.0),
     "head.weight": (1, math.sqrt(2 / 5)),
 }
-
-
-def entries(optimizer: Any) -> dict[str, Any]:
-    """What the groups hold for each parameter."""
-    found: dict[str, Any] = {}
-    for group in optimizer.param_groups:
-        each = group["target"] if isinstance(group["target"], list) else [group["target"]] * len(group["params"])
-        names = group.get("param_names") or [str(place) for place in range(len(each))]
-        found.update(zip(names, each, strict=True))
-    return found
-
-
-def reported(optimizer: Any) -> dict[str, float | None]:
-    return {row.name: row.target for row in specopt.spectral_report(optimizer)}
-
-
-# --- "size" ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("given", ["inputs", "arguments", "keywords", "shapes"])
@@ -144,9 +114,6 @@ def test_inputs_beside_shapes_and_shapes_of_another_kind_are_refused() -> None:
         specopt.param_groups(Net(), target="size", inputs=IMAGES, shapes=shapes)
     with pytest.raises(TypeError, match=r"shapes must be what .*record_shapes"):
         specopt.param_groups(Net(), target="size", shapes={"head.weight": (5, 2)})  # type: ignore[dict-item]
-
-
-# --- callables -------------------------------------------------------------------------------------------------------
 
 
 def test_callable_is_told_name_shape_part_and_the_shape_of_the_parameter() -> None:
@@ -287,215 +254,6 @@ def test_callable_is_read_again_by_hand_where_it_is_set_during_training() -> Non
     assert norms(optimizer)["weight"] == pytest.approx(3.0, rel=1e-4)
 
 
-# --- lists -----------------------------------------------------------------------------------------------------------
-
-
-def lstm() -> Any:
-    return specopt.NormScaleAdamW(specopt.param_groups(nn.LSTM(4, 5)), mode="rescale")
-
-
-def test_list_has_a_number_for_each_parameter_or_for_each_of_its_matrices() -> None:
-    optimizer = lstm()
-    optimizer.param_groups[0]["target"] = [[0.5, 1.0, 1.5, 2.0], 0.7]
-    step(optimizer, 0)
-    found = norms(optimizer)
-    assert [found[f"weight_ih_l0[{gate}]"] for gate in range(4)] == pytest.approx([0.5, 1.0, 1.5, 2.0], rel=1e-4)
-    assert [found[f"weight_hh_l0[{gate}]"] for gate in range(4)] == pytest.approx([0.7] * 4, rel=1e-4)
-    assert reported(optimizer) == {name: pytest.approx(sigma, rel=1e-4) for name, sigma in found.items()}
-
-
-def test_override_gives_a_number_to_each_matrix_of_a_parameter() -> None:
-    groups = specopt.param_groups(nn.LSTM(4, 5), overrides={"weight_ih*": {"target": [0.5, 1.0, 1.5, 2]}})
-    (decision, *_) = groups.decisions
-    assert decision.target == (0.5, 1.0, 1.5, 2.0) and "0.5, 1, 1.5, 2" in str(groups)
-    assert groups[0]["target"] == [[0.5, 1.0, 1.5, 2.0]]
-    with pytest.raises(ValueError, match=r"weight_ih_l0 must have a number for each of its 4 matrices, got \[1.0\]"):
-        specopt.param_groups(nn.LSTM(4, 5), overrides={"weight_ih*": {"target": [1.0]}})
-
-
-WRONG_LISTS: list[tuple[Any, str]] = [
-    ([1.0], r"entry for each parameter of its group, 2 \(the last is weight_hh_l0\), got 1"),
-    ([1.0, 1.0, 1.0], "got 3"),
-    ([], "got 0"),
-    ([1.0, [1.0, 1.0]], r"target of weight_hh_l0 must have a number for each of its 4 matrices, got \[1.0, 1.0\]"),
-    ([1.0, 0.0], r"target of weight_hh_l0 must be .* got 0\.0"),
-    ([math.nan, 1.0], "target of weight_ih_l0 must be .* got nan"),
-    (["fan", 1.0], "target of weight_ih_l0 must be .* got 'fan'"),
-    ([None, 1.0], "target of weight_ih_l0 must be .* got None"),
-    ([True, 1.0], "target of weight_ih_l0 must be .* got True"),
-    ([[1.0, 1.0, 1.0, -1.0], 1.0], "target of weight_ih_l0 must hold .* got -1.0"),
-    ([torch.tensor(1.0), 1.0], r"target of weight_ih_l0 must be .* got tensor\(1\.\)"),
-]
-
-
-@pytest.mark.parametrize(("target", "match"), WRONG_LISTS)
-def test_wrong_list_is_refused_by_name_wherever_it_is_given_and_nothing_has_changed(target: Any, match: str) -> None:
-    optimizer = lstm()
-    step(optimizer, 0)
-    before = [param.detach().clone() for group in optimizer.param_groups for param in group["params"]]
-    optimizer.param_groups[0]["target"] = target
-    with pytest.raises(ValueError, match=match):
-        step(optimizer, 1)
-    after = [param for group in optimizer.param_groups for param in group["params"]]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    (group, *_) = specopt.param_groups(nn.LSTM(4, 5))
-    with pytest.raises(ValueError, match=match):
-        specopt.NormScaleAdamW([{**group, "target": target}])
-    saved = lstm().state_dict()
-    saved["param_groups"][0]["target"] = target
-    other = lstm()
-    with pytest.raises(ValueError, match=match):
-        other.load_state_dict(saved)
-    assert other.param_groups[0]["target"] == "channels"
-
-
-def test_a_step_looks_at_the_lists_of_many_parameters_without_asking_for_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = [nn.Parameter(torch.eye(4).repeat(3, 1)) for _ in range(100)]
-    group = {"params": params, "view": "rows:3", "target": [[0.5, 1.0, 1.5]] * 100}
-    optimizer = specopt.NormScaleAdamW([group], lr=1e-3)
-    names, asked = optimizer.names, []
-    monkeypatch.setattr(type(optimizer), "names", lambda _: asked.append(1) or names())
-    settle(optimizer.param_groups[0], optimizer.names)
-    assert not asked
-    step(optimizer, 0)  # its warning of a first step far from the target names once
-    assert len(asked) <= 1
-    asked.clear()
-    step(optimizer, 1)
-    assert not asked
-    optimizer.param_groups[0]["target"][97] = [0.5, 1.0, -1.0]
-    with pytest.raises(ValueError, match=r"target of 0\.97 must hold positive finite numbers, got -1\.0"):
-        step(optimizer, 2)
-    assert len(asked) == 1
-
-
-def test_list_stays_where_control_is_switched_off_and_on_again() -> None:
-    optimizer = lstm()
-    (group, *_) = optimizer.param_groups
-    group["target"] = [[0.5, 1.0, 1.5, 2.0], 0.7]
-    for seed, spectral in enumerate((True, False, True)):
-        group["spectral"] = spectral
-        step(optimizer, seed)
-    assert norms(optimizer)["weight_ih_l0[2]"] == pytest.approx(1.5, rel=1e-4)
-
-
-def test_groups_hold_plain_floats_whatever_numbers_were_given() -> None:
-    weight = nn.Parameter(torch.ones(2, 2))
-    for given in ((np.float64(2.0),), [np.float32(2.0)], [2], [Fraction(2)]):
-        (entry,) = specopt.NormScaleAdamW([{"params": [weight], "target": given}]).param_groups[0]["target"]
-        assert type(entry) is float and entry == 2.0
-    group = {"params": [weight, nn.Parameter(torch.ones(2))], "target": [2.0, np.float64("nan")]}
-    off = specopt.NormScaleAdamW([group]).param_groups[0]["target"][1]
-    assert type(off) is float and math.isnan(off)
-
-
-def test_list_as_the_default_of_a_rule_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"a list in a group alone.*\[1\.0\]"):
-        specopt.NormScale(target=[1.0])
-
-
-def test_optimizers_from_the_same_groups_have_lists_of_their_own() -> None:
-    groups = specopt.param_groups(nn.Linear(3, 3, bias=False), target=lambda matrix: 2.0)
-    first, second = specopt.NormScaleAdamW(groups), specopt.NormScaleAdamW(groups)
-    first.param_groups[0]["target"][0] = 5.0
-    assert second.param_groups[0]["target"] == groups[0]["target"] == [2.0]
-
-
-def test_targets_travel_with_state_dict_deepcopy_and_a_weights_only_file() -> None:
-    model = Net()
-    optimizer = specopt.NormScaleAdamW(model, target=of_shape, mode="rescale")
-    step(optimizer, 0)
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    resumed = specopt.NormScaleAdamW(specopt.param_groups(copy.deepcopy(model)), mode="rescale")
-    resumed.load_state_dict(saved)
-    for other in (resumed, copy.deepcopy(optimizer)):
-        assert entries(other) == entries(optimizer)
-        step(other, 1)
-        assert norms(other)["grouped.weight[1]"] == pytest.approx(0.9375, rel=1e-4)
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("target", [None, lambda matrix: 7.0], ids=["named", "callable"])
-@pytest.mark.parametrize("flat", [False, True])
-def test_targets_travel_with_torch_distributed_checkpoint(flat: bool, target: Any, tmp_path: Path) -> None:
-    options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    model = Net()
-    optimizer = specopt.NormScaleAdamW(model, target=of_shape)
-    step(optimizer, 0)
-    saved = {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
-    state_dict_saver.save(saved, checkpoint_id=tmp_path)
-    resumed = specopt.NormScaleAdamW(model, **({} if target is None else {"target": target}))
-    loaded = {"optimizer": get_optimizer_state_dict(model, resumed, options=options)}
-    state_dict_loader.load(loaded, checkpoint_id=tmp_path)
-    set_optimizer_state_dict(model, resumed, loaded["optimizer"], options=options)
-    assert entries(resumed) == entries(optimizer)
-
-
-# --- a target for what is off ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("target", [2.0, of_shape, [2.0]], ids=["number", "callable", "list"])
-def test_target_of_its_own_for_a_group_that_is_off_is_refused(target: Any) -> None:
-    group = {"params": [nn.Parameter(torch.ones(2, 2))], "spectral": False, "target": target}
-    with pytest.raises(ValueError, match=r"target must not be given to a group that is off.*spectral=False"):
-        specopt.NormScaleAdamW([group])
-    optimizer = specopt.NormScaleAdamW([nn.Parameter(torch.ones(2, 2))])
-    with pytest.raises(ValueError, match="group that is off"):
-        optimizer.add_param_group(group)
-    with pytest.raises(ValueError, match="group that is off"):
-        specopt.wrap(torch.optim.SGD([group], lr=0.1), specopt.NormScale())
-
-
-def test_target_of_all_groups_does_not_mean_those_that_are_off() -> None:
-    off: dict[str, Any] = {"params": [nn.Parameter(torch.ones(2, 2))], "spectral": False}
-    for target in (2.0, of_shape, "fan"):
-        on: dict[str, Any] = {"params": [nn.Parameter(torch.ones(2, 2))]}
-        optimizer = specopt.NormScaleAdamW([on, dict(off)], target=target)
-        again = specopt.NormScaleAdamW(optimizer.param_groups)
-        assert [group["spectral"] for group in again.param_groups] == [True, False]
-        specopt.NormScaleAdamW(specopt.param_groups(Net(), target=target, overrides={"head": {"spectral": False}}))
-
-
-def test_control_that_is_switched_on_without_a_target_is_refused_by_name() -> None:
-    off = {"params": [nn.Parameter(torch.ones(2, 2))], "spectral": False}
-    optimizer = specopt.NormScaleAdamW([off], target=of_shape)
-    step(optimizer, 0)
-    optimizer.param_groups[0]["spectral"] = True
-    with pytest.raises(ValueError, match=r"target of 0\.0 must be .* got None; it was off"):
-        step(optimizer, 1)
-    optimizer.param_groups[0]["target"] = [2.0]
-    step(optimizer, 1)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "match"),
-    [
-        ({"head": {"spectral": False, "target": 2.0}}, r"overrides\['head'\].*target=2\.0 and spectral=False"),
-        ({"norm": {"target": 2.0}}, r"overrides\['norm'\].*target=2\.0 for norm\.weight, norm\.bias"),
-        ({"head.bias": {"target": 2.0}}, r"target=2\.0 for head\.bias"),
-        ({nn.Embedding: {"target": of_shape}}, r"for tokens\.weight"),
-        ({"head": {"target": 2.0}, "*": {"spectral": False}}, r"for head\.weight, head\.bias"),
-    ],
-)
-def test_override_with_a_target_for_what_is_not_controlled_is_refused(overrides: Any, match: str) -> None:
-    model = Net()
-    model.tokens = nn.Embedding(3, 3)
-    with pytest.raises(ValueError, match=match):
-        specopt.param_groups(model, overrides=overrides)
-
-
-def test_override_that_reaches_what_is_on_and_what_is_off_is_meant_for_the_former() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    overrides: dict[Any, dict[str, Any]] = {nn.Linear: {"target": 2.0}, "1": {"spectral": False}}
-    targets = {one.name: one.target for one in specopt.param_groups(model, overrides=overrides).decisions}
-    assert targets == {"0.weight": 2.0, "0.bias": None, "1.weight": None, "1.bias": None}
-
-
-# --- sharded ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
     """Of four ranks, the others of which there are not."""
@@ -539,16 +297,3 @@ def test_targets_of_a_sharded_weight_are_those_of_the_whole(mesh: DeviceMesh) ->
         assert found["conv.weight"] == pytest.approx(conv) and found["head.weight"] == pytest.approx(8**0.5)
     optimizer = specopt.NormScaleAdamW([model.head.weight, sharded((4, 36), mesh)])
     assert [shape_target(matrix) for matrix in optimizer.matrices(with_grad=False)] == pytest.approx([8**0.5, 1 / 3])
-
-
-# --- with a value that is not finite ---------------------------------------------------------------------------------
-
-
-def test_a_list_leaves_a_matrix_with_a_non_finite_entry_as_the_base_left_it() -> None:
-    params = weights()
-    with torch.no_grad():
-        params[0][0, 0] = math.nan
-    optimizer = specopt.NormScaleAdamW(params, mode="rescale", target=[0.5, 0.6])
-    step(optimizer, 0)
-    assert float(optimizer.state[params[0]][STATS][Stat.VALID]) == 0 and int(params[0].isnan().sum()) == 1
-    assert float(torch.linalg.svdvals(params[1].detach())[0]) == pytest.approx(0.6, rel=1e-4)

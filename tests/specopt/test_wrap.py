@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import gc
-import pickle
 import warnings
 import weakref
 from collections.abc import Callable
@@ -13,21 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, StepLR
 
 import specopt
-from specopt.tracker.common import PREFIX, STATS, STEP
-from specopt.wrapping import class_of
+from specopt.tracker.common import STATS, STEP
 from tests.specopt.helpers import clones, equal, exact, parameters, set_gradients, step_at_scale, train
+from tests.specopt.wrapped import PENALTY, SET, Bare
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
-PENALTY, SET = specopt.SpectralPenalty(0.3), specopt.NormScale()
-
-
-# --- the bases whose update our passes make --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -71,9 +64,6 @@ def test_passes_of_ours_make_the_update_of_torchs_own_classes_alone(
     assert seen == [len(params)]
     optimizer = specopt.wrap(base(parameters(torch.float32), lr=1e-2), rule)
     assert type(optimizer).base_is_known  # type: ignore[attr-defined]
-
-
-# --- the same object -------------------------------------------------------------------------------------------------
 
 
 def test_the_same_object_comes_back_and_is_what_it_was_to_isinstance() -> None:
@@ -247,9 +237,6 @@ def test_scaled_gradients_of_a_fused_base_get_the_penalty_at_their_scale() -> No
         assert torch.allclose(mine, other, rtol=1e-5, atol=1e-6)
 
 
-# --- what the base sees ----------------------------------------------------------------------------------------------
-
-
 class Watchful(Optimizer):
     """Gradient descent that makes its state where it finds none, each in another way, and trips over any other's."""
 
@@ -307,210 +294,6 @@ def test_optimizer_without_a_learning_rate_is_under_the_rule() -> None:
     assert float(exact(params[0])[1][0]) == pytest.approx(2.0, rel=1e-3)
 
 
-class Bare(Optimizer):
-    """Neither learning rate nor closure."""
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, {})
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for param in group["params"]:
-                param.sub_(param.grad, alpha=0.01)
-
-
-# --- state -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rule", [PENALTY, SET], ids=str)
-def test_checkpoints_of_the_plain_and_of_the_wrapped_optimizer_load_into_one_another(rule: Any) -> None:
-    params, others = parameters(torch.float32), parameters(torch.float32)
-    plain, wrapped = AdamW(params, lr=1e-2), specopt.wrap(AdamW(others, lr=1e-2), rule)
-    train(plain, params, range(2))
-    wrapped.load_state_dict(copy.deepcopy(plain.state_dict()))
-    train(wrapped, others, range(2))
-    assert wrapped.state[others[0]][STEP] == 2 and float(wrapped.state[others[0]]["step"]) == 4
-    plain.load_state_dict(copy.deepcopy(wrapped.state_dict()))
-    train(plain, params, range(1))
-    assert float(plain.state[params[0]]["step"]) == 5
-
-
-@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
-def test_pickle_of_every_protocol_keeps_the_rule(protocol: int) -> None:
-    params = parameters(torch.float32)
-    rule = specopt.NormScale(target="initial", mode="cap")
-    optimizer = specopt.wrap(torch.optim.RMSprop(params), rule)
-    train(optimizer, params, range(1))
-    twin = pickle.loads(pickle.dumps(optimizer, protocol))
-    assert twin.rule == rule and type(twin) is type(optimizer)
-    assert STATS in twin.state[twin.param_groups[0]["params"][0]]
-
-
-def test_state_of_bf16_weights_stays_float32_through_a_checkpoint() -> None:
-    params, others = parameters(torch.bfloat16), parameters(torch.bfloat16)
-    first, second = (specopt.wrap(torch.optim.RMSprop(p), PENALTY) for p in (params, others))
-    train(first, params, range(2))
-    second.load_state_dict(first.state_dict())
-    kept = {name: value for name, value in second.state[others[0]].items() if name.startswith(PREFIX)}
-    assert {value.dtype for value in kept.values() if isinstance(value, Tensor)} == {torch.float32}
-
-
-@pytest.mark.parametrize("rule", [PENALTY, specopt.SpectralDecay(0.3), SET], ids=str)
-@pytest.mark.parametrize("base", [SGD, AdamW, torch.optim.RMSprop, torch.optim.Adafactor])
-def test_distributed_checkpoint_state_round_trips_and_changes_no_weight(base: Any, rule: Any) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(80, 90), nn.Linear(90, 85))
-    optimizer = specopt.wrap(base(model.parameters(), lr=1e-2), rule)
-    params: list[Tensor] = list(model.parameters())
-    train(optimizer, params, range(3))
-    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
-    twin = copy.deepcopy(model)
-    others: list[Tensor] = list(twin.parameters())
-    resumed = specopt.wrap(base(others, lr=1e-2), rule)
-    set_optimizer_state_dict(twin, resumed, saved)
-    assert equal(params, others)
-    train(optimizer, params, range(3, 5))
-    train(resumed, others, range(3, 5))
-    assert equal(params, others)
-
-
-def test_the_class_of_a_wrapped_optimizer_builds_wrapped_ones() -> None:
-    params, others = parameters(torch.float32), parameters(torch.float32)
-    optimizer = specopt.wrap(torch.optim.RMSprop(params, lr=1e-3), PENALTY)
-    second = type(optimizer)(others, **optimizer.defaults)
-    train(optimizer, params, range(2))
-    train(second, others, range(2))
-    assert equal(params, others) and second.state[others[0]][STEP] == 2
-
-
-def test_unwrap_leaves_nothing_behind() -> None:
-    params = parameters(torch.float32)
-    optimizer = SGD(params, lr=0.1)
-    attributes, keys = set(vars(optimizer)), set(optimizer.param_groups[0])
-    specopt.wrap(optimizer, PENALTY)
-    train(optimizer, params, range(2))
-    assert specopt.unwrap(optimizer) is optimizer
-    assert type(optimizer) is SGD and set(vars(optimizer)) == attributes
-    assert set(optimizer.param_groups[0]) == keys and not optimizer.state
-    train(specopt.wrap(optimizer, SET), params, range(1))
-    assert optimizer.state[params[0]][STEP] == 1
-
-
-def test_classes_are_shared_by_base_and_rule_and_let_go() -> None:
-    assert class_of(SGD, specopt.SpectralPenalty(0.3)) is class_of(SGD, specopt.SpectralPenalty(0.3))
-    assert class_of(SGD, PENALTY) is not class_of(SGD, SET)
-
-
-# --- rules are values ------------------------------------------------------------------------------------------------
-
-
-def test_rules_are_immutable_comparable_values_with_short_reprs() -> None:
-    assert specopt.SpectralPenalty(0.1) == specopt.SpectralPenalty(lam=0.1) != specopt.SpectralPenalty(0.2)
-    assert len({specopt.NormScale(), specopt.NormScale(mode="set"), specopt.NormScale(mode="cap")}) == 2
-    assert repr(specopt.NormScale(mode="cap", block=16)) == "NormScale(block=16, mode='cap')"
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        PENALTY.lam = 1.0  # type: ignore[misc]
-    assert PENALTY.options["snr_lambda"] == 0.3
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: specopt.SpectralPenalty(-1.0), "lam must be a finite number >= 0, got -1.0"),
-        (lambda: specopt.SpectralPenalty(True), "lam must be a finite number >= 0, got True"),
-        (lambda: specopt.SpectralPenalty(0.1, block=0), "block must be an integer from 1 to 64, got 0"),
-        (lambda: specopt.NormScale(mode="lower"), "mode .* must be one of .*, got 'lower'"),
-        (lambda: specopt.NormScale(norm="frobenius", mode="rescale"), "mode .* got 'rescale'"),
-        (lambda: specopt.NormScale(target=0.0), "target must be .*, got 0.0"),
-        (lambda: specopt.NormScale(geometry=["conv2d(7x7)"]), r"geometry .* group alone.*got \['conv2d\(7x7\)'\]"),
-        (lambda: specopt.SpectralPenalty(0.1, conv="operator", geometry=[None]), r"geometry .* got \[None\]"),
-        (lambda: specopt.SpectralDecay(0.1, geometry=()), r"geometry .* got \(\)"),
-    ],
-)
-def test_rules_refuse_senseless_options(make: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
-# --- what is refused, and leaves the optimizer as it was -------------------------------------------------------------
-
-
-class NeedsClosure(SGD):
-    def step(self, closure: Any) -> Any:  # type: ignore[override]
-        return super().step(closure)
-
-
-class OwnBlock(Optimizer):
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, {"lr": 0.1, "block": 7})
-
-
-class OwnNames(Optimizer):
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, {"lr": 0.1})
-        self.matrices = 3
-
-
-def patched(params: Any) -> Optimizer:
-    optimizer = SGD(params)
-    optimizer.step = lambda closure=None: None  # type: ignore[method-assign]
-    return optimizer
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (torch.optim.LBFGS, "optimizer must not be LBFGS: it evaluates the closure several times"),
-        (torch.optim.SparseAdam, "optimizer must not be SparseAdam: it takes sparse gradients alone"),
-        (specopt.SNRSGD, "must not be under a rule already, but SNRSGD is, SpectralPenalty"),
-        (lambda params: specopt.wrap(SGD(params), PENALTY), "must not be under a rule already, but SGD is"),
-        (NeedsClosure, "NeedsClosure.step needs closure"),
-        (OwnBlock, "OwnBlock has something else by these: block"),
-        (OwnNames, "OwnNames has something else by these: matrices"),
-        (patched, "optimizer.step has been replaced by"),
-        (lambda params: SGD([{"params": params, "tolerance": 0.0}]), "tolerance must be a positive finite number"),
-        (lambda params: SGD(params, differentiable=True), "differentiable must be False"),
-    ],
-)
-def test_refused_optimizers_stay_as_they_were(make: Callable[[Any], Optimizer], message: str) -> None:
-    optimizer = make(parameters(torch.float32))
-    cls, keys = type(optimizer), [set(group) for group in optimizer.param_groups]
-    with pytest.raises(ValueError, match=message):
-        specopt.wrap(optimizer, PENALTY)
-    assert type(optimizer) is cls and [set(group) for group in optimizer.param_groups] == keys
-
-
-def test_what_a_rule_cannot_go_by_is_refused() -> None:
-    params = parameters(torch.float32)
-    bare, maximizing = Bare(params), SGD(params)
-    maximizing.maximize = True  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="must have lr in every group for SpectralDecay"):
-        specopt.wrap(bare, specopt.SpectralDecay(0.1))
-    with pytest.raises(ValueError, match="must tell maximize in its groups"):
-        specopt.wrap(maximizing, PENALTY)
-    assert type(bare) is Bare and type(specopt.wrap(maximizing, SET)) is not SGD
-
-
-def test_a_weight_that_is_no_matrix_without_a_copy_is_refused() -> None:
-    gapped = torch.randn(8, 8, 16, 16)[:, :, ::2, :].requires_grad_()
-    optimizer = SGD([gapped])
-    with pytest.raises(ValueError, match="contiguous"):
-        specopt.wrap(optimizer, PENALTY)
-    assert type(optimizer) is SGD
-
-
-def test_what_is_no_optimizer_or_no_rule_is_refused() -> None:
-    optimizer: Any = SGD(parameters(torch.float32))
-    for wrong in (specopt.SpectralPenalty, 0.01, None):
-        with pytest.raises(TypeError, match=r"rule must be one of specopt.SpectralPenalty"):
-            specopt.wrap(optimizer, wrong)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer, got Linear"):
-        specopt.wrap(nn.Linear(2, 2), PENALTY)  # type: ignore[type-var]
-    with pytest.raises(TypeError, match=r"optimizer must be one that specopt.wrap returned, got SGD"):
-        specopt.unwrap(optimizer)
-
-
 def test_a_step_that_accelerate_has_put_back_does_not_bypass_the_rule() -> None:
     params = parameters(torch.float32)
     optimizer = SGD(params, lr=0.1)
@@ -518,48 +301,3 @@ def test_a_step_that_accelerate_has_put_back_does_not_bypass_the_rule() -> None:
     specopt.wrap(optimizer, PENALTY)
     train(optimizer, params, range(1))
     assert optimizer.state[params[0]][STEP] == 1
-
-
-def test_unwrap_leaves_the_options_that_groups_had_before() -> None:
-    model = nn.Sequential(nn.Embedding(5, 4), nn.MultiheadAttention(4, 2))
-    optimizer = torch.optim.RMSprop(specopt.param_groups(model))
-    before = [dict(group) for group in optimizer.param_groups]
-    specopt.wrap(optimizer, SET)
-    optimizer.add_param_group({"params": [("more", torch.zeros(3, 3))], "mode": "cap"})
-    optimizer = pickle.loads(pickle.dumps(optimizer))
-    specopt.unwrap(optimizer)
-    for old, new in zip(before, optimizer.param_groups[:-1], strict=True):
-        assert old.keys() == new.keys()
-        assert all(old[name] == new[name] for name in ("spectral", "view") if name in old)
-    assert optimizer.param_groups[-1]["mode"] == "cap" and "tolerance" not in optimizer.param_groups[-1]
-
-
-def test_a_group_that_was_taken_back_does_not_disturb_unwrap() -> None:
-    optimizer = specopt.wrap(torch.optim.RMSprop([torch.zeros(4, 4, requires_grad=True)]), SET)
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, bias=False))
-    optimizer.param_groups[0]["params"].append(model[1].weight)  # so that the model's last group is refused
-    with pytest.raises(ValueError, match="more than one parameter group"):
-        optimizer.add_param_group({"params": nn.ModuleList([nn.LayerNorm(3), model])})
-    optimizer.add_param_group({"params": [torch.zeros(3, 3)], "mode": "cap"})
-    specopt.unwrap(optimizer)
-    assert ["mode" in group for group in optimizer.param_groups] == [False, True]
-    assert not any("tolerance" in group for group in optimizer.param_groups)
-
-
-class Counting(torch.optim.SGD):
-    """Keeps state under a key that is no string."""
-
-    def step(self, closure: Any = None) -> Any:
-        for group in self.param_groups:
-            for param in group["params"]:
-                self.state[param][0] = self.state[param].get(0, 0) + 1
-        return super().step(closure)
-
-
-def test_state_keys_that_are_no_strings_are_loaded() -> None:
-    params = parameters(torch.float32)[:2]
-    optimizer = specopt.wrap(Counting(params, lr=0.1), SET)
-    train(optimizer, params, range(2))
-    optimizer.load_state_dict(optimizer.state_dict())
-    train(optimizer, params, range(2, 3))
-    assert [optimizer.state[param][0] for param in params] == [3, 3]
