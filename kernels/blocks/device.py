@@ -138,9 +138,8 @@ def mix_kernel(
     """``out[strip] = Σ_t X_t[strip] M_t``; ``WIDE_t`` is the padded number of columns of ``X_t``, 0 without a term."""
     task = work + tl.program_id(0) * 3
     b = tl.load(task)
-    if active is not None:  # noqa: SIM102 -- without a mask the load must not be compiled
-        if tl.load(active + b) == 0:
-            return
+    if active is not None and tl.load(active + b) == 0:
+        return
     entry = table + b * MIX_FIELDS
     n = tl.load(entry + 1).to(tl.int32)
     k = tl.load(entry + 2).to(tl.int32)

@@ -35,7 +35,7 @@ def stochastic(values, random, DTYPE: tl.constexpr):
         up = tl.minimum(size + (random >> 16), 0x7F7FFFFF)
         size = tl.where(finite, up, size | tl.where(size > 0x7F800000, 0x400000, 0))
         return ((sign | size) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    elif tl.float16 == DTYPE:
+    elif DTYPE == tl.float16:  # noqa: SIM300 -- as above
         up = tl.minimum(((size + (random >> 19)) & 0x7FFFE000).to(tl.float32, bitcast=True), 65504.0)
         steps = size.to(tl.float32, bitcast=True) * 16777216.0  # of a subnormal number
         low = tl.floor(steps)

@@ -224,12 +224,11 @@ def stream(
                 w = tl.trans(w)
             total = tl.dot(w, b, total, input_precision="ieee")  # [STRIP, KP]
 
-    if PRODUCT:  # noqa: SIM102 -- compiled only with a product
-        if tracked:
-            out_at = tl.load(entry + tl.where(on_right, r.LEFT_PRODUCT, r.RIGHT_PRODUCT))
-            out = pointer_to(out_at, tl.float32, True)
-            line = (chunk.to(tl.int64) * outer + fixed)[:, None] * KP
-            tl.store(out + line + wide[None, :], total, (fixed < outer)[:, None])
+    if PRODUCT and tracked:
+        out_at = tl.load(entry + tl.where(on_right, r.LEFT_PRODUCT, r.RIGHT_PRODUCT))
+        out = pointer_to(out_at, tl.float32, True)
+        line = (chunk.to(tl.int64) * outer + fixed)[:, None] * KP
+        tl.store(out + line + wide[None, :], total, (fixed < outer)[:, None])
 
 
 @triton.jit
@@ -289,19 +288,16 @@ def pass_kernel(
     entry = table + b * r.FIELDS
     options = numbers + b * r.NUMBERS
     scalar = scalars + b * r.SCALARS
-    if found_inf is not None:  # noqa: SIM102 -- without it the load must not be compiled
-        if tl.load(found_inf) != 0:
-            return
-    if CONDITIONAL:  # noqa: SIM102 -- compiled only where it is asked for
-        if tl.load(scalar + r.WANTED) == 0:
-            SETTLED: tl.constexpr = RITZ if THEN == BASIS else THEN
-            if THEN != 0 and THEN != RITZ:
-                sharing = programs_of(entry, SIDE, STRIP)
-                settle(b, table, scalars, squares, noise, tickets, round, index, sharing, SETTLED, KP, KX, HIP)
-            return
-    if UPDATE == SGD or UPDATE == ADAMW:  # noqa: SIM102, SIM109 -- only there; Triton knows no `in` of constexprs
-        if tl.load(entry + r.GRAD) == 0:
-            return
+    if found_inf is not None and tl.load(found_inf) != 0:
+        return
+    if CONDITIONAL and tl.load(scalar + r.WANTED) == 0:
+        SETTLED: tl.constexpr = RITZ if THEN == BASIS else THEN
+        if THEN != 0 and THEN != RITZ:
+            sharing = programs_of(entry, SIDE, STRIP)
+            settle(b, table, scalars, squares, noise, tickets, round, index, sharing, SETTLED, KP, KX, HIP)
+        return
+    if (UPDATE == SGD or UPDATE == ADAMW) and tl.load(entry + r.GRAD) == 0:  # noqa: SIM109 -- Triton has no `in`
+        return
 
     side = 0
     if SIDE == RIGHT:
@@ -348,12 +344,11 @@ def pass_kernel(
                     entry, options, scalar, noise, grad_scale, strip, chunk, side,
                     DTYPE, UPDATE, PENALIZED, PRODUCT, False, False, AMSGRAD, STOCHASTIC, KP, STRIP, LOOSE, 1,
                 )  # fmt: skip
-    if THEN != 0:  # noqa: SIM102 -- compiled only where there is a solve
-        if all_arrived(tickets, b, programs_of(entry, SIDE, STRIP), HIP):
-            solve(
-                b, table, numbers, scalars, sigmas, squares, noise, tickets, round, last, 0, 1,
-                THEN, KP, KX, DTYPE, True, HIP,
-            )  # fmt: skip
+    if THEN != 0 and all_arrived(tickets, b, programs_of(entry, SIDE, STRIP), HIP):
+        solve(
+            b, table, numbers, scalars, sigmas, squares, noise, tickets, round, last, 0, 1,
+            THEN, KP, KX, DTYPE, True, HIP,
+        )  # fmt: skip
 
 
 def launch(

@@ -51,9 +51,8 @@ def product_kernel(
     """
     task = work + tl.program_id(0) * 3
     entry = table + tl.load(task) * FIELDS
-    if active is not None:  # noqa: SIM102 -- without a mask the load must not be compiled
-        if tl.load(active + tl.load(entry + 10)) == 0:
-            return
+    if active is not None and tl.load(active + tl.load(entry + 10)) == 0:
+        return
     pointer, m, n, row_step, column_step = load_matrix(entry, DTYPE, UNIT, ALIGNED)
     block = tl.load(entry + 5).to(tl.pointer_type(tl.float32))
     k = tl.load(entry + 6).to(tl.int32)
@@ -90,9 +89,8 @@ def sum_chunks_kernel(table, work, active, partials, K: tl.constexpr, ROWS: tl.c
     """``Y[strip] = Σ_chunks partial[chunk, strip]``, in the order of the chunks."""
     task = work + tl.program_id(0) * 3
     entry = table + tl.load(task) * FIELDS
-    if active is not None:  # noqa: SIM102 -- without a mask the load must not be compiled
-        if tl.load(active + tl.load(entry + 10)) == 0:
-            return
+    if active is not None and tl.load(active + tl.load(entry + 10)) == 0:
+        return
     m = tl.load(entry + 1).to(tl.int32)
     n = tl.load(entry + 2).to(tl.int32)
     k = tl.load(entry + 6).to(tl.int32)

@@ -30,13 +30,24 @@ def inner_halves(a, b):
 
 
 @triton.jit
-def square_product(a, b):
-    """``a b``. A dot holds its operands in registers over their whole inner length, so that is kept at 16."""
+def product_of_halves(a, b):
+    """``a b``, of an inner length of 32 at most."""
     if a.shape[1] <= 16:
         return tl.dot(a, b, input_precision="ieee")
     else:
         left, upper, right, lower = inner_halves(a, b)
-        return square_product(left, upper) + square_product(right, lower)
+        return tl.dot(left, upper, input_precision="ieee") + tl.dot(right, lower, input_precision="ieee")
+
+
+@triton.jit
+def square_product(a, b):
+    """``a b``, of 64 columns at most. A dot holds its operands in registers over their whole inner length, so that is
+    kept at 16. (A function that calls itself would never be hashed by Triton before 3.5.)"""
+    if a.shape[1] <= 32:
+        return product_of_halves(a, b)
+    else:
+        left, upper, right, lower = inner_halves(a, b)
+        return product_of_halves(left, upper) + product_of_halves(right, lower)
 
 
 @triton.jit

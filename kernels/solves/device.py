@@ -155,9 +155,8 @@ def solve(
     squares += b.to(tl.int64) * (SLOTS * WIDTH * WIDTH)
     stats = block_at(entry, r.STATS)
     is_exact = tl.load(entry + r.EXACT) != 0
-    if KX > 0:  # noqa: SIM102 -- compiled only where there are such matrices
-        if is_exact:
-            exact(entry, options, stats, mine, sigmas, squares, round, last, KIND, KP, KX, DTYPE)
+    if KX > 0 and is_exact:
+        exact(entry, options, stats, mine, sigmas, squares, round, last, KIND, KP, KX, DTYPE)
     if is_exact == 0:
         due = is_due(stats, mine, round, last, KIND)
         if due:
@@ -226,9 +225,8 @@ def solve_kernel(
     HIP: tl.constexpr,
 ):
     """One stage of :func:`solve`; nothing where a gradient scaler has found an infinity."""
-    if found_inf is not None:  # noqa: SIM102 -- without the flag the load must not be compiled
-        if tl.load(found_inf) != 0:
-            return
+    if found_inf is not None and tl.load(found_inf) != 0:
+        return
     task = work + tl.program_id(0) * 3
     b, index, count = tl.load(task), tl.load(task + 1), tl.load(task + 2)
     if STAGE == 0:
