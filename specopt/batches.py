@@ -132,7 +132,9 @@ def signature_of(optimizer: SpectralOptimizer) -> tuple[list[Any], list[Any]]:
     signature: list[Any] = [os.environ.get("SPECOPT_BACKEND")]
     held: list[Any] = []
     names = [name for name in optimizer.rule.names if name not in UNSIGNED]
-    of_base = [name for name in optimizer.defaults if name not in (*UNSIGNED, *names)] if optimizer.base_is_known else []
+    of_base = []
+    if optimizer.base_is_known:
+        of_base = [name for name in optimizer.defaults if name not in (*UNSIGNED, *names)]
     for group in optimizer.param_groups:
         held.append(group)
         signature.append(id(group))
