@@ -296,7 +296,7 @@ def pass_kernel(
             sharing = programs_of(entry, SIDE, STRIP)
             settle(b, table, scalars, squares, noise, tickets, round, index, sharing, SETTLED, KP, KX, HIP)
         return
-    if (UPDATE == SGD or UPDATE == ADAMW) and tl.load(entry + r.GRAD) == 0:  # noqa: SIM109 -- Triton has no `in`
+    if ((UPDATE == SGD) | (UPDATE == ADAMW)) and tl.load(entry + r.GRAD) == 0:
         return
 
     side = 0
