@@ -12,8 +12,6 @@ from specopt.kernels.products import reference
 
 from .samples import assert_as_exact, block, case_lists, generator, matrix, same, seeds, widths
 
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
-
 
 @given(cases=case_lists, width=widths, seed=seeds)
 def test_products_are_as_exact_as_torch(cases, width, seed, device):
@@ -83,9 +81,7 @@ def test_two_runs_give_the_same_bits(cases, width, seed, device):
     assert same(*runs)
 
 
-@BACKENDS
-def test_inactive_matrices_leave_out_untouched(backend, device, monkeypatch):
-    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+def test_inactive_matrices_leave_out_untouched(backend, device):
     random = generator(2)
     matrices = [torch.randn(shape, generator=random).to(device) for shape in [(9, 20), (70, 5000), (30, 5000), (4, 4)]]
     blocks = [block(w.shape[1], 7, random, device) for w in matrices]
@@ -96,9 +92,7 @@ def test_inactive_matrices_leave_out_untouched(backend, device, monkeypatch):
     assert [bool(o.isnan().all()) for o in out] == (~active).tolist()
 
 
-@BACKENDS
-def test_a_slice_of_columns_is_written_and_nothing_beside_it(backend, device, monkeypatch):
-    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+def test_a_slice_of_columns_is_written_and_nothing_beside_it(backend, device):
     random = generator(3)
     w, b = torch.randn(33, 21, generator=random).to(device), block(21, 5, random, device)
     wide = torch.full((33, 9), 7.0, device=device)
@@ -107,10 +101,8 @@ def test_a_slice_of_columns_is_written_and_nothing_beside_it(backend, device, mo
     assert (wide[:, [0, 1, 7, 8]] == 7).all()
 
 
-@BACKENDS
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_non_finite_entry_shows_in_its_row_and_only_there(backend, bad, device, monkeypatch):
-    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+def test_a_non_finite_entry_shows_in_its_row_and_only_there(backend, bad, device):
     random = generator(4)
     w, b = torch.randn(40, 30, generator=random).to(device), block(30, 4, random, device)
     w[17, 5] = bad
@@ -121,16 +113,12 @@ def test_a_non_finite_entry_shows_in_its_row_and_only_there(backend, bad, device
     assert (~y.isfinite()).any(0).nonzero().flatten().tolist() == [2]
 
 
-@BACKENDS
-def test_zero_matrices_give_zero(backend, device, monkeypatch):
-    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+def test_zero_matrices_give_zero(backend, device):
     (y,) = skinny_products([torch.zeros(20, 30, device=device)], [block(30, 4, generator(5), device)])
     assert (y == 0).all()
 
 
-@BACKENDS
-def test_matrices_without_rows_or_columns_may_stand_in_the_list(backend, device, monkeypatch):
-    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+def test_matrices_without_rows_or_columns_may_stand_in_the_list(backend, device):
     random = generator(6)
     matrices = [torch.randn(shape, generator=random).to(device) for shape in [(0, 5), (5, 0), (6, 5)]]
     blocks = [block(w.shape[1], 3, random, device) for w in matrices]

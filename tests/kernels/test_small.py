@@ -13,7 +13,6 @@ from specopt.kernels.small import device as triton_side
 
 from .samples import generator, same, seeds, widths
 
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
 SIDES = pytest.mark.parametrize("side", [reference, triton_side], ids=["reference", "triton"])
 FEWER = settings(max_examples=settings.default.max_examples // 2)  # a large matrix takes the interpreter seconds
 
@@ -181,9 +180,7 @@ def test_two_runs_give_the_same_bits(device):
     assert same(*(triton_side.orthonormalizers(gram, shift, 8 * shift) for _ in range(2)))
 
 
-@BACKENDS
-def test_transposed_gram_tensors_are_read_by_their_strides(backend, device, monkeypatch):
-    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+def test_transposed_gram_tensors_are_read_by_their_strides(backend, device):
     gram = _spectrum([3.0, 2.0, 1.0], 6, device).expand(4, 3, 3)
     assert same(rotations(gram), rotations(gram.contiguous()))
     assert same(orthonormalizers(gram.mT), orthonormalizers(gram.mT.contiguous()))
@@ -204,11 +201,9 @@ SYMMETRIC = {
 }
 
 
-@BACKENDS
 @pytest.mark.parametrize("width", [1, 3, 16, pytest.param(21, marks=pytest.mark.full)])
 @pytest.mark.parametrize("kind", SYMMETRIC)
-def test_eigenvectors_are_orthonormal_and_make_the_matrix_diagonal(kind, width, backend, device, monkeypatch):
-    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+def test_eigenvectors_are_orthonormal_and_make_the_matrix_diagonal(kind, width, backend, device):
     g = _spectrum(SYMMETRIC[kind](width), width, device)
     before = g.clone()
     r = eigenvectors(g)[0].double()

@@ -9,7 +9,8 @@ from torch import Tensor
 from specopt import kernels
 from specopt.kernels import BasisLayout
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from .samples import DEVICE
+
 pytestmark = pytest.mark.usefixtures("backend")
 
 

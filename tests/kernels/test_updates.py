@@ -13,7 +13,6 @@ from specopt.kernels.updates import reference
 
 from .samples import SCALES, assert_as_exact, block, case_lists, copy, generator, matrix, same, seeds, widths
 
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
 DTYPES = pytest.mark.parametrize("dtype", list(SCALES))
 ranks = st.one_of(st.just(1), widths)
 
@@ -50,10 +49,8 @@ def test_two_runs_give_the_same_bits(cases, rank, seed, device):
     assert same([triton_side.frobenius_norms(matrices)], [triton_side.frobenius_norms(matrices)])
 
 
-@BACKENDS
 @DTYPES
-def test_nothing_beside_a_view_is_written(backend, dtype, device, monkeypatch):
-    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+def test_nothing_beside_a_view_is_written(backend, dtype, device):
     whole = torch.ones(50, 40, dtype=dtype, device=device)
     view = whole[3:-5:2, 1:-1:3]
     rank_updates_(
@@ -66,22 +63,18 @@ def test_nothing_beside_a_view_is_written(backend, dtype, device, monkeypatch):
     assert (view == 4).all() and whole.sum() == whole.numel() + 3 * view.numel()
 
 
-@BACKENDS
 @DTYPES
-def test_zero_coefficients_touch_nothing(backend, dtype, device, monkeypatch):
-    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+def test_zero_coefficients_touch_nothing(backend, dtype, device):
     weights = [torch.full((5, 6), torch.nan, dtype=dtype, device=device), torch.ones(5, 6, dtype=dtype, device=device)]
     bad = [torch.full((n, 2), torch.nan, device=device) for n in (5, 6)]
     rank_updates_(weights, torch.zeros(2, 2, device=device), [bad[0]] * 2, [bad[1]] * 2)
     assert weights[0].isnan().all() and (weights[1] == 1).all()
 
 
-@BACKENDS
 @DTYPES
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_non_finite_value_is_never_written_over_a_finite_one(backend, dtype, rank, bad, device, monkeypatch):
-    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+def test_a_non_finite_value_is_never_written_over_a_finite_one(backend, dtype, rank, bad, device):
     random = generator(1)
     w, u, v = (torch.randn(shape, generator=random).to(device) for shape in [(40, 70), (40, rank), (70, rank)])
     w, ones = w.to(dtype), torch.ones(1, rank, device=device)
@@ -100,10 +93,8 @@ def test_a_non_finite_value_is_never_written_over_a_finite_one(backend, dtype, r
     assert torch.equal(result[w != 0], w[w != 0])
 
 
-@BACKENDS
 @DTYPES
-def test_an_entry_that_would_overflow_its_dtype_keeps_its_value(backend, dtype, device, monkeypatch):
-    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+def test_an_entry_that_would_overflow_its_dtype_keeps_its_value(backend, dtype, device):
     large = 0.75 * torch.finfo(dtype).max
     w = torch.tensor([[large, 1.0]], dtype=dtype, device=device)
     one = torch.ones(1, 1, device=device)
@@ -126,9 +117,7 @@ def test_scalings_are_rounded_once(cases, factor, seed, device):
         assert torch.equal(result, (w.float() * factor).to(w.dtype))
 
 
-@BACKENDS
-def test_a_factor_of_one_touches_nothing(backend, device, monkeypatch):
-    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+def test_a_factor_of_one_touches_nothing(backend, device):
     weights = [torch.randn(9, 5, generator=generator(2)).to(device) for _ in range(2)]
     before = [copy(w) for w in weights]
     scale_(weights, torch.tensor([1.0, 0.5], device=device))
@@ -151,11 +140,9 @@ def test_norms_of_many_strips_are_as_exact(device):
     )
 
 
-@BACKENDS
 @DTYPES
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_norms_are_non_finite_where_an_entry_is_and_zero_for_zeros(backend, dtype, bad, device, monkeypatch):
-    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+def test_norms_are_non_finite_where_an_entry_is_and_zero_for_zeros(backend, dtype, bad, device):
     weights = [torch.ones(40, 130, dtype=dtype, device=device) for _ in range(3)]
     weights[0][39, 100] = bad
     weights[1].zero_()
@@ -163,9 +150,7 @@ def test_norms_are_non_finite_where_an_entry_is_and_zero_for_zeros(backend, dtyp
     assert norms.isfinite().tolist() == [False, True, True, False] and norms[1] == 0
 
 
-@BACKENDS
-def test_matrices_without_entries_may_stand_in_the_list(backend, device, monkeypatch):
-    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+def test_matrices_without_entries_may_stand_in_the_list(backend, device):
     weights = [torch.ones(shape, device=device) for shape in [(0, 3), (3, 0), (2, 2)]]
     sides = [[torch.ones(w.shape[i], 1, device=device) for w in weights] for i in range(2)]
     rank_updates_(weights, torch.ones(3, 1, device=device), *sides)
@@ -173,9 +158,7 @@ def test_matrices_without_entries_may_stand_in_the_list(backend, device, monkeyp
     assert (weights[2] == 1).all() and frobenius_norms(weights).tolist() == [0, 0, 2]
 
 
-@BACKENDS
-def test_a_write_moves_the_version_counter_of_the_base(backend, device, monkeypatch):
-    monkeypatch.setenv("SPECOPT_BACKEND", backend)
+def test_a_write_moves_the_version_counter_of_the_base(backend, device):
     base = torch.ones(4, 3, 2, 2, device=device)
     view = base.flatten(1)
     for write in (

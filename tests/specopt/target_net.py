@@ -56,3 +56,13 @@ SHAPES = [(24, 20), (6, 9)]
 def weights() -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     return [nn.Parameter(with_spectrum(shape, torch.float32, 0.3, generator)) for shape in SHAPES]
+
+
+def entries(optimizer: Any) -> dict[str, Any]:
+    """What the groups hold for each parameter."""
+    found: dict[str, Any] = {}
+    for group in optimizer.param_groups:
+        each = group["target"] if isinstance(group["target"], list) else [group["target"]] * len(group["params"])
+        names = group.get("param_names") or [str(place) for place in range(len(each))]
+        found.update(zip(names, each, strict=True))
+    return found

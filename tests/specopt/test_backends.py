@@ -13,10 +13,9 @@ from torch.optim import SGD, AdamW, Optimizer, RMSprop
 import specopt
 from specopt.kernels import backend_for
 from specopt.tracker.common import COLD_STEPS, STATS, STEP, Stat
-from tests.specopt.helpers import with_spectrum
+from tests.specopt.helpers import DEVICE, with_spectrum
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(24, 17), (17, 24), (12, 4, 2, 2), (3, 9), (5,)]
 
 

@@ -23,8 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 import specopt
 from specopt.settling import settle
 from specopt.tracker.common import STATS, Stat
-from tests.specopt.target_net import Net, norms, of_shape, step, weights
-from tests.specopt.targeted import entries
+from tests.specopt.target_net import Net, entries, norms, of_shape, step, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
 

@@ -18,8 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import specopt
 from specopt import LayerShapes, MatrixInfo
 from specopt.rules.steering import shape_target
-from tests.specopt.target_net import Net, norms, of_shape, step
-from tests.specopt.targeted import entries
+from tests.specopt.target_net import Net, entries, norms, of_shape, step
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
 

@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 import specopt
 from specopt.tracker.common import BLOCK, COLD_STEPS, LEFT, PROBE, RIGHT, STATS, STEP, Stat
-from tests.specopt.viewed import CASES, DEVICE, gradients, sigmas, targets, train, weight
+from tests.specopt.helpers import DEVICE
+from tests.specopt.viewed import CASES, gradients, sigmas, targets, train, weight
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first step moves")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from tests.specopt.helpers import DEVICE
 
 # view: shape of the parameter, its matrices by hand, and how many input channels one has
 CASES: dict[str, tuple[tuple[int, ...], Callable[[Tensor], list[Tensor]], int]] = {
