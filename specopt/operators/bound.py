@@ -117,4 +117,5 @@ def _sources(size: int, before: int, after: int, mode: str) -> Indices:
     """The pixel that each pixel of the padded input copies."""
     # zeros are no pixel, so they are padded with an index that is none
     fill = {"constant_values": OUTSIDE} if mode == "zeros" else {}
+    # numpy's stubs know the arguments of a mode only where it is a literal
     return np.pad(np.arange(size), (before, after), NUMPY_PADDING[mode], **fill)  # type: ignore[call-overload,no-any-return]

@@ -245,6 +245,7 @@ def _built(kind: str, dimensions: int, size: str, given: Mapping[str, str]) -> G
         groups=int(given.get("groups", 1)),
         mode=given.get("mode", "zeros"),
         transposed=kind == "transposed",
+        # mypy takes what is unpacked for any of the fields
         **lengths,  # type: ignore[arg-type]
     )
     if geometry.dimensions != dimensions:

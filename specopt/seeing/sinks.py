@@ -29,7 +29,7 @@ class CsvFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a+", encoding="utf-8", newline="")  # noqa: SIM115
+        self.file = open(self.path, "a+", encoding="utf-8", newline="")  # noqa: SIM115 -- until close()
         self.writer = csv.DictWriter(self.file, COLUMNS, restval="", lineterminator="\n")
         try:
             self._begin()
