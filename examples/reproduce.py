@@ -2,8 +2,8 @@
 
 Every run that is missing is made, row by row and seed by seed over all methods of the row; a call that was stopped, by
 --budget or otherwise, goes on where it was. OUT/SCALE then holds the runs, TABLE.md and figures. --record keeps what
-was found in a folder of small JSON files; --render alone writes the tables and figures of docs/results.md anew from
-them.
+was found in a folder of small JSON files, and makes no run that they hold, so that seeds can be added elsewhere;
+--render alone writes the tables and figures of docs/results.md anew from them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="auto", help="auto, cpu or cuda")
     made.add_argument("--out", type=Path, default=Path("out/papers"))
     made.add_argument(
-        "--record", type=Path, nargs="?", const=RECORDED, metavar="FOLDER", help="keep results, in examples/results"
+        "--record",
+        type=Path,
+        nargs="?",
+        const=RECORDED,
+        metavar="FOLDER",
+        help="keep results, in examples/results, and run none that are kept",
     )
     made.add_argument("--render", action="store_true", help="write docs/results.md anew from what is recorded")
     return made
@@ -81,9 +86,6 @@ def checked(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:
         kept = kept_of(args)
         if args.record is not None:
             writable(args.record, "--record")
-            for recipes in plan.values():
-                methods = {recipe.method.name: results.own_of(recipe.as_dict()) for recipe in recipes}
-                records.recorded(args.record, results.row_of(recipes, how=kept.how), methods)
         writable(args.out, "--out")
         kept.check(plan, args.seeds)
     except ValueError as error:
@@ -95,7 +97,7 @@ def kept_of(args: argparse.Namespace) -> Kept:
     machine = Machine(
         args.data_dir, args.download, args.device, args.bf16, channels_last=args.channels_last, together=args.together
     )
-    return Kept(folder_of(args), machine)
+    return Kept(folder_of(args), machine, args.record)
 
 
 def writable(folder: Path, option: str) -> None:

@@ -158,8 +158,14 @@ def fewer(one: int | None, other: int | None) -> int | None:
 def completed(found: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe as :meth:`Recipe.as_dict` has it, of what an earlier version wrote: what it did not know is as if it
     were not there."""
-    method = {**_defaults(Method), **found["method"]} if "method" in found else {}
-    return {**_defaults(Recipe), **found} | ({"method": method} if method else {})
+    method = {"method": _in_order(Method, found["method"])} if "method" in found else {}
+    return _in_order(Recipe, {**found, **method})
+
+
+def _in_order(kind: type[Method] | type[Recipe], found: Mapping[str, Any]) -> dict[str, Any]:
+    """With the defaults of what is not there; first the fields, as they are declared."""
+    there = {**_defaults(kind), **found}
+    return {one.name: there[one.name] for one in fields(kind) if one.name in there} | there
 
 
 def _defaults(kind: type[Method] | type[Recipe]) -> dict[str, Any]:

@@ -76,6 +76,33 @@ def test_a_second_call_makes_only_what_is_missing(tmp_path: Path) -> None:
     assert reproduced(third, tmp_path, "--rows", "mlp-5*", "--seeds", "2") == text and third.trained == []
 
 
+def test_what_is_recorded_is_not_run_again_and_further_seeds_join_it_in_the_report_and_the_record(
+    tmp_path: Path,
+) -> None:
+    words = ("--rows", "mlp-5*", "--record", tmp_path / "kept", "--seeds")
+    reproduced(Fake(limit=6), tmp_path / "first", *words, "2")
+    fake = Fake()
+    text = reproduced(fake, tmp_path / "elsewhere", *words, "3")
+    assert fake.trained == [
+        *((f"{MLP}/{name}", 1) for name in METHODS[2:]),
+        *((f"{MLP}/{name}", 2) for name in METHODS),
+    ]
+    assert len(fake.timed) == 1
+    (row,) = records.read_all(tmp_path / "kept")
+    assert all(sorted(row.of(method)) == [0, 1, 2] for method in METHODS) and list(row.times) == list(METHODS)
+    nothing = Fake(lost=["cifar100"])
+    assert reproduced(nothing, tmp_path / "third", *words, "3") == text
+    assert nothing.trained == [] and nothing.timed == [] and records.read_all(tmp_path / "kept") == [row]
+
+
+def test_without_record_what_is_recorded_is_run_again(tmp_path: Path) -> None:
+    words = ("--rows", "mlp-5*", "--seeds", "1")
+    reproduced(Fake(), tmp_path / "first", *words, "--record", tmp_path / "kept")
+    fake = Fake()
+    reproduced(fake, tmp_path / "elsewhere", *words)
+    assert len(fake.trained) == 4 and len(fake.timed) == 1
+
+
 def test_a_stop_leaves_a_report_of_what_there_is_and_the_next_call_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

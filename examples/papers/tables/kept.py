@@ -1,11 +1,11 @@
-"""What a folder holds of a table's runs: results, and times of a row's methods side by side."""
+"""What there is of a table's runs, in their folder or recorded: results, and times of a row's methods side by side."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,22 @@ from ..recipe import Recipe, completed
 from ..recipes import rows as recipes_of
 from ..runs import checkpoint, folders
 from ..runs.machine import Machine
+from . import records
 from .planning import Plan
-from .results import Row, compact, how_of, in_words, row_of
+from .results import Row, compact, how_of, in_words, own_of, row_of
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Of runs on one machine."""
+    """Of runs on one machine.
+
+    Args:
+        record: the folder of results that are recorded already, whose runs are not made again.
+    """
 
     folder: Path
     machine: Machine
+    record: Path | None = None
 
     @property
     def how(self) -> dict[str, str]:
@@ -55,13 +61,26 @@ class Kept:
             raise ValueError(f"{path} was computed otherwise, {words}: move it away, or take --out")
         return found
 
+    def recorded(self, recipes: Sequence[Recipe]) -> Row:
+        """What is recorded of the recipes' row; no runs where nothing is.
+
+        Raises:
+            ValueError: it is of another protocol, or of other settings of a method.
+        """
+        row = row_of(recipes, how=self.how)
+        if self.record is None:
+            return row
+        methods = {recipe.method.name: own_of(recipe.as_dict()) for recipe in recipes}
+        return records.recorded(self.record, row, methods) or row
+
     def missing(self, recipe: Recipe, seeds: Iterable[int]) -> list[int]:
         """Those seeds of which there is no result.
 
         Raises:
-            ValueError: as :meth:`result`.
+            ValueError: as :meth:`result` and :meth:`recorded`.
         """
-        return [seed for seed in seeds if self.result(recipe, seed) is None]
+        known = self.recorded([recipe]).of(recipe.method.name)
+        return [seed for seed in seeds if self.result(recipe, seed) is None and seed not in known]
 
     def times_path(self, row: str) -> Path:
         layout = ["channels-last"] if self.machine.settings.channels_last else []
@@ -87,7 +106,7 @@ class Kept:
         """Not without the row's first method, over which times are told, and not again."""
         row = recipes[0].row
         first = recipes_of(row.partition("/")[0])[row][0]
-        known = self.times(row)
+        known = {**self.recorded(recipes).times, **self.times(row)}
         return recipes[0].name == first.name and not all(recipe.method.name in known for recipe in recipes)
 
     def is_finished(self, recipes: Sequence[Recipe], seeds: int) -> bool:
@@ -117,14 +136,19 @@ class Kept:
             except (ValueError, OSError) as error:
                 lost.append(str(error))
         if lost:
-            raise ValueError("\n".join(lost))
+            raise ValueError("\n".join(dict.fromkeys(lost)))
 
     def rows(self, plan: Plan, seeds: int) -> list[Row]:
         """What there is of the plan's runs, those of earlier calls too; rows of which there is any."""
         rows = []
         for row, recipes in plan.items():
-            found = [self.result(recipe, seed) for seed in range(seeds) for recipe in recipes]
-            runs = [compact(result) for result in found if result is not None]
+            recorded = self.recorded(recipes)
+            runs = []
+            for seed, recipe in product(range(seeds), recipes):
+                found = self.result(recipe, seed)
+                run = recorded.of(recipe.method.name).get(seed) if found is None else compact(found)
+                if run is not None:
+                    runs.append(run)
             if runs:
-                rows.append(row_of(recipes, runs, self.times(row)))
+                rows.append(row_of(recipes, runs, {**recorded.times, **self.times(row)}))
         return rows
