@@ -87,7 +87,7 @@ class Bucket:
         for t, (m, n) in zip(tracked, self.shapes, strict=True):
             left_chunks, right_chunks = tiling.chunks(n)[1], tiling.chunks(m)[1]
             counts = (0, 0, 0, 0) if t.exact else (left_chunks, right_chunks, 2, 2)
-            partials = 0 if t.exact else rows.partial_rows(max(m, n), self.KP)
+            partials = 0 if t.exact else rows.partial_rows((m, n), self.KP)
             lengths = (m * counts[0], n * counts[1], m * counts[2], n * counts[3], m, n, partials)
             sizes.append([-(-length * self.KP // SCRATCH) * SCRATCH for length in lengths])
         # of each matrix: partial sums left and right, two blocks left, two right, vectors left and right, partials
@@ -97,7 +97,7 @@ class Bucket:
         for row, t, (m, n), size in zip(self._host, tracked, self.shapes, sizes, strict=True):
             starts = [at + sum(size[:i]) for i in range(len(size))]
             at += sum(size)
-            address = [self._scratch.data_ptr() + 4 * start for start in starts]
+            address = [tables.address(self._scratch) + 4 * start for start in starts]
             left_vectors, right_vectors = (
                 self._scratch[start : start + length * self.KP].view(length, self.KP)
                 for start, length in ((starts[4], m), (starts[5], n))
@@ -112,7 +112,7 @@ class Bucket:
             row[r.RIGHT_SUM.value], row[r.RIGHT_SPARE.value] = address[3], address[3] + 4 * n * self.KP
             row[r.LEFT_VECTORS.value], row[r.RIGHT_VECTORS.value] = address[4:6]
             row[r.PARTIALS.value] = address[6]
-            row[r.STATS.value] = t.stats.data_ptr()
+            row[r.STATS.value] = tables.address(t.stats)
             left = left_vectors if t.left is None and not t.exact else t.left
             for field, step, block in (
                 (r.RIGHT, r.RIGHT_STEP, t.right),
@@ -121,7 +121,7 @@ class Bucket:
                 (r.LEFT_PROBE, r.LEFT_PROBE_STEP, t.left_probe),
             ):
                 if block is not None:
-                    row[field.value], row[step.value] = block.data_ptr(), block.stride(0)
+                    row[field.value], row[step.value] = tables.address(block), block.stride(0)
         return vectors
 
     def _fill_weight(self, row: Any, weight: Tensor) -> None:
@@ -131,7 +131,7 @@ class Bucket:
             m, n, down, across = n, m, across, down
         row[r.ROWS.value], row[r.COLUMNS.value], row[r.SWAPPED.value] = m, n, swapped
         row[r.ROW_STEP.value], row[r.COLUMN_STEP.value] = down, across
-        row[r.WEIGHT.value] = weight.data_ptr()
+        row[r.WEIGHT.value] = tables.address(weight)
         size = weight.element_size()
         row[r.ALIGNED.value] = across == 1 and not (weight.data_ptr() % 16 or down * size % 16 or n * size % 16)
 

@@ -69,6 +69,12 @@ def pieces(length: int, least: int, most: int) -> tuple[int, int]:
     return size, -(-length // size)
 
 
+def address(tensor: Tensor) -> int:
+    """Of its first entry, as the int64 of a table: one of 2⁶³ and more, as on Intel GPUs, is negative."""
+    pointer = tensor.data_ptr()
+    return pointer - (1 << 64) if pointer >> 63 else pointer
+
+
 def key_of(tensors: Iterable[Tensor]) -> Hashable:
     return tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors)
 

@@ -7,12 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tables
+
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def matrix_fields(matrix: Tensor) -> tuple[int, ...]:
     """Address, rows, columns, row stride, column stride: what :func:`load_matrix` reads."""
-    return (matrix.data_ptr(), *matrix.shape, *matrix.stride())
+    return (tables.address(matrix), *matrix.shape, *matrix.stride())
 
 
 @triton.jit

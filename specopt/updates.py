@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW
 
-from specopt.kernels import Update, passes
+from specopt.kernels import Update, passes, tables
 
 from .tracker.device import BaseUpdate, runs_on
 from .views import Matrix
@@ -107,9 +107,9 @@ class OnDeviceBase:
         grads = [matrix.gradient_storage for matrix in self.matrices]
         addresses = []
         for matrix, grad, step in zip(self.matrices, grads, steps, strict=True):
-            kept = [tensor.data_ptr() for tensor in _kept(matrix)]
-            scalars = [value.data_ptr() if is_on_device(value) else 0 for value in (matrix.group["lr"], step)]  # type: ignore[union-attr]
-            addresses.append([grad.data_ptr(), *kept, *[0] * (3 - len(kept)), *scalars])
+            kept = [tables.address(tensor) for tensor in _kept(matrix)]
+            scalars = [tables.address(value) if is_on_device(value) else 0 for value in (matrix.group["lr"], step)]
+            addresses.append([tables.address(grad), *kept, *[0] * (3 - len(kept)), *scalars])
         return BaseUpdate("ADAMW" if "betas" in groups[0] else "SGD", numbers, addresses, grads)
 
     @staticmethod
@@ -144,7 +144,7 @@ def rates(matrices: Sequence[Matrix]) -> tuple[list[float], list[Tensor | None]]
     return [1.0 if is_on_device(rate) else float(rate) for rate in given], on_device
 
 
-def is_on_device(value: object) -> bool:
+def is_on_device(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 

@@ -225,7 +225,7 @@ def _gram_plan(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     rows, counts, first = [], [], 0
     for block in blocks:
         size, strips = tables.pieces(block.shape[0], GRAM_STRIP, GRAM_MOST.value)
-        rows.append((block.data_ptr(), *block.shape, block.stride(0), size, first))
+        rows.append((tables.address(block), *block.shape, block.stride(0), size, first))
         counts.append((strips, 1))
         first += strips
     device = blocks[0].device
@@ -267,9 +267,9 @@ def _mix_plan(
 ) -> tuple[Tensor, Tensor]:
     rows = []
     for b, target in enumerate(out):
-        row = [target.data_ptr(), *target.shape, target.stride(0)]
+        row = [tables.address(target), *target.shape, target.stride(0)]
         for blocks, _ in terms:
-            row += [blocks[b].data_ptr(), blocks[b].shape[1], blocks[b].stride(0)]
+            row += [tables.address(blocks[b]), blocks[b].shape[1], blocks[b].stride(0)]
         rows.append(row + [0] * (MIX_FIELDS.value - len(row)))
     device = out[0].device
     counts = [(-(-target.shape[0] // strip), 1) for target in out]
@@ -314,7 +314,7 @@ def first_column_residuals(blocks: Sequence[Tensor], units: Sequence[Tensor], sc
 def _pair_table(blocks: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
     def build() -> Tensor:
         pairs = zip(blocks, others, strict=True)
-        rows = [(*x.shape, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0)) for x, y in pairs]
+        rows = [(*x.shape, tables.address(x), x.stride(0), tables.address(y), y.stride(0)) for x, y in pairs]
         return tables.upload(rows, torch.int64, blocks[0].device)
 
     return tables.remembered(("pairs", tables.key_of(blocks), tables.key_of(others)), blocks[0].device, build)

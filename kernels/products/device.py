@@ -171,8 +171,8 @@ def _plan(matrices: Sequence[Tensor], blocks: Sequence[Tensor], out: Sequence[Te
             matrix, block = matrices[i], blocks[i]
             size, chunks = tables.pieces(matrix.shape[1], CHUNK, MOST_CHUNKS)
             strips, split = -(-matrix.shape[0] // tile.rows), chunks > 1
-            target = (out[i].data_ptr(), out[i].stride(0), i, size, partial_rows if split else -1)
-            rows.append((*matrix_fields(matrix), block.data_ptr(), block.shape[1], block.stride(0), *target))
+            target = (tables.address(out[i]), out[i].stride(0), i, size, partial_rows if split else -1)
+            rows.append((*matrix_fields(matrix), tables.address(block), block.shape[1], block.stride(0), *target))
             counts.append((strips, max(chunks, 1)))  # without columns the sum is zero, and has to be written
             splits.append((strips if split else 0, 1))
             partial_rows += chunks * matrix.shape[0] if split else 0

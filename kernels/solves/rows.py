@@ -86,9 +86,10 @@ def strips(length: int, kp: int) -> int:
     return max(tables.pieces(length, tile, MOST_STRIPS.value)[1], 1)
 
 
-def partial_rows(length: int, kp: int) -> int:
-    """Rows of KP entries that the strips of a block leave."""
-    return strips(length, kp) * (kp + 2)
+def partial_rows(shape: tuple[int, int], kp: int) -> int:
+    """Rows of KP entries that the strips of a matrix's blocks leave. A longer side may have fewer strips: 8,192 rows
+    are cut into 64 strips, 8,193 into 33."""
+    return max(strips(length, kp) for length in shape) * (kp + 2)
 
 
 @triton.jit

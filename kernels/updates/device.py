@@ -253,7 +253,7 @@ def _plan(matrices: Sequence[Tensor], lefts: Sequence[Tensor] = (), rights: Sequ
             for i in members:
                 row = [*matrix_fields(matrices[i]), i]
                 for blocks in (lefts, rights):
-                    row += [blocks[i].data_ptr(), blocks[i].stride(0)] if blocks else [0, 0]
+                    row += [tables.address(blocks[i]), blocks[i].stride(0)] if blocks else [0, 0]
                 rows.append(row)
                 m, n = matrices[i].shape
                 counts.append((-(-m // TILE.rows), -(-n // CHUNK.value)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from specopt.kernels import Penalty
+from specopt.kernels import Penalty, tables
 
 from .. import updates
 from ..session import Gate
@@ -50,7 +50,7 @@ class AfterOnDevice:
         numbers = self.numbers()
         if self.gate.base is None:
             numbers["RATE"], self.rates = updates.rates(self.matrices)
-            numbers["LR"] = [0 if rate is None else rate.data_ptr() for rate in self.rates]
+            numbers["LR"] = [0 if rate is None else tables.address(rate) for rate in self.rates]
         scaler = self.gate.scaler(self.matrices[0].param.device)
         return device.Pairs(self.matrices, numbers, self.gate.base, self.gate.workspace, scaler)
 

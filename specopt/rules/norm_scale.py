@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from specopt.kernels import tables
+
 from .. import options
 from ..session import Gate, Session
 from ..targets import Target
@@ -163,7 +165,7 @@ class _ScaledOnDevice(AfterOnDevice):
         return {
             "TARGET": [shape_target(matrix) for matrix in self.matrices],
             "TARGET_AT": [
-                value.data_ptr() if matrix.group["target"] == "initial" and value is not None else 0
+                tables.address(value) if matrix.group["target"] == "initial" and value is not None else 0
                 for matrix, value in zip(self.matrices, noted, strict=True)
             ],
             "MODE": [options.MODES["spectral"].index(matrix.group["mode"]) for matrix in self.matrices],

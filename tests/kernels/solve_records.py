@@ -76,7 +76,7 @@ class Records:
         for side, length, inner in (("LEFT", m, n), ("RIGHT", n, m)):
             shapes[f"{side}_PRODUCT"] = (-(-inner // CHUNK), length, self.KP)
             shapes.update({f"{side}_{name}": (length, self.KP) for name in ("SUM", "VECTORS", "SPARE")})
-        shapes["PARTIALS"] = (rows.partial_rows(max(m, n), self.KP), self.KP)
+        shapes["PARTIALS"] = (rows.partial_rows((m, n), self.KP), self.KP)
         return {name: like.new_full(shape, math.nan) for name, shape in shapes.items()}
 
     def _row(self, i: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -11,13 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from specopt.kernels import records as r
+from specopt.kernels.bucket import RITZ, Bucket, Tracked
 from specopt.kernels.solves import decisions, rows
 from specopt.kernels.solves import device as solves
 from specopt.tracker import common
 from specopt.tracker.common import BLOCK, LEFT, RIGHT, STATS, STEP, Stat
 from specopt.views import Matrix
 
-from .samples import generator
+from .samples import DEVICE, generator
 from .solve_records import (
     TRACKERS,
     Records,
@@ -211,7 +213,26 @@ def test_host_and_device_cut_the_same_strips(kp, device):
     for length, (size, count) in zip(lengths.tolist(), found.tolist(), strict=True):
         assert count == rows.strips(length, kp) <= rows.MOST_STRIPS.value
         assert (count - 1) * size < length <= count * size
-        assert rows.partial_rows(length, kp) * kp == count * (kp * kp + 2 * kp)
+        for shape in ((length, length), (1, length), (length, 10 * length + 1)):
+            assert rows.partial_rows(shape, kp) * kp >= count * (kp * kp + 2 * kp)
+
+
+def test_a_shorter_side_of_more_strips_writes_into_no_other_matrix():
+    """2,048 rows of 64 columns are cut into 64 strips, and 2,080 into 33."""
+
+    def tracked(m, n):
+        weight, right = (torch.randn(*shape, generator=generator(4)).to(DEVICE) for shape in ((m, n), (n, 40)))
+        stats, probe = torch.zeros(len(Stat), device=DEVICE), torch.zeros(n, 8, device=DEVICE)
+        return Tracked(weight, 40, 8, False, stats, right=right, right_probe=probe)
+
+    bucket = Bucket([tracked(2048, 2080), tracked(40, 48)])
+    bucket.set_numbers(np.ones((2, r.NUMBERS.value), np.float32))
+    bucket.set_addresses([[0] * 7] * 2)
+    start = (bucket._host[1][r.LEFT_PRODUCT.value] - bucket._scratch.data_ptr()) // 4
+    bucket._scratch.fill_(1.0)
+    bucket.launch_solve(RITZ, round=0, last=False, found_inf=None)
+    assert (bucket._scratch[:start] != 1.0).any()
+    assert (bucket._scratch[start : start + 40 * 64] == 1.0).all()
 
 
 @TRACKERS
