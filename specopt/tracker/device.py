@@ -145,7 +145,8 @@ class Engine:
 def _identity(matrix: Matrix) -> tuple[Any, ...]:
     state = matrix.state
     tensors = [matrix.weight, *(state[key] for key in (STATS, BLOCK, PROBE, LEFT, RIGHT) if key in state)]
-    return (matrix.columns, matrix.weight.stride(), *(tensor.data_ptr() for tensor in tensors))
+    layout = (tuple(matrix.weight.shape), matrix.weight.stride())
+    return (matrix.columns, *layout, *(tensor.data_ptr() for tensor in tensors))
 
 
 class Turns:

@@ -185,6 +185,23 @@ def test_bf16_state_is_in_the_bases_dtype_and_ours_in_float32() -> None:
     assert abs(exact(params[0])[1][0] / (40 / 30) ** 0.5 - 1) < 0.01
 
 
+@pytest.mark.parametrize("kept", [(slice(20), slice(None)), (slice(None), slice(20))], ids=["rows", "columns"])
+def test_a_weight_cut_down_in_place_is_noticed(kept: tuple[slice, slice]) -> None:
+    whole = torch.randn(40, 30, generator=torch.Generator().manual_seed(1)).to(DEVICE) / 7
+    param = whole.clone().requires_grad_()
+    optimizer = specopt.NormScaleAdamW([param], block=8, max_passes=1, target=1.0)
+    warm(optimizer, [param])
+    before = param.detach().clone()
+    held, param.data, param.grad = param.data, param.data[kept], None
+    for name in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[param][name] = optimizer.state[param][name][kept]
+    set_gradients([param], 1, scale=0.01)
+    optimizer.step()
+    assert param.shape == before[kept].shape and not torch.equal(param, before[kept])
+    held[kept] = before[kept]
+    assert torch.equal(held, before), "it wrote behind the weight"
+
+
 def test_a_loaded_state_drops_what_goes_by_addresses() -> None:
     optimizer, params = make("snr")
     warm(optimizer, params)
