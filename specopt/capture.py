@@ -55,4 +55,6 @@ def _reason(batch: Batch, penalizes: bool) -> str | None:
             "torch makes the base update of a penalized weight where that holds several matrices, has no state yet, or "
             "the base is another than SGD without tensors for options, and what that needs is uploaded in every step"
         )
+    if any("betas" in matrix.group and not matrix.group["capturable"] for matrix in batch.matrices):
+        return "AdamW counts its steps on the host unless it has capturable=True"
     return None

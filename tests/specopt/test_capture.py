@@ -129,12 +129,25 @@ def test_a_step_whose_gradients_have_moved_cannot_be_captured(capturing: list[bo
     del kept
 
 
+def test_a_step_whose_options_have_changed_cannot_be_captured(capturing: list[bool]) -> None:
+    optimizer, params = make("snr")
+    warm(optimizer, params)
+    optimizer.param_groups[0]["lr"] *= 2
+    capturing[0] = True
+    with pytest.raises(RuntimeError, match=r"an option has changed.*hold lr in a tensor"):
+        optimizer.step()
+
+
 def test_a_step_counted_on_the_host_cannot_be_captured(capturing: list[bool]) -> None:
     optimizer, params = make("set")
     warm(optimizer, params)
     capturing[0] = True
-    with pytest.raises(RuntimeError, match=r"an option has changed.*capturable=True"):
+    with pytest.raises(RuntimeError, match=r"on the host unless it has capturable=True"):
         optimizer.step()
+    counts = {float(optimizer.state[param]["step"]) for param in params if "step" in optimizer.state[param]}
+    capturing[0] = False
+    optimizer.step()
+    assert {float(optimizer.state[param]["step"]) - 1 for param in params if "step" in optimizer.state[param]} == counts
 
 
 def packed(weight: Tensor) -> Any:
