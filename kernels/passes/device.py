@@ -170,7 +170,8 @@ def stream(
                 g = g / scale
         if PENALIZED:
             penalized = g + rank_one
-            g = tl.where(is_finite(rounded(penalized, DTYPE).to(tl.float32)), penalized, g)
+            finite = is_finite(penalized) & is_finite(rounded(penalized, DTYPE).to(tl.float32))
+            g = tl.where(finite, penalized, g)
         if UPDATE == SGD:
             g = tl.where(maximize, -g, g)
             known = (rows < remembered)[:, None] & (columns < n)[None, :]
