@@ -41,6 +41,8 @@ SCALARS.update({f"{name}{t}": "i32" for name in ("height", "width") for t in ran
 # others: *fp32
 POINTERS = {"table": "*i64", "spans": "*i64", "work": "*i32", "tickets": "*i32", "active": "*u8", "dropped": "*u8"}
 DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+SHARED = {"cuda": 99 * 1024, "hip": 64 * 1024}
+"""Bytes of shared memory that a program may take: on NVIDIA, as on sm_86, sm_89 and sm_120, which have least."""
 LAYOUTS = {"rows": (1, True), "columns": (2, True), "unaligned rows": (1, False), "strided": (0, False)}
 
 
@@ -122,8 +124,8 @@ def _layouts() -> Iterator[tuple[str, dict[str, object]]]:
 
 
 def measure(variant: Variant, target: GPUTarget) -> dict[str, int]:
-    """Registers, bytes spilled to memory, on NVIDIA accesses of 16 bytes, and on AMD tickets and how many of them are
-    taken behind a barrier to which every wave comes with its stores made."""
+    """Registers, bytes spilled to memory, bytes of shared memory, on NVIDIA accesses of 16 bytes, and on AMD tickets
+    and how many of them are taken behind a barrier to which every wave comes with its stores made."""
     names = variant.kernel.arg_names
     if "HIP" in names:
         variant.constants["HIP"] = target.backend == "hip"
@@ -140,10 +142,11 @@ def measure(variant: Variant, target: GPUTarget) -> dict[str, int]:
         target=target,
         options={"num_warps": variant.warps, "enable_fp_fusion": True, **limits},
     )
+    shared = compiled.metadata.shared
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         registers, spilled = (int(re.search(rf"\.{w}:\s+(\d+)", text)[1]) for w in ("vgpr_count", "vgpr_spill_count"))
-        return {"registers": registers, "spilled": spilled, **tickets_in(text)}
+        return {"registers": registers, "spilled": spilled, "shared": shared, **tickets_in(text)}
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -151,7 +154,7 @@ def measure(variant: Variant, target: GPUTarget) -> dict[str, int]:
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK", "LOCAL"))
     wide = re.findall(r"ld\.global\S*\.v4|cp\.async\S* \[[^;]*\], 0x10,", compiled.asm["ptx"])
-    return {"registers": registers, "spilled": stack + local, "wide": len(wide)}
+    return {"registers": registers, "spilled": stack + local, "shared": shared, "wide": len(wide)}
 
 
 def usage_of(session: pytest.Session, test: Callable[..., None], module: str) -> Usage:
@@ -176,10 +179,12 @@ def usage_of(session: pytest.Session, test: Callable[..., None], module: str) ->
 
 
 def without_spilling(usage: Usage, target: str, name: str, but: int = 0) -> dict[str, Any]:
-    """What one kernel takes, which has to compile and to keep in registers what it holds, but for so many bytes."""
+    """What one kernel takes, which has to compile, to keep in registers what it holds, but for so many bytes, and to
+    find room in the shared memory of every GPU of the kind."""
     found = usage[target, name]
     assert "error" not in found, found["error"]
     assert found["spilled"] <= but, found
+    assert found["shared"] <= SHARED[TARGETS[target].backend], found
     return found
 
 
