@@ -14,6 +14,7 @@ from .options import CONVS, check_choice
 from .reading import Kind, Owned, Reading, readings_of
 from .recording import LayerShapes, record_call
 from .settling import entry_of, is_settled
+from .sharding.checking import flattened, is_flattened
 from .targets import check_target, is_individual
 from .telling import listing
 from .views import could_be_controlled, is_controlled
@@ -66,6 +67,8 @@ def decide(
     decided = []
     for places, reading in readings:
         given = _given(overrides, places)
+        if given.get("spectral", True) and is_flattened(places[0].param):
+            raise flattened(places[0].param, places[0].name)
         own = _own_options(places[0], reading, given, embeddings)
         matrices = _matrices(places[0], {**common, **own})
         options, beside = _settled(places[0], {**common, **own}, matrices, sizes)

@@ -31,18 +31,27 @@ def check_whole(params: Iterable[Tensor], what: str) -> None:
             )
 
 
+def is_flattened(param: Tensor) -> bool:
+    """Whether it is FSDP1's shard of several parameters, laid out in a row."""
+    return param.ndim == 1 and getattr(param, "_fsdp_flattened", False)
+
+
+def flattened(param: Tensor, name: str) -> ValueError:
+    return ValueError(
+        f"parameter {name} is a flattened shard of FullyShardedDataParallel, {param.numel()} numbers of which no "
+        "matrix can be made: use torch.distributed.fsdp.fully_shard (FSDP2), whose parameters keep their shape, "
+        f"{INSTEAD}"
+    )
+
+
 def check_sharded(param: Tensor, group: Mapping[str, Any], names: Callable[[], Mapping[Tensor, str]]) -> None:
     """Whether a parameter that is cut up over ranks can be controlled as its group asks for.
 
     Raises:
         ValueError: it cannot, naming it and what to do.
     """
-    if group["spectral"] and param.ndim == 1 and getattr(param, "_fsdp_flattened", False):
-        raise ValueError(
-            f"parameter {names()[param]} is a flattened shard of FullyShardedDataParallel, {param.numel()} numbers of "
-            "which no matrix can be made: use torch.distributed.fsdp.fully_shard (FSDP2), whose parameters keep their "
-            f"shape, {INSTEAD}"
-        )
+    if group["spectral"] and is_flattened(param):
+        raise flattened(param, names()[param])
     if not is_distributed(param) or not group["spectral"]:
         return
     if any(placement.is_partial() for placement in param.placements):

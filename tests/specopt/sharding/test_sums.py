@@ -119,9 +119,12 @@ def refusals() -> dict[str, str]:
     def weight(*shape: int, dtype: torch.dtype | None = None) -> Any:
         return torch.nn.Parameter(distribute_tensor(torch.randn(shape, dtype=dtype), mesh, [Shard(0)]))
 
-    def flattened(original: bool) -> None:
+    def flattened(original: bool, given: Callable[[torch.nn.Module], Any] = lambda model: model.parameters()) -> None:
         model = FullyShardedDataParallel(torch.nn.Linear(8, 6), use_orig_params=original, device_id=torch.device("cpu"))
-        specopt.NormScaleAdamW(model.parameters())
+        specopt.NormScaleAdamW(given(model))
+
+    def turned_off(model: torch.nn.Module) -> Any:
+        return specopt.param_groups(model, overrides={"*": {"spectral": False}})
 
     def cut_otherwise() -> None:
         rows = 5 if dist.get_rank() == 0 else 3
@@ -133,6 +136,9 @@ def refusals() -> dict[str, str]:
         "other parts": cut_otherwise,
         "flat": lambda: flattened(False),
         "flat, original": lambda: flattened(True),
+        "flat model": lambda: flattened(False, lambda model: model),
+        "flat model, original": lambda: flattened(True, specopt.param_groups),
+        "flat, off": lambda: flattened(True, turned_off),
     }
     found = {}
     for name, attempt in tried.items():
@@ -157,6 +163,9 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("other parts", r"rank holds of the sharded 0\.0 of shape \(8, 6\) must have the shape \(4, 6\).*got \(3, 6\)"),
         ("flat", r"parameter 0\.0 is a flattened shard .*fully_shard"),
         ("flat, original", r"parameter 0\.0 is a flattened shard .*fully_shard"),
+        ("flat model", r"parameter _fsdp_wrapped_module\._flat_param is a flattened shard .*fully_shard"),
+        ("flat model, original", r"parameter _fsdp_wrapped_module\.weight is a flattened shard .*fully_shard"),
+        ("flat, off", "was not refused"),
     ],
 )
 def test_what_shards_do_not_allow_is_refused_with_what_to_do(refused: dict[str, str], what: str, message: str) -> None:
