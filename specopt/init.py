@@ -40,8 +40,8 @@ def scaled_orthogonal_(
     ``overrides`` and ``inputs``: a conv kernel is read as ``(out, in·k·k)``, a transposed conv with its output channels
     as rows, a grouped one group by group, gates and packed projections one by one. All singular values of a matrix are
     then ``gain · σ*``: in float32 and float64 to 1e-5 at least; bfloat16 and float16 weights are computed in float32
-    and rounded once, each entry by 2⁻⁹ or 2⁻¹² of itself at most. Embeddings, with what is tied to them, what an
-    override turns off, other modules and all biases stay as they are.
+    and rounded once, each entry by 2⁻⁹ or 2⁻¹² of itself at most. Frozen weights, embeddings, with what is tied to
+    them, what an override turns off, other modules and all biases stay as they are.
 
     Of a DTensor every rank makes the whole matrix from the seed, one at a time, and keeps its part: on the same kind of
     device the bits are those of the same module when it was whole.
@@ -75,8 +75,9 @@ def scaled_orthogonal_(
     for one in decided:
         _check(one, seed)
     for one in decided:
-        if one.matrices is not None:
-            param, view = one.places[0].param, parse(one.options["view"])
+        param = one.places[0].param
+        if one.matrices is not None and param.requires_grad:
+            view = parse(one.options["view"])
             found = local_parts(param, view) if is_distributed(param) else map(Part.all_of, pieces(param, view))
             for index, (part, sigma) in enumerate(zip(found, _targets(one), strict=True)):
                 own = generator if seed is None else _seeded(seed, f"{one.name}[{index}]", part.here.device)

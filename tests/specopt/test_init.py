@@ -192,6 +192,14 @@ def test_tied_weight_is_made_once_and_stays_tied() -> None:
     assert torch.equal(first.weight, alone.weight)
 
 
+def test_frozen_weights_stay_as_they_are() -> None:
+    model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 10)).requires_grad_(False)
+    model[1].requires_grad_(True)
+    before = [layer.weight.clone() for layer in model]
+    specopt.init.scaled_orthogonal_(model)
+    assert torch.equal(model[0].weight, before[0]) and not torch.equal(model[1].weight, before[1])
+
+
 def test_strided_weights_are_filled_in_place() -> None:
     conv = nn.Conv2d(4, 6, 3)
     conv.weight = nn.Parameter(conv.weight.detach().to(memory_format=torch.channels_last))
