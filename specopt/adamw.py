@@ -56,7 +56,8 @@ class NormScaleAdamW(SpectralOptimizer, AdamW):
         block: columns of a product, 1 to 64: the tracked block, and an eighth of them a probe of where the last
             update went. With a rank above 1, at least ``4·rank``.
         tolerance: residual ``‖Wᵀu₁ − σ₁v₁‖ / σ₁`` above which the next step makes a further pair of products.
-        max_passes: the most pairs of products in a step; by default 16 in the first 20 steps, 2 later.
+        max_passes: the most pairs of products in a step; by default 16 in the first 20 steps, 2 later (on a CPU 16
+            again where the block has lost σ₁, as a residual above 0.1 tells).
         stochastic_rounding: round bfloat16 and float16 weights up or down by chance, so that updates and corrections
             smaller than their last place count on average. The chance is seeded by the step: the same in every run.
             (torch itself makes, and rounds, the update of what is not controlled, and of a parameter that holds several

@@ -36,7 +36,8 @@ class SNRSGD(SpectralOptimizer, SGD):
             ``specopt/views/parts.py``. Matrices of a Module have views of their own.
         block: columns of a product, 1 to 64: the tracked block, and an eighth of them a probe of where the weight went.
         tolerance: residual ``‖Wᵀu₁ − σ₁v₁‖ / σ₁`` above which a step makes a further pair of products.
-        max_passes: the most pairs of products in a step; by default 16 in the first 20 steps, 2 later.
+        max_passes: the most pairs of products in a step; by default 16 in the first 20 steps, 2 later (on a CPU 16
+            again where the block has lost σ₁, as a residual above 0.1 tells).
         stochastic_rounding: round bfloat16 and float16 weights up or down by chance, so that updates and corrections
             smaller than their last place count on average. The chance is seeded by the step: the same in every run.
             (torch itself makes, and rounds, the update of what is not controlled, of everything while ``snr_lambda`` is

@@ -61,7 +61,7 @@ def wrap(optimizer: AnyOptimizer, rule: AnyRule) -> AnyOptimizer:
 
     Example::
 
-        optimizer = specopt.wrap(torch.optim.RMSprop(model.parameters()), specopt.SpectralPenalty(0.01))
+        optimizer = specopt.wrap(torch.optim.RMSprop(specopt.param_groups(model)), specopt.SpectralDecay(1.0))
     """
     _check_kinds(optimizer, rule)
     base = type(optimizer)

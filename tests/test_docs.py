@@ -33,6 +33,17 @@ def test_snippet_runs(page: Path, line: int, code: str, tmp_path: Path, monkeypa
     exec(compile("\n" * (line - 1) + code, page.name, "exec"), names)
 
 
+@pytest.mark.parametrize("page", [DOCS / "training.md", DOCS / "guide.md"], ids=lambda page: page.name)
+@pytest.mark.filterwarnings("ignore")
+def test_snippets_run_in_the_order_of_the_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"__name__": "snippet"}
+    first, others = snippets(page)
+    for code in (first, *(other.values[2] for other in others)):
+        exec(compile(code, page.name, "exec"), names)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_fence_of_the_page_is_missed(page: Path) -> None:
     assert page.read_text().count("```python") == len(snippets(page)[1]) + 1 > (10 if page.stem == "training" else 1)
