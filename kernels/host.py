@@ -13,7 +13,7 @@ from torch import Tensor
 from .backend import live
 from .blocks.reference import residual
 from .tables import identity
-from .triplets import BasisLayout, Triplets, TurnLayout, orthonormalize_all, scouts
+from .triplets import BasisLayout, Triplets, TurnLayout, eigh, orthonormalize_all, scouts
 
 SAFE = 1e-8, 1e16
 """Squared norm of a block's longest column, between which no square that counts can over- or underflow."""
@@ -27,7 +27,7 @@ FAIR = 1e-3
 def ritz_triplets(products: Sequence[Tensor], blocks: Sequence[Tensor], out: Triplets, active: Tensor | None) -> None:
     """Into ``out``, as many vectors as there is room for."""
     for chosen, gram, scale in _grams(products, live(active, len(products))):
-        weight, rotation = torch.linalg.eigh(gram.neg_())
+        weight, rotation = eigh(gram.neg_())
         root = weight.neg_().clamp_min_(0).sqrt_()
         limits = torch.finfo(root.dtype)
         present = root > 64 * limits.eps * root[:, :1]
@@ -59,7 +59,7 @@ def sharpen(triplets: Triplets, count: int) -> None:
         if not (math.isfinite(top) and top > 0):
             continue
         x = x / top
-        _, rotation = torch.linalg.eigh(x.mT @ x)
+        _, rotation = eigh(x.mT @ x)
         x = x @ rotation.flip(1)
         norms = torch.linalg.vector_norm(x, dim=0)
         left[:, :k] = torch.where(norms > 0, x / norms.clamp_min(torch.finfo(x.dtype).tiny), 0.0)

@@ -32,6 +32,20 @@ def scouts(columns: int) -> int:
     return 1 if columns >= 8 else 0
 
 
+def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``torch.linalg.eigh``, of Gram matrices (B, k, k) or (k, k) that may be graded beyond all rounding: in float32
+    MKL does not converge on some of nearly rank one. Those are solved in float64, without what is nothing beside their
+    largest entry."""
+    try:
+        weight, rotation = torch.linalg.eigh(gram)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        wide = gram.double()
+        size = wide.abs()
+        wide = torch.where(size > 1e-20 * size.amax((-2, -1), keepdim=True), wide, 0.0)
+        weight, rotation = (found.to(gram.dtype) for found in torch.linalg.eigh(wide))
+    return weight, rotation
+
+
 class BasisLayout(NamedTuple):
     """How the columns of the next basis are shared out: ``kept`` and ``followers`` per matrix, its :func:`scouts`, and
     images in the rest."""

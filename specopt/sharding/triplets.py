@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specopt import kernels
 from specopt.kernels import Triplets
+from specopt.kernels.triplets import eigh
 
 
 def gram(block: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def solved(grams: Sequence[Tensor], dtype: torch.dtype) -> Solved:
     for chosen in by_width.values():
         stacked = torch.stack([grams[i] for i in chosen])
         finite = stacked.isfinite().all(2).all(1)[:, None]
-        weight, rotation = torch.linalg.eigh(torch.where(finite[:, :, None], stacked, 0.0).neg_())
+        weight, rotation = eigh(torch.where(finite[:, :, None], stacked, 0.0).neg_())
         root = weight.neg_().clamp_min_(0).sqrt_()
         present = (root > 64 * torch.finfo(dtype).eps * root[:, :1]) & (root >= torch.finfo(dtype).smallest_normal)
         sigma = torch.where(finite, torch.where(present, root, 0.0), torch.nan)
