@@ -217,12 +217,15 @@ class Corrections:
         sigma = found.sigma[:, : self.reach]
         added, factor = torch.zeros_like(sigma), None
         for correct, _ in self.parts:
-            now, order = pairs.Change(added, factor).of(sigma).sort(dim=1, descending=True, stable=True)
+            signed = pairs.Change(added, factor).of(sigma)  # a decay by more than the whole turns a direction round
+            now, order = signed.abs().sort(dim=1, descending=True, stable=True)
             change = correct(found._replace(sigma=now))
             if change.factor is not None:
                 added = added * change.factor[:, None]
                 factor = change.factor if factor is None else factor * change.factor
-            added = added.scatter_add(1, order[:, : change.added.shape[1]], change.added)
+            changed = order[:, : change.added.shape[1]]
+            turned = torch.where(signed.gather(1, changed) < 0, -change.added, change.added)
+            added = added.scatter_add(1, changed, turned)
         return pairs.Change(added, factor)
 
     def _scale_frobenius(self, found: pairs.Found) -> pairs.Change:

@@ -76,6 +76,17 @@ def test_each_rule_does_what_it_does_alone(dtype: torch.dtype, decay: float, ran
     assert compared > 5
 
 
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("decay", [1.5, 3.0])
+def test_a_cap_holds_behind_a_decay_that_turns_a_direction_round(decay: float, rank: int) -> None:
+    param = with_spectrum((40, 30), torch.float32, 0.8, torch.Generator().manual_seed(0)).requires_grad_()
+    rules = specopt.SpectralDecay(decay), specopt.NormScale(mode="cap", rank=rank, target=0.6)
+    optimizer = specopt.wrap(SGD([param], lr=1.0), specopt.Compose(*rules))
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert float(exact(param)[1][0]) == pytest.approx(0.6, rel=1e-3)
+
+
 def test_the_penalty_in_training_is_that_of_the_weight_as_it_is() -> None:
     from benchmarks import workloads
 
