@@ -16,10 +16,11 @@ adversarial             ``1/B Σ_i L(x_i + η_i)``, ``η_i`` a step of length ep
 
 Common to all: ``output`` is either the logits (B, C), computed from ``inputs`` that require grad, or a callable, such
 as a module, which is called once with a copy of ``inputs`` that does; the caller's tensor is left as it is, and no
-gradient flows to it. Each may be called with ``(output, inputs, targets)``, which those that need none do not look at
-(``adversarial`` takes the model, and ``epsilon`` beside it). Penalties are scalars of float32 (float64 from float64
-logits) that can be differentiated twice. The model's forward runs under the caller's autocast; softmax, norms and
-squares are made in float32 and without it. Class indices are those of the logits: no target is ignored, -100 neither.
+gradient flows to it. (``confidence_penalty`` takes no gradient by the inputs, and calls with them as they are.) Each
+may be called with ``(output, inputs, targets)``, which those that need none do not look at (``adversarial`` takes the
+model, and ``epsilon`` beside it). Penalties are scalars of float32 (float64 from float64 logits) that can be
+differentiated twice. The model's forward runs under the caller's autocast; softmax, norms and squares are made in
+float32 and without it. Class indices are those of the logits: no target is ignored, -100 neither.
 
 Batch norm in training mode makes every sample's output depend on the whole batch. What is taken then is the gradient
 by ``x_i`` of the sum of the batch's outputs (losses); in eval mode that is the sample's own. Dropout: there is one

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -105,13 +106,13 @@ def check_classes(targets: Tensor, logits: Tensor) -> None:
         raise ValueError(f"targets must be class indices from 0 to {logits.shape[1] - 1}, got {wrong}")
 
 
-def check_losses(losses: Any, logits: Tensor) -> None:
+def check_losses(losses: Any, logits: Tensor, differentiable: bool) -> None:
     """Raises:
-    ValueError: what ``loss`` returned is not a number a sample that depends on the logits."""
+    ValueError: what ``loss`` returned is not a number a sample, that depends on the logits where it has to."""
     if not isinstance(losses, Tensor) or losses.shape != logits.shape[:1]:
         got = tuple(losses.shape) if isinstance(losses, Tensor) else kind(losses)
         raise ValueError(f"loss must return a loss a sample, shape ({len(logits)},), got {got}")
-    if not losses.requires_grad:
+    if differentiable and not losses.requires_grad:
         raise ValueError("loss must return what depends on the logits by operations with a gradient")
 
 
@@ -139,14 +140,14 @@ def check_directions(z: Tensor) -> None:
 def check_count(name: str, value: Any) -> None:
     """Raises:
     ValueError: not an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def check_number(name: str, value: Any, most: float = math.inf) -> None:
     """Raises:
     ValueError: not a finite number from 0 to ``most``."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not 0 <= value <= most or not math.isfinite(value):
         expected = "of at least 0" if most == math.inf else f"from 0 to {most:g}"
         raise ValueError(f"{name} must be a finite number {expected}, got {value!r}")

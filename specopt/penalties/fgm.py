@@ -95,7 +95,7 @@ def adversarial(
     moved = inputs.detach() + fgm_step(gradient, epsilon)
     logits = logits_of(model, moved)
     with without_autocast(logits.device):
-        there = losses_of(loss, logits, targets).mean()
+        there = losses_of(loss, logits, targets, differentiable=False).mean()
         return there if alpha is None else alpha * losses.mean() + (1 - alpha) * there
 
 

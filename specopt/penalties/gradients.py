@@ -138,8 +138,11 @@ def spect_reg(
         return graph.mean_square(graph.derivatives(cotangents)) / len(cotangents)
 
 
-def losses_of(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
+def losses_of(loss: Loss, logits: Tensor, targets: Tensor, differentiable: bool = True) -> Tensor:
     """One a sample, in the precision of the logits.
+
+    Args:
+        differentiable: whether they have to be; those of a frozen model, at inputs that are data, are not.
 
     Raises:
         ValueError: targets out of range, or another result.
@@ -147,7 +150,7 @@ def losses_of(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
     if loss is cross_entropy:
         check_classes(targets, logits)
     losses = loss(logits, targets)
-    check_losses(losses, logits)
+    check_losses(losses, logits, differentiable)
     return losses.to(logits.dtype)
 
 

@@ -90,7 +90,9 @@ def graph_of(output: Output, inputs: Tensor) -> Graph:
     check_differentiable(inputs, output)
     if not isinstance(output, Tensor):
         inputs = inputs.detach().requires_grad_()
-    logits = logits_of(output, inputs)
+        logits = logits_of(output, inputs.clone())  # which it may write to
+    else:
+        logits = logits_of(output, inputs)
     if not logits.requires_grad:
         raise ValueError(INDEPENDENT)
     return Graph(logits, inputs)

@@ -159,7 +159,9 @@ def check_budget(classes: int, each: int, max_bytes: int) -> None:
 
 def class_bytes(graph: Graph, rows: Rows) -> int:
     """Of one class: the gradients that flow into the nodes of the graph, kept for the backward pass, as many in the
-    backward pass itself, and the numbers of its row."""
-    flowing = (metadata for node in nodes_of(graph) for metadata in node._input_metadata)
+    backward pass itself, and the numbers of its row. A clone hands on the gradient that it gets."""
+    flowing = (
+        metadata for node in nodes_of(graph) if node.name() != "CloneBackward0" for metadata in node._input_metadata
+    )
     once: int = sum(math.prod(gradient.shape) * gradient.dtype.itemsize for gradient in flowing)
     return 2 * once + rows.numbers(*graph.logits.shape) * graph.logits.dtype.itemsize

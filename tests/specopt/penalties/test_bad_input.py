@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -288,6 +289,14 @@ def test_epsilon_and_eps_that_are_no_finite_numbers_of_at_least_zero_are_refused
         fgm_step(X, wrong)
     with pytest.raises(ValueError, match="eps must be a finite number of at least 0, got"):
         confidence_penalty(not_called, X, eps=wrong)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    model = net()
+    torch.testing.assert_close(
+        adversarial(model, X, TARGETS, epsilon=np.float32(0.5)), adversarial(model, X, TARGETS, epsilon=0.5)
+    )
+    torch.testing.assert_close(frob_reg(model, X, chunk=np.int64(2)), frob_reg(model, X, chunk=2))
 
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.5, float("nan"), "1"])

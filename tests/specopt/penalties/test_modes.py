@@ -153,6 +153,31 @@ def test_the_callers_inputs_are_left_as_they_are(name: str) -> None:
     assert torch.equal(x, held) and x._version == version and x.grad is None and not x.requires_grad
 
 
+class Overwriting(nn.Module):
+    """Writes to what it is called with, as a model does that begins with nn.ReLU(inplace=True); clamps it unseen."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x.clamp_(-1, 1)
+        logits: Tensor = self.net(x.relu_())
+        return logits
+
+
+@pytest.mark.parametrize("name", [*PENALTIES, "adversarial"])
+def test_a_model_may_write_to_its_inputs_which_are_a_copy(name: str) -> None:
+    net, x = lenet().double(), images(4, 1, 12, 12)
+    held = x.clone()
+    value = EVERY[name](Overwriting(net), x)
+    value.backward(retain_graph=True)
+    assert torch.equal(x, held)
+    if name != "adversarial":
+        assert_same(value, EVERY[name](lambda z: net(z.relu()), x.clamp(-1, 1)), net)
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_nan_in_a_sample_is_passed_on(name: str) -> None:
     net, x = (
@@ -170,6 +195,13 @@ def test_weights_that_are_frozen_get_no_gradient_and_the_others_theirs(name: str
     EVERY[name](net, x).backward()
     assert net[0].weight.grad is None
     assert net[4].weight.grad.count_nonzero() > 0
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_of_a_frozen_model_the_value_is_that_of_any(name: str) -> None:
+    net, x = lenet().double(), images(4, 1, 12, 12)
+    wanted = EVERY[name](net, x)
+    torch.testing.assert_close(EVERY[name](net.requires_grad_(False), x).detach(), wanted.detach())
 
 
 def test_a_stack_of_models_is_one_batch_and_gives_the_mean_over_the_models() -> None:
