@@ -38,7 +38,7 @@ def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     largest entry."""
     try:
         weight, rotation = torch.linalg.eigh(gram)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # which torch does not list as exported
         wide = gram.double()
         size = wide.abs()
         wide = torch.where(size > 1e-20 * size.amax((-2, -1), keepdim=True), wide, 0.0)
