@@ -29,9 +29,9 @@ def spectral_report(optimizer: Optimizer, top: int = 8) -> SpectralReport:
     One host sync for these and one for those; changes neither weights nor state, and draws no random number. Everything
     is measured afresh, from the weights as they are now: σ₁ of a matrix within 1e-4 of float64 SVD, or 1e-3 where the
     spectrum is flat at its top. The lower singular values are Ritz values of the same block, and so lie below the true
-    ones: up to the eighth by at most 2e-3 in the spectrum of a random matrix or one that falls off, by some 3e-2 in
-    the flattest, where the first has 1 % on average above each of the next. Of an operator the norm alone is told, with
-    the Frobenius norm of its kernel.
+    ones: up to the eighth by at most 2e-3 in the spectrum of a random matrix or one that falls off, by 4e-2 in the
+    flattest, as where three lie 5 % above all others. Of an operator the norm alone is told, with the Frobenius norm of
+    its kernel.
 
     Args:
         top: how many leading singular values a row holds, from 1 to 16.

@@ -141,6 +141,7 @@ SPECTRA = {
     "falling slowly": (falling((400, 512), I**-0.5), 1e-3),
     "falling quickly": (falling((512, 400), I**-1.0), 1e-3),
     "nearly flat": (falling((500, 400), I**-0.02), 2e-2),
+    "three above a flat rest": (falling((500, 400), torch.where(I <= 3, 1.0, 0.95).double()), 4e-2),
     "flat": (falling((512, 400), torch.ones(400, dtype=torch.float64)), 1e-5),
     "huge": (falling((500, 400), 1e30 * I**-0.5), 1e-3),
     "tiny": (falling((400, 500), 1e-30 * I**-0.5), 1e-3),
@@ -156,6 +157,14 @@ def test_top_singular_values_are_within_the_stated_accuracy_and_never_above(kind
     error = torch.tensor(row.spectrum, dtype=torch.float64) / truth - 1
     assert row.sigma == row.spectrum[0] == pytest.approx(float(truth[0]), rel=1e-4)
     assert -tolerance <= float(error.min()) and float(error.max()) <= 1e-5
+
+
+def test_the_norm_where_the_spectrum_is_flat_at_its_top() -> None:
+    """Orthogonal, but for the rounding to bfloat16."""
+    weights = [torch.linalg.qr(torch.randn(100, 80, generator=torch.Generator().manual_seed(s))).Q for s in range(8)]
+    params = [nn.Parameter(weight.bfloat16()) for weight in weights]
+    for row, param in zip(specopt.spectral_report(specopt.SNRSGD(params)), params, strict=True):
+        assert row.sigma == pytest.approx(float(exact(param)[1][0]), rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
