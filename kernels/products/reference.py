@@ -62,7 +62,8 @@ def _product(matrix: Tensor, block: Tensor) -> Tensor:
     if linear is None:
         return matrix @ block
     width = block.shape[1]
-    padded = torch.nn.functional.pad(block, (0, -width % LANES)) if width % LANES else block
+    spare = -width % LANES if width > 1 else 0
+    padded = torch.nn.functional.pad(block, (0, spare)) if spare else block.contiguous()
     product: Tensor = linear(matrix, padded.mT, None, "none", [], "")
     return product[:, :width]
 
@@ -70,14 +71,14 @@ def _product(matrix: Tensor, block: Tensor) -> Tensor:
 def _summed(matrix: Tensor, block: Tensor) -> Tensor:
     """``Mᵀ B`` of a matrix without gaps."""
     linear = _onednn(matrix)
-    if linear is None:
+    if linear is None or block.shape[1] == 1:
         return matrix.mT @ block
     product: Tensor = linear(block.mT.contiguous(), matrix.mT, None, "none", [], "")
     return product.mT
 
 
 def _onednn(matrix: Tensor) -> Callable[..., Any] | None:
-    """oneDNN's ``x wᵀ``, where it is there and worth its start."""
+    """oneDNN's ``x wᵀ``, where it is there and worth its start. Arrays with gaps take it a thousand times as long."""
     if matrix.dtype != torch.float32 or matrix.device.type != "cpu" or matrix.numel() < LARGE:
         return None
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch._C._get_mkldnn_enabled() else None

@@ -127,23 +127,20 @@ def _tracked(matrices: Sequence[ShardedMatrix], stats: Tensor) -> Exchange[First
     sigma, residual = found.sigma, found.residual
     lefts, rights = [side.left for side in sides], [side.right for side in sides]
     pairs = torch.full_like(sigma, 0.5)
-    wanted = schedule.first(sigma, stats[:, Stat.TOP], residual)
+    expected = stats[:, Stat.TOP]
+    residual = yield from look(sides, sigma, residual, schedule.doubtful(sigma, expected, residual))
+    wanted = schedule.first(sigma, expected, residual)
     for _ in range(1, schedule.rounds):
         if not bool(wanted.any()):
             break
-        found = yield from half(sides, chosen_of(wanted))
-        residual = torch.where(wanted, found.residual, residual)
-        pairs = pairs + 0.5 * wanted
-        wanted = wanted & schedule.first(sigma, stats[:, Stat.TOP], residual)
-        if not bool(wanted.any()):
-            break
         chosen = chosen_of(wanted)
+        yield from half(sides, chosen)
         found = yield from half(sides, chosen)
         residual = torch.where(wanted, found.residual, residual)
         before, sigma = sigma, torch.where(wanted, found.sigma, sigma)
         for i in chosen:
             lefts[i], rights[i] = sides[i].left, sides[i].right
-        pairs = pairs + 0.5 * wanted
+        pairs = pairs + wanted.to(pairs.dtype)
         wanted = wanted & schedule.again(pairs + 0.5, sigma, before, residual)
     for side in sides:
         side.keep_probes()
@@ -165,8 +162,9 @@ class _Side:
         self.left = self.right = torch.empty(0)
         """u₁ and v₁ as first columns, by the last half product: of them this rank's part."""
 
-    def begin(self) -> Tensor:
-        """This rank's part of the product of the side at its turn, of which a sum is to be asked for."""
+    def begin(self, look: bool = False) -> Tensor:
+        """This rank's part of the product of the side at its turn, of which a sum is to be asked for; for a
+        :meth:`look` of its first column alone."""
         matrix = self.matrix
         self.is_right = self.starts_right != (self.halves % 2 == 1)
         mine, other = (RIGHT, LEFT) if self.is_right else (LEFT, RIGHT)
@@ -174,17 +172,25 @@ class _Side:
         self.basis, self.other = block_of_state(matrix, mine), block_of_state(matrix, other)
         self.in_pieces, self.basis_in_pieces = (is_kept_in_pieces(matrix, key) for key in (other, mine))
         weight = matrix.weight if self.is_right else matrix.weight.mT
-        inner = self.basis[:, : self.k] if self.basis_in_pieces else self.basis[self.cut.columns, : self.k]
-        probe = omega(self.cut.shape[1], self.a, self.basis)[self.cut.columns]
-        (self.product,) = kernels.skinny_products([weight], [torch.cat([inner, probe], 1)])
+        width = 1 if look else self.k
+        block = self.basis[:, :width] if self.basis_in_pieces else self.basis[self.cut.columns, :width]
+        if not look:
+            block = torch.cat([block, omega(self.cut.shape[1], self.a, self.basis)[self.cut.columns]], 1)
+        (self.product,) = kernels.skinny_products([weight], [block])
         if self.in_pieces:
-            return gram(torch.cat([self.product, self.other], 1))
+            return gram(torch.cat([self.product, self.other[:, :1] if look else self.other], 1))
         return spread(self.product, self.cut.rows, self.cut.shape[0])
 
     @property
     def starts(self) -> Tensor:
         """Random columns for directions that vanish, of the whole length."""
         return noise(self.cut.shape[0], self.k, self.matrix, self.halves)
+
+    def look(self, total: Tensor, sigma: Tensor) -> Tensor:
+        """The residual, of no dimensions, of the triplet as the last half product has left it."""
+        if self.in_pieces:
+            return _residual(total[0, 0], total[0, 1], total[1, 1]) / sigma
+        return kernels.first_column_residuals([total], [self.other], sigma[None])[0]
 
     def turn(self, product: Tensor) -> tuple[Tensor, Tensor]:
         """With the whole product: see :func:`specopt.kernels.turn`. sigma₁ and the residual, of no dimensions."""
@@ -207,8 +213,7 @@ class _Side:
             return torch.full_like(sigma, torch.nan), torch.zeros_like(sigma), False
         scale = 1 / sigma if bool(sigma > 0) else torch.ones_like(sigma)
         along = total[:k, width : width + k].diagonal()[: max(r, 1)]
-        u = total[width, width]
-        residual = (total[0, 0] - (2 - u) * along[0].square()).clamp_min(0).sqrt() * scale
+        residual = _residual(total[0, 0], along[0], total[width, width]) * scale
         images = k - r - a
         mixing = total.new_zeros(2 * width, k)
         mixing[:k, :images] = (rotation * inverse)[:, :images]
@@ -251,12 +256,28 @@ class _Side:
             other[:, self.k :] = product[:, self.k :]
 
 
+def _residual(image: Tensor, along: Tensor, unit: Tensor) -> Tensor:
+    """``‖y − (u · y) u‖`` from ``y · y``, ``u · y`` and ``u · u``, which is 1 but for rounding."""
+    return (image - (2 - unit) * along.square()).clamp_min(0).sqrt()
+
+
 @dataclass
 class Found:
     """Of one half product (B,): zero where none was made."""
 
     sigma: Tensor
     residual: Tensor
+
+
+def look(sides: Sequence[_Side], sigma: Tensor, residual: Tensor, doubtful: Tensor) -> Exchange[Tensor]:
+    """See the look of :mod:`specopt.tracker.halves`."""
+    chosen = chosen_of(doubtful)
+    if not chosen:
+        return residual
+    picked = [sides[i] for i in chosen]
+    sums = yield now([side.matrix for side in picked], [side.begin(look=True) for side in picked])
+    shown = [side.look(total, sigma[i]) for i, side, total in zip(chosen, picked, sums, strict=True)]
+    return residual.index_put((doubtful,), torch.stack(shown).to(residual.dtype))
 
 
 def half(sides: Sequence[_Side], chosen: Sequence[int]) -> Exchange[Found]:

@@ -278,6 +278,10 @@ class Schedule:
         moved = (sigma - expected).abs() > JUMP * self.tolerance * sigma
         return self._wanted(1.0, sigma, (residual > self.tolerance) | moved | self.cold)
 
+    def doubtful(self, sigma: Tensor, expected: Tensor, residual: Tensor) -> Tensor:
+        """Who needs one for the residual alone, which a half product shows of the triplet before it."""
+        return self.first(sigma, expected, residual) & ~self.first(sigma, expected, torch.zeros_like(residual))
+
     def again(self, pairs: Tensor, sigma: Tensor, before: Tensor, residual: Tensor) -> Tensor:
         """Who needs another pair after ``pairs`` of them, the last having moved sigma from ``before``."""
         moved = (sigma - before).abs() > 0.1 * self.tolerance * sigma

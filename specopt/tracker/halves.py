@@ -159,6 +159,20 @@ class _Sides:
         self.halves += 1
         return triplets, residual
 
+    def look(self, sigma: Tensor, residual: Tensor, doubtful: Tensor) -> Tensor:
+        """The residual, but where doubtful that of the triplet as the first half product has left it: by one column of
+        the next one, which costs little beside the pair that it may save."""
+        chosen = kernels.live(doubtful, len(residual))
+        if not chosen:
+            return residual
+        right = [not self.on_right[i] for i in chosen]
+        matrices = [self.matrices[i] for i in chosen]
+        mine = [m.state[RIGHT if r else LEFT][:, :1] for m, r in zip(matrices, right, strict=True)]
+        others = [m.state[LEFT if r else RIGHT][:, :1] for m, r in zip(matrices, right, strict=True)]
+        weights = [m.weight if r else m.weight.mT for m, r in zip(matrices, right, strict=True)]
+        shown = kernels.first_column_residuals(kernels.skinny_products(weights, mine), others, sigma[chosen])
+        return residual.index_put((doubtful,), shown)
+
     def keep_probes(self) -> None:
         """The probes of this step's first product on each side, for the next to be compared with."""
         if not max(self.layout.followers):
@@ -181,22 +195,20 @@ def _tracked(matrices: Sequence[Matrix], stats: Tensor) -> First:
     sigma = triplets.sigma[:, 0]
     lefts, rights = sides.oriented(triplets)
     pairs = torch.full_like(sigma, 0.5)
-    wanted = schedule.first(sigma, stats[:, Stat.TOP], residual)
+    expected = stats[:, Stat.TOP]
+    if sigma.device.type == "cpu":
+        residual = sides.look(sigma, residual, schedule.doubtful(sigma, expected, residual))
+    wanted = schedule.first(sigma, expected, residual)
     for _ in range(1, schedule.rounds):
         if all_idle(wanted):
             break
-        _, shown = sides.half(wanted)  # of the triplet that is there: it may do after all
-        residual = torch.where(wanted, shown, residual)
-        pairs = pairs + 0.5 * wanted
-        wanted = wanted & schedule.first(sigma, stats[:, Stat.TOP], residual)
-        if all_idle(wanted):
-            break
+        sides.half(wanted)
         triplets, shown = sides.half(wanted)
         residual = torch.where(wanted, shown, residual)
         before, sigma = sigma, torch.where(wanted, triplets.sigma[:, 0], sigma)
         new_lefts, new_rights = sides.oriented(triplets)
         kernels.copy_blocks([*new_lefts, *new_rights], [*lefts, *rights], active=torch.cat([wanted, wanted]))
-        pairs = pairs + 0.5 * wanted
+        pairs = pairs + wanted.to(pairs.dtype)
         wanted = wanted & schedule.again(pairs + 0.5, sigma, before, residual)
     sides.keep_probes()
     valid = sigma.isfinite()

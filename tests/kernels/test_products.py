@@ -45,6 +45,27 @@ def _both(w, b):
     return results
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("width", [1, 16, 28, 32])
+def test_onednn_gets_blocks_without_gaps(width, transposed, monkeypatch):
+    seen = []
+    product = reference._onednn(torch.empty(reference.LARGE))
+    if product is None:
+        pytest.skip("torch without oneDNN")
+
+    def linear(x, weight, *more):
+        seen.extend((x, weight))
+        return product(x, weight, *more)
+
+    monkeypatch.setattr(reference, "_onednn", lambda matrix: linear)
+    w = torch.randn(300, 300, generator=generator(6))
+    reference.skinny_products(
+        [w.mT if transposed else w], [torch.randn(300, 36)[:, :width]], [torch.empty(300, width)], None
+    )
+    assert len(seen) == (0 if transposed and width == 1 else 2)
+    assert all(t.is_contiguous() or t.mT.is_contiguous() for t in seen)
+
+
 @pytest.mark.parametrize("shape", [(300, 280), (70, 1024), (2100, 40)])
 @pytest.mark.parametrize("width", [1, 5, 28, 32])
 @pytest.mark.parametrize("layout", ["rows", "columns", "gaps"])
