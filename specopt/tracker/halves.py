@@ -107,6 +107,13 @@ def on_right(matrix: Matrix) -> bool:
     return bool(matrix.state[STEP] % 2 == 0)
 
 
+def _sides_of(matrices: Sequence[Matrix], right: Sequence[bool]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Of half products from the right or from the left: weights, the blocks beside them, and those of their images."""
+    pairs = list(zip(matrices, right, strict=True))
+    weights = [m.weight if r else m.weight.mT for m, r in pairs]
+    return weights, [m.state[RIGHT if r else LEFT] for m, r in pairs], [m.state[LEFT if r else RIGHT] for m, r in pairs]
+
+
 def _operands(blocks: Sequence[Tensor], matrices: Sequence[Matrix]) -> list[Tensor]:
     """``[ V | Ω ]`` of state ``[ V | WᵀΩ ]``."""
     if blocks[0].device.type == "cpu":
@@ -146,9 +153,7 @@ class _Sides:
         """One half product: the Ritz triplets, as (images' side, basis' side), and the residual that the product shows
         of the triplet before it. Moves both blocks on where active and finite."""
         right = [on != (self.halves % 2 == 1) for on in self.on_right]
-        mine = [m.state[RIGHT if r else LEFT] for m, r in zip(self.matrices, right, strict=True)]
-        others = [m.state[LEFT if r else RIGHT] for m, r in zip(self.matrices, right, strict=True)]
-        weights = [m.weight if r else m.weight.mT for m, r in zip(self.matrices, right, strict=True)]
+        weights, mine, others = _sides_of(self.matrices, right)
         sizes = [(other.shape[0], other.shape[1]) for other in others]
         products = kernels.allocate(sizes, others[0], zero=active is not None)
         kernels.skinny_products(weights, _operands(mine, self.matrices), out=products, active=active)
@@ -166,12 +171,9 @@ class _Sides:
         if not chosen:
             return residual
         right = [not self.on_right[i] for i in chosen]
-        matrices = [self.matrices[i] for i in chosen]
-        mine = [m.state[RIGHT if r else LEFT][:, :1] for m, r in zip(matrices, right, strict=True)]
-        others = [m.state[LEFT if r else RIGHT][:, :1] for m, r in zip(matrices, right, strict=True)]
-        weights = [m.weight if r else m.weight.mT for m, r in zip(matrices, right, strict=True)]
-        shown = kernels.first_column_residuals(kernels.skinny_products(weights, mine), others, sigma[chosen])
-        return residual.index_put((doubtful,), shown)
+        weights, mine, others = _sides_of([self.matrices[i] for i in chosen], right)
+        images = kernels.skinny_products(weights, [block[:, :1] for block in mine])
+        return residual.index_put((doubtful,), kernels.first_column_residuals(images, others, sigma[chosen]))
 
     def keep_probes(self) -> None:
         """The probes of this step's first product on each side, for the next to be compared with."""
