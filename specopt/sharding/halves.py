@@ -128,8 +128,10 @@ def _tracked(matrices: Sequence[ShardedMatrix], stats: Tensor) -> Exchange[First
     lefts, rights = [side.left for side in sides], [side.right for side in sides]
     pairs = torch.full_like(sigma, 0.5)
     expected = stats[:, Stat.TOP]
-    residual = yield from look(sides, sigma, residual, schedule.doubtful(sigma, expected, residual))
     wanted = schedule.first(sigma, expected, residual)
+    if bool(wanted.any()):
+        residual = yield from look(sides, sigma, residual, schedule.doubtful(wanted, sigma, expected))
+        wanted = schedule.first(sigma, expected, residual)
     for _ in range(1, schedule.rounds):
         if not bool(wanted.any()):
             break

@@ -278,9 +278,9 @@ class Schedule:
         moved = (sigma - expected).abs() > JUMP * self.tolerance * sigma
         return self._wanted(1.0, sigma, (residual > self.tolerance) | moved | self.cold)
 
-    def doubtful(self, sigma: Tensor, expected: Tensor, residual: Tensor) -> Tensor:
-        """Who needs one for the residual alone, which a half product shows of the triplet before it."""
-        return self.first(sigma, expected, residual) & ~self.first(sigma, expected, torch.zeros_like(residual))
+    def doubtful(self, wanted: Tensor, sigma: Tensor, expected: Tensor) -> Tensor:
+        """Who of those needs it for the residual alone, which a half product shows of the triplet before it."""
+        return wanted & ~self.first(sigma, expected, torch.zeros_like(sigma))
 
     def again(self, pairs: Tensor, sigma: Tensor, before: Tensor, residual: Tensor) -> Tensor:
         """Who needs another pair after ``pairs`` of them, the last having moved sigma from ``before``."""

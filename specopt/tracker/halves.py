@@ -198,9 +198,10 @@ def _tracked(matrices: Sequence[Matrix], stats: Tensor) -> First:
     lefts, rights = sides.oriented(triplets)
     pairs = torch.full_like(sigma, 0.5)
     expected = stats[:, Stat.TOP]
-    if sigma.device.type == "cpu":
-        residual = sides.look(sigma, residual, schedule.doubtful(sigma, expected, residual))
     wanted = schedule.first(sigma, expected, residual)
+    if sigma.device.type == "cpu" and bool(wanted.any()):
+        residual = sides.look(sigma, residual, schedule.doubtful(wanted, sigma, expected))
+        wanted = schedule.first(sigma, expected, residual)
     for _ in range(1, schedule.rounds):
         if all_idle(wanted):
             break
