@@ -53,3 +53,17 @@ def test_the_guide_holds_the_table_and_every_figure_that_the_script_wrote() -> N
     page, folder = (DOCS / "guide.md").read_text(), DOCS / "guide"
     assert (folder / "table.md").read_text() in page
     assert sorted(re.findall(r"\]\(guide/(.*?)\)", page)) == sorted(file.name for file in folder.glob("*.png"))
+
+
+PAPERS = {"snr": "spectral norm regularization", "normscale": "Norm Scaling", "gradreg": "gradient regularization"}
+
+
+@pytest.mark.parametrize("verdict", ["held", "not held"])
+def test_readme_names_every_claim_of_the_papers_that_is_decided(verdict: str) -> None:
+    rows = re.findall(r"^\| (\w+) \((\w)\) \|(.*)$", (DOCS / "results.md").read_text(), re.MULTILINE)
+    decided = {(PAPERS[paper], claim) for paper, claim, rest in rows if f"**{verdict}**" in rest}
+    text = " ".join((DOCS.parent / "README.md").read_text().split())
+    sentence = re.search(rf"{verdict.capitalize()} (?:is|are) ([^.]*)\.", text)
+    said = sentence.group(1) if sentence else ""
+    named = re.findall(rf"({'|'.join(PAPERS.values())})'s (\(\w\)(?:(?:,| and) \(\w\))*)", said)
+    assert {(paper, claim) for paper, claims in named for claim in re.findall(r"\((\w)\)", claims)} == decided
