@@ -4,7 +4,7 @@ Nothing here knows of optimizers; everything is importable without Triton. Which
 device (:func:`backend_for`).
 """
 
-from .backend import Backend, accumulation_dtype, allocate, backend_for, full_precision, has_triton, live, on_host
+from .backend import Backend, accumulation_dtype, allocate, backend_for, full_precision, has_triton, on_host
 from .blocks import column_dots, copy_blocks, first_column_residuals, grams, mixes
 from .newton_schulz import cap_
 from .passes import Penalty, Update, base_updates_, corrections_
@@ -50,7 +50,6 @@ __all__ = [
     "has_triton",
     "identity",
     "leading_residuals",
-    "live",
     "mixes",
     "next_basis",
     "on_host",

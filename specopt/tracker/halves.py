@@ -167,7 +167,7 @@ class _Sides:
     def look(self, sigma: Tensor, residual: Tensor, doubtful: Tensor) -> Tensor:
         """The residual, but where doubtful that of the triplet as the first half product has left it: by one column of
         the next one, which costs little beside the pair that it may save."""
-        chosen = kernels.live(doubtful, len(residual))
+        chosen = doubtful.nonzero().flatten().tolist()
         if not chosen:
             return residual
         right = [not self.on_right[i] for i in chosen]
